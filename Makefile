@@ -1,0 +1,47 @@
+# make demo       train the Text-CT round at its tiny size on phantom data, with everything it builds on
+# make test       the test suite;  make test-full  the networks at their published size (slow)
+# make lint       ruff
+# make clean      remove .venv and caches; runs/ stays
+#
+# Everything runs in .venv, made with $(PYTHON) where it is missing: make test PYTHON=python3.12
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+PYTEST := $(PY) -m pytest -n 2 --dist loadfile
+
+.PHONY: demo test test-full lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/runtime.stamp
+	$(PY) -m medm2g_jax.main --config=configs/text_ct.py:tiny
+
+test: $(VENV)/dev.stamp
+	$(PYTEST)
+
+test-full: $(VENV)/dev.stamp
+	$(PYTEST) -m full
+
+lint: $(VENV)/dev.stamp
+	$(PY) -m ruff check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find configs medm2g_jax tests -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamps make a repeated call instant; a changed list of requirements installs again.
+$(VENV)/runtime.stamp: requirements.txt setup.py pyproject.toml | $(VENV)/bin/pip
+	$(PIP) install -r requirements.txt
+	$(PIP) install --no-deps -e .
+	@touch $@
+
+# torch first and alone: pip then takes the CPU build where it is configured for one, and keeps it.
+$(VENV)/dev.stamp: requirements-dev.txt $(VENV)/runtime.stamp
+	$(PIP) install torch==2.13.0
+	$(PIP) install -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/bin/pip:
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; name a Python 3.11 to 3.13: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "error: $(PYTHON) is Python %d.%d; medm2g_jax needs 3.11 to 3.13: make PYTHON=python3.11" % v[:2])'
+	$(PYTHON) -m venv $(VENV)

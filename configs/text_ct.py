@@ -1,0 +1,14 @@
+"""Round 2 of section 3.5, text and CT: CT learns, text is frozen (section 3.4, Eq. 5-6). The main example.
+
+    python -m medm2g_jax.main --config=configs/text_ct.py:tiny
+
+Needs round text_xray, the CT flow and what they stand on, trained first; data: studies with a report and a CT in the
+folder MEDM2G_DATA names, else the phantom.
+sd15: result not reproduced yet.
+"""
+
+from medm2g_jax.config import get_config as _get
+
+
+def get_config(words=""):
+    return _get("text_ct", words)

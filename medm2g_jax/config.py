@@ -1,0 +1,286 @@
+"""Every default and preset, once. `configs/*.py` only name a stage.
+
+    get_config("text_ct", "tiny")           # configs/text_ct.py:tiny
+    get_config("ldm", "ct,sd15,paper")      # configs/ldm.py:ct,sd15,paper
+
+Presets: `tiny` trains in minutes on two CPU cores (64 px, 8x8x4 latents); `sd15` is the paper's geometry and
+hyper-parameters. The variant `paper` switches back every choice that goes beyond the printed method.
+
+A stage's own fields (batch, steps, lr ...) stand at the top level of its config. `config.stages.<name>` holds the same
+fields for each upstream stage it may have to train first; the fields in `rounds.SHARED` are handed to all of them.
+"""
+
+import os
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from medm2g_jax import rounds
+from medm2g_jax.errors import UserError
+
+PRESETS = ("tiny", "sd15")
+WEIGHT_FOLDERS = ("sd15", "clip", "vd", "optimus")
+
+# --- what all stages of a run root agree on -------------------------------------------------------------------------
+
+
+def _net(preset: str) -> dict:
+    """Sizes of the networks. `tiny`: measured to train in minutes; `sd15`: SD-1.5, CLIP-L, Versatile Diffusion."""
+    if preset == "tiny":
+        return dict(
+            width=64,  # of the space that prompts and guides share
+            image_vae=dict(channels=(64,), layers=1, groups=8, latent=4, patch=8, mid_attention=False),
+            image_unet=dict(channels=(48, 96), attention=(False, True), layers=1, heads=4, groups=8),
+            text_vae=dict(width=64, layers=2, heads=4, ff=256, latent=64, bert_positions=64, gpt2_positions=64),
+            text_unet=dict(
+                channels=(48, 96), attention=(True, True), layers=1, heads=4, groups=8, positions=4, latent=64
+            ),
+            clip_text=dict(width=64, layers=2, heads=4, ff=256, length=40),
+            clip_image=dict(width=64, layers=2, heads=4, ff=256, patch=16, image=64),
+            image_context=dict(heads=4, channels=(32, 64), stride=2),
+            text_context=dict(heads=4, tokens=4),
+            adapt=4,  # K, rows of f_B
+            projector=128,  # width of the visual-invariant projector
+            vocabulary=1024,  # at most, for tokenizers trained on the data at hand
+            bert_length=40,
+            gpt2_length=40,
+            report_words=60,  # longer reports are cut
+        )
+    return dict(
+        width=768,
+        image_vae=dict(channels=(128, 256, 512, 512), layers=2, groups=32, latent=4, patch=1, mid_attention=True),
+        image_unet=dict(
+            channels=(320, 640, 1280, 1280), attention=(True, True, True, False), layers=2, heads=8, groups=32
+        ),
+        text_vae=dict(width=768, layers=12, heads=12, ff=3072, latent=768, bert_positions=512, gpt2_positions=1024),
+        text_unet=dict(
+            channels=(320, 640, 1280, 1280),
+            attention=(True, True, True, False),
+            layers=2,
+            heads=8,
+            groups=32,
+            positions=4,
+            latent=768,
+        ),
+        clip_text=dict(width=768, layers=12, heads=12, ff=3072, length=77),
+        clip_image=dict(width=1024, layers=24, heads=16, ff=4096, patch=14, image=224),
+        image_context=dict(heads=12, channels=(128, 256, 512), stride=4),
+        text_context=dict(heads=12, tokens=4),
+        adapt=16,
+        projector=1280,
+        vocabulary=50000,
+        bert_length=256,
+        gpt2_length=192,
+        report_words=100,
+    )
+
+
+def _shared(preset: str, variant: str, listing: tuple[str, ...]) -> ConfigDict:
+    tiny = preset == "tiny"
+    return ConfigDict(
+        dict(
+            preset=preset,
+            variant=variant,
+            listing=listing,
+            seed=0,
+            weights="",  # folder of converted weights; "" = start fresh
+            image_size=64 if tiny else 512,
+            net=_net(preset),
+            data=dict(
+                source="phantom",  # or manifest:PATH, tfds:NAME
+                template_text=False,  # take texts written from metadata for reports
+                # The phantom's subjects. Train and validation are shared out among the listing's pairs.
+                train=6000 if tiny else 60000,
+                val=384,
+                test=1000,
+            ),
+        )
+    )
+
+
+# --- what a stage has for itself ------------------------------------------------------------------------------------
+
+_OPTIMIZER = dict(
+    steps=0,
+    batch=32,
+    lr=0.0,
+    lr_adapt=0.0,  # of f_B's free rows
+    optimizer="adamw",  # "adam": weight decay inside the gradient, as the paper's words have it
+    b1=0.9,
+    b2=0.99,
+    weight_decay=0.01,
+    warmup=0.05,  # share of the steps
+    final_lr=0.02,  # cosine down to this share of lr
+    clip=1.0,  # global norm
+    ema=0.985,  # reached after a ramp (1 + step) / (10 + step)
+    accumulate=1,  # micro-batches a step
+    remat=False,
+    log_every=25,
+    eval_every=0,  # 0: at the end only
+    eval_rows=64,
+    checkpoint_every=100,
+    keep=2,
+)
+
+_PAPER_SIZES = dict(
+    b2=0.999, weight_decay=1e-4, ema=0.9999, remat=True, log_every=50, eval_every=2000, checkpoint_every=1000
+)
+
+
+def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> dict:
+    """A stage's own fields. lr, batch of `sd15`: the paper's (section 4); steps and `tiny`: measured here."""
+    tiny, paper = preset == "tiny", variant == "paper"
+    verb = name.split("_")[0] if name.split("_")[0] in ("align", "ldm") else "vae" if name.endswith("_vae") else "round"
+    own = _OPTIMIZER | ({} if tiny else _PAPER_SIZES)
+    if paper:
+        own |= dict(optimizer="adam", weight_decay=1e-4)
+    if name == "image_vae":
+        own |= dict(steps=600, lr=3e-3) if tiny else dict(steps=100_000, lr=2e-5, batch=64)
+        own |= dict(loss=dict(l1=1.0, mse=10.0, kl=1e-3))
+    elif name == "text_vae":
+        own |= dict(steps=500, lr=3e-3, batch=64) if tiny else dict(steps=50_000, lr=5e-5, batch=64)
+        # A KL this strong gives latents that stand the sampler's noise: 3e-3 loses a quarter of the findings.
+        own |= dict(loss=dict(ce=1.0, kl=0.05))
+    elif verb == "align":
+        own |= dict(steps=400, lr=2e-3, batch=96) if tiny else dict(steps=20_000, lr=1e-5, batch=256)
+        own |= dict(
+            loss=dict(contrast=1.0, invariant=1.0 if not tiny else 0.3),
+            barlow_lambda=0.0051,
+        )
+    elif verb == "ldm":
+        text = name == "ldm_text"
+        own |= (
+            dict(steps=500 if text else 700, lr=3e-3 if text else 2e-3, batch=64 if text else 32)
+            if tiny
+            else dict(steps=200_000, lr=5e-5 if text else 2e-5, batch=1024 if text else 256)
+        )
+        own |= dict(loss=dict(eps=1.0), drop_prompt=0.1)
+    else:
+        own |= (
+            dict(steps=600 if name == listing[0] else 300, lr=5e-3, lr_adapt=5e-3)
+            if tiny
+            else dict(steps=50_000, lr=1e-5, lr_adapt=1e-5 if paper else 1e-3, batch=256)
+        )
+        own |= dict(
+            # Without the prompt (Eq. 6 prints none) the guide has to carry the partner.
+            drop_prompt=1.0 if paper else 0.9,
+            clean=0.0 if paper else 0.75,  # share of rows whose source is clean (translation); the rest share t
+            loss=dict(eps=1.0, contrast=0.0 if paper else 0.1),
+            contrast_tau=0.07,
+            freeze="paper",  # or "partner_open"
+        )
+    return own
+
+
+# --- the words after the colon --------------------------------------------------------------------------------------
+
+
+def default_preset() -> tuple[str, str]:
+    """(preset, reason): `sd15` where MEDM2G_SD_WEIGHTS names a folder of converted weights, else `tiny`."""
+    weights = os.environ.get("MEDM2G_SD_WEIGHTS", "")
+    if not weights:
+        return "tiny", "MEDM2G_SD_WEIGHTS is not set"
+    missing = [f for f in WEIGHT_FOLDERS if not (Path(weights) / f).is_dir()]
+    if missing:
+        raise UserError(
+            f"MEDM2G_SD_WEIGHTS={weights}: no folder {missing[0]}/ in it; expected {', '.join(WEIGHT_FOLDERS)} as "
+            "`medm2g convert` writes them. Add it, unset the variable, or name a preset after the colon"
+        )
+    return "sd15", f"MEDM2G_SD_WEIGHTS={weights}"
+
+
+def get_config(target: str, words: str | None = "", listing: str | tuple[str, ...] = "default") -> ConfigDict:
+    """The config of one stage.
+
+    Args:
+      target: a stage ("text_ct"), or "align" / "ldm", whose pair or modality is then one of the words.
+      words: comma-separated, any order: a preset, the variant `paper`, and for "align"/"ldm" their subject.
+      listing: a name in rounds.LISTINGS, or a tuple of rounds.
+
+    Raises:
+      UserError: an unknown word; names those that fit.
+    """
+    rest = [w.strip() for w in (words or "").split(",") if w.strip()]
+    presets = [w for w in dict.fromkeys(rest) if w in PRESETS]
+    if len(presets) > 1:
+        raise UserError(f"two presets after the colon of the config, {' and '.join(presets)}: name one")
+    preset = presets[0] if presets else ""
+    variant = "paper" if "paper" in rest else ""
+    rest = [w for w in rest if w not in (*PRESETS, "paper")]
+    tuple_ = rounds.LISTINGS[listing] if isinstance(listing, str) else tuple(listing)
+    if target in ("align", "ldm"):
+        # An alignment pair that only the other listing has selects that listing.
+        fits = {
+            s[len(target) + 1 :]: lst
+            for lst in (tuple_, *rounds.LISTINGS.values())
+            for s in rounds.graph(lst).stages
+            if s.startswith(target + "_")
+        }
+        subject = next((w for w in rest if w in fits), None)
+        if subject is None:
+            raise UserError(
+                f"configs/{target}.py needs one of {', '.join(sorted(fits))} after the colon, as in "
+                f"configs/{target}.py:{sorted(fits)[0]},tiny; found {words!r}"
+            )
+        rest.remove(subject)
+        name = f"{target}_{subject}"
+        if name not in rounds.graph(tuple_).stages:
+            tuple_ = fits[subject]
+    else:
+        name = target
+    if rest:
+        raise UserError(
+            f"unknown word {rest[0]!r} after the colon of the config; presets: {', '.join(PRESETS)}; variant: paper"
+        )
+    reason = "named after the colon"
+    if not preset:
+        preset, reason = default_preset()
+    graph = rounds.graph(tuple_)
+    graph.stage(name)
+    config = _shared(preset, variant, tuple_)
+    config.stage = name
+    config.preset_reason = reason
+    config.update(_stage(name, preset, variant, tuple_))
+    config.stages = ConfigDict({s: _stage(s, preset, variant, tuple_) for s in graph.plan(name)[:-1]})
+    if preset == "sd15":
+        config.weights = os.environ.get("MEDM2G_SD_WEIGHTS", "")
+    data = os.environ.get("MEDM2G_DATA", "")
+    config.data_reason = "MEDM2G_DATA is not set"
+    if data:
+        config.data.source, config.data_reason = f"manifest:{data}", f"MEDM2G_DATA={data}"
+    config.upstream = "train"  # a missing upstream stage: "train" it, "init" it afresh, or "require" it
+    config.upstream_dirs = ()  # further run roots in which finished stages are looked for
+    # Handed down to upstream stages, never compared.
+    config.dtype = "auto"  # of activations: bfloat16 on accelerators, float32 on CPU
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)  # -1: all devices that the others leave
+    # Sampling, and the unconditional half of guidance: "cond" leaves the guide out of it, "both" keeps it (CoDi).
+    config.sample = dict(
+        steps=20 if preset == "tiny" else 50,
+        sampler="ddim",
+        eta=1.0,
+        guidance=2.0,
+        guide="both" if variant == "paper" else "cond",
+        rows=8,
+    )
+    return config
+
+
+def stage_config(config: ConfigDict, name: str) -> ConfigDict:
+    """The config with which `main` runs stage `name` of this config's plan: a copy; shared and handed-down fields are
+    the same, the stage's own come from `config.stages.<name>`."""
+    if name == config.stage:
+        return config
+    out = config.copy_and_resolve_references()
+    with out.unlocked():
+        own = out.stages[name]
+        for field in _own_fields(config):
+            del out[field]
+        out.update(own)
+        out.stage = name
+        plan = rounds.graph(config.listing).plan(name)
+        out.stages = ConfigDict({s: own for s, own in out.stages.items() if s in plan and s != name})
+    return out
+
+
+def _own_fields(config: ConfigDict) -> list[str]:
+    return [f for f in _stage(config.stage, config.preset, config.variant, config.listing) if f in config]

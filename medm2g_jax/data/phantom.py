@@ -1,0 +1,237 @@
+"""The built-in phantom: paired text, CT, MRI and X-ray of subjects that never lived (section 3.5's pairs, to order).
+
+A subject is a few numbers drawn from (seed, index), and its anatomy is a function of space (`phantom_body`). Every
+image is the physics of its modality on these same tissues:
+
+    CT     axial slice at the lesion's level: HU, noise, texture
+    MRI    the same slice: spin echo S = PD exp(-TE/T2) (1 - exp(-TR/T1)), FLAIR with an inversion, Rician noise
+    X-ray  frontal: line integral of mu = mu_water (1 + HU/1000) along y, photon noise, -log (Beer-Lambert)
+
+Images follow the radiological convention: the patient's left is on the right of the image, the front of an axial
+slice is up. Nothing here is ever mirrored. Reports and labels: `phantom_text`.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Key
+
+from medm2g_jax.data.phantom_body import TABLE, TISSUES, Subject, findings, hounsfield, subject, tissues
+from medm2g_jax.data.phantom_text import Findings, write
+from medm2g_jax.data.pipeline import Record
+from medm2g_jax.errors import UserError
+from medm2g_jax.modality import MODALITIES
+
+# Contrast: TR, TE, TI in ms (TI 0: no inversion), and the signal (a.u., PD of water = 1) shown as +1; 0 is -1.
+CONTRASTS = {
+    "mri:t1": (500.0, 12.0, 0.0, 0.75),
+    "mri:t2": (3500.0, 90.0, 0.0, 0.70),
+    "mri:pd": (3500.0, 14.0, 0.0, 0.90),
+    "mri:flair": (9000.0, 110.0, 2500.0, 0.40),
+    "mri:t1ce": (500.0, 12.0, 0.0, 0.75),
+}
+T1_ENHANCED = 300.0  # ms, of a mass that has taken up contrast agent
+CT_NOISE = 15.0  # HU
+MU_WATER = 0.19  # 1/cm, at 70 keV
+XRAY_WINDOW = (1.2, 4.6)  # line integrals of mu that are relative attenuation 0 and 1
+PHOTONS = 3e4  # a pixel, unattenuated
+HALF_AXIAL, HALF_FILM, FILM_CENTRE = 18.5, 17.5, 1.0  # cm: half the field of view, z in the middle of the film
+HALF_DEPTH, DEPTH_STEPS = 13.0, 42  # cm; the beam is sampled every 0.6 cm, as fine as a 64 px pixel
+
+
+# --- physics --------------------------------------------------------------------------------------------------------
+
+
+def line_integral(hu: Callable, half_depth: float, steps: int) -> Array:
+    """Integral of mu = mu_water (1 + HU/1000) along y, midpoint rule. `hu(y)` -> HU of the whole film at depth y.
+
+    One depth after the other: the film stays in the cache, and the volume is never in memory.
+    """
+    step = 2 * half_depth / steps
+
+    def add(i, total):
+        return total + MU_WATER * step * (1 + hu((i + 0.5) * step - half_depth) / 1000)
+
+    return jax.lax.fori_loop(1, steps, add, add(0, 0.0))
+
+
+def spin_echo(pd: ArrayLike, t1: ArrayLike, t2: ArrayLike, tr: ArrayLike, te: ArrayLike, ti: ArrayLike) -> Array:
+    """Signal, with its sign, of a spin echo an inversion and TI later. TI 0 is a plain spin echo: the inversion then
+    does nothing but turn the sign."""
+    return pd * jnp.exp(-te / t2) * (1 - 2 * jnp.exp(-ti / t1) + jnp.exp(-tr / t1))
+
+
+def _texture(key, size):
+    """Smooth noise of unit variance with grains of about 1 cm, whatever the size of the pixels."""
+    return 1.22 * jax.image.resize(jax.random.normal(key, (40, 40)), (size, size), "cubic")
+
+
+def _window(values, low, high):
+    return jnp.clip((values - low) / (high - low), 0, 1) * 2 - 1
+
+
+def _grid(half, size):
+    return ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32) * half
+
+
+def _axial(s, size):
+    g = _grid(HALF_AXIAL, size)
+    return tissues(s, g[None, :], g[:, None], s.slice)
+
+
+def ct(s: Subject, key: Key[Array, ""], size: int) -> Float[Array, "h w 1"]:
+    """Axial slice, (size size 1) in [-1, 1] of the window in HU."""
+    fractions = _axial(s, size)
+    noise, texture = jax.random.split(key)
+    # Vessels and bronchi below a pixel make lungs mottled; the rest of the body is smooth.
+    grain = _texture(texture, size) * (6 + 30 * fractions["lung"])
+    hu = hounsfield(fractions) + grain + CT_NOISE * jax.random.normal(noise, (size, size))
+    return _window(hu, *MODALITIES["ct"].window)[..., None]
+
+
+def xray(s: Subject, key: Key[Array, ""], size: int) -> Float[Array, "h w 1"]:
+    """Frontal film, (size size 1) in [-1, 1] of XRAY_WINDOW: bone and soft tissue bright, lungs dark."""
+    g = _grid(HALF_FILM, size)
+    path = line_integral(
+        lambda y: hounsfield(tissues(s, g[None, :], y, FILM_CENTRE - g[:, None])), HALF_DEPTH, DEPTH_STEPS
+    )
+    counts = PHOTONS * jnp.exp(-path)
+    counts += jnp.sqrt(counts) * jax.random.normal(key, counts.shape)  # Poisson, at counts as large as these
+    return _window(-jnp.log(jnp.maximum(counts, 1) / PHOTONS), *XRAY_WINDOW)[..., None]
+
+
+def mri(s: Subject, key: Key[Array, ""], size: int) -> Float[Array, "h w c"]:
+    """The axial slice in every stated contrast, (size size contrasts) in [-1, 1] of each contrast's window.
+
+    A pixel's signal is the sum of what its tissues give. Jitter, bias and texture are the subject's own: without
+    them a table of grey values would turn one contrast into another, or into CT.
+    """
+    keys = jax.random.split(key, 3)
+    tr, te, ti, top = np.array(list(CONTRASTS.values()), np.float32).T
+    pd, t1, t2 = (TABLE[:, i + 1, None] * s.relaxation[:, i, None] for i in range(3))  # (tissue 1)
+    takes_up = np.array(list(TISSUES))[:, None] == "mass"
+    enhanced = np.array(list(CONTRASTS)) == "mri:t1ce"
+    t1 = jnp.where(takes_up & enhanced, T1_ENHANCED * s.relaxation[:, 1, None], t1)  # (tissue contrast)
+    fractions = jnp.stack([jnp.broadcast_to(f, (size, size)) for f in _axial(s, size).values()], -1)
+    signal = fractions @ (spin_echo(pd, t1, t2, tr, te, ti) / top)
+    g = _grid(1.0, size)
+    weights = jax.random.uniform(keys[0], (4,), minval=-1.0)
+    x, y = g[None, :], g[:, None]
+    bias = weights[0] * x + weights[1] * y + weights[2] * x * y + weights[3] * (x * x - y * y)
+    gain = (1 + 0.2 * bias / jnp.abs(weights).sum()) * (1 + 0.05 * _texture(keys[1], size))
+    noise = 0.015 * jax.random.normal(keys[2], (2, *signal.shape))
+    return _window(jnp.hypot(signal * gain[..., None] + noise[0], noise[1]), 0.0, 1.0)  # magnitude: Rician
+
+
+RENDERERS = {"ct": ct, "xray": xray, "mri": mri}
+
+
+@functools.partial(jax.jit, static_argnames=("modality", "size"))
+def _render(modality: str, subjects: Subject, seed, indices, size: int):
+    """(n size size channels) float16. Noise belongs to (seed, index, modality), not to the batch."""
+
+    def one(s, index):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), list(RENDERERS).index(modality))
+        return RENDERERS[modality](s, key, size)
+
+    return jax.vmap(one)(subjects, indices).astype(jnp.float16)
+
+
+# --- the source -----------------------------------------------------------------------------------------------------
+
+CHUNK = 64  # subjects rendered at a time, fewer where images are large
+MEMORY = 2 << 30  # bytes of rendered images to keep
+
+
+class Phantom:
+    """A source (`pipeline.Source`) of subjects that are rendered when they are first read, and then kept.
+
+    Subjects 0 .. train-1 are for training, then validation, then test. In training and validation subject i belongs
+    to pairs[i % len(pairs)] and shows nothing else, so that pairs the paper does not have are never seen; a test
+    subject shows every stream.
+    """
+
+    name = "phantom"
+    open = True
+
+    def __init__(
+        self,
+        size: int,
+        seed: int,
+        train: int = 6000,
+        val: int = 256,
+        test: int = 1000,
+        pairs: Sequence[tuple[str, str]] = (("text", "xray"), ("text", "ct"), ("ct", "mri")),
+    ):
+        known = ("text", *RENDERERS)
+        unknown = [m for pair in pairs for m in pair if m not in known]
+        if unknown or not pairs:
+            raise UserError(f"the phantom has {', '.join(known)}; found {', '.join(unknown) or 'no pair'} in its pairs")
+        self._args = (size, seed, train, val, test, tuple(pairs))
+        self.size, self.seed = size, seed
+        streams = [tuple(s for m in pair for s in MODALITIES[m].streams) for pair in pairs]
+        everything = tuple(s for m in known for s in MODALITIES[m].streams)
+        splits = ["train"] * train + ["val"] * val + ["test"] * test
+        self.records = [
+            Record(
+                id=f"phantom-{i:06d}",
+                subject=f"phantom-{i:06d}",
+                split=split,
+                streams=everything if split == "test" else streams[i % len(pairs)],
+                licence="synthetic, Apache-2.0",
+            )
+            for i, split in enumerate(splits)
+        ]
+        # A chunk holds neighbours among those that show the modality: nothing is rendered that nobody may read.
+        self._rows = {m: [i for i, r in enumerate(self.records) if m in r.streams] for m in RENDERERS}
+        self._place = {m: {index: k for k, index in enumerate(rows)} for m, rows in self._rows.items()}
+        self._chunk = max(1, min(CHUNK, CHUNK * 128**2 // size**2))
+        kept = max(1, MEMORY // (self._chunk * size**2 * 2 * len(CONTRASTS)))
+        self._kept = functools.lru_cache(maxsize=kept)(self._rendered)
+        self._lock = threading.Lock()  # threads that want the same chunk wait for it instead of rendering it too
+
+    def __reduce__(self):
+        return Phantom, self._args  # a worker process renders for itself
+
+    def labels(self, index: int) -> Findings:
+        """What there is to find in subject `index`."""
+        return findings(subject(self.seed, index))
+
+    def read(self, index: int, stream: str, rng: np.random.Generator) -> np.ndarray | str:
+        """A report in words drawn by `rng`, or an image float32 (size size 1) in [-1, 1]."""
+        if stream not in self.records[index].streams:
+            raise ValueError(f"{self.records[index].id} has no stream {stream!r}, only {self.records[index].streams}")
+        if stream == "text":
+            return write(self.labels(index), rng)
+        modality, _, contrast = stream.partition(":")
+        channel = 0
+        if MODALITIES[modality].contrasts:  # unstated: any
+            channel = list(CONTRASTS).index(stream) if contrast else rng.integers(len(CONTRASTS))
+        chunk, row = divmod(self._place[modality][index], self._chunk)
+        with self._lock:
+            images = self._kept(modality, chunk)
+        return images[row, :, :, channel, None].astype(np.float32)
+
+    def images(self, indices: Sequence[int] | np.ndarray, stream: str) -> Float[np.ndarray, "n h w 1"]:
+        """Images of several subjects, for evaluation; an unstated contrast is drawn once and for all."""
+        return np.stack([self.read(int(i), stream, np.random.default_rng([self.seed, int(i)])) for i in indices])
+
+    def _rendered(self, modality: str, chunk: int) -> np.ndarray:
+        rows = self._rows[modality][chunk * self._chunk : (chunk + 1) * self._chunk]
+        rows += rows[-1:] * (self._chunk - len(rows))  # one shape, one executable
+        subjects = Subject(*map(np.stack, zip(*(subject(self.seed, i) for i in rows), strict=True)))
+        with jax.default_device(_cpu()):
+            return np.asarray(_render(modality, subjects, self.seed, np.asarray(rows, np.uint32), self.size))
+
+
+def _cpu():
+    """Rendering stays out of an accelerator's way, and gives the same pictures everywhere."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        return None

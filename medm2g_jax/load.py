@@ -1,0 +1,208 @@
+"""From a run's folder to a model that generates: `load`, and values in and out of it in their own units."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from medm2g_jax import rounds
+from medm2g_jax.data import images
+from medm2g_jax.data.text import Tokenizers
+from medm2g_jax.errors import UserError
+from medm2g_jax.generate import Generated, Generator, Request, with_bridges
+from medm2g_jax.modality import MODALITIES, split_stream
+from medm2g_jax.model import build
+from medm2g_jax.train import checkpoint
+from medm2g_jax.train.device import compiler_options, use_compilation_cache
+from medm2g_jax.train.results import group_fingerprint, tuples
+
+
+def newest_round(root: epath.Path) -> epath.Path:
+    """The folder of the finished round of a run root with the most rounds behind it, the newest of those.
+
+    Raises:
+      UserError: there is none; says what is there, or the command that makes one.
+    """
+    done = []
+    for folder in root.iterdir() if root.is_dir() else ():
+        meta = checkpoint.read_meta(folder) if folder.is_dir() else None
+        if meta is not None and meta["stage"] in meta["rounds"]:
+            done.append((len(meta["rounds"]), meta["finished"], folder))
+    if not done:
+        raise UserError(
+            f"{root}: no finished round in it; train one with "
+            f"python -m medm2g_jax.main --config=configs/text_ct.py:tiny --workdir={root}"
+        )
+    return max(done, key=lambda d: d[:2])[2]
+
+
+def load(path: str, modalities: Sequence[str] | None = None) -> "Model":
+    """A trained model.
+
+    Args:
+      path: a run root (its newest finished round), or one round's folder in it.
+      modalities: read only these flows; all by default.
+
+    Raises:
+      UserError: nothing finished there, or a stage it stands on has been trained again since.
+    """
+    root = epath.Path(path)
+    meta = checkpoint.read_meta(root)
+    if meta is None:
+        root = newest_round(root)
+        meta = checkpoint.read_meta(root)
+    if meta["stage"] not in meta["rounds"]:
+        raise UserError(f"{root}: {meta['stage']} is not a round; generation needs the folder of a round or a run root")
+    use_compilation_cache(root.parent / "xla_cache")
+    net = tuples(meta["shared"]["net"])
+    trained = [m for m in meta["modalities"] if f"{m}/guide" in meta["from"]]
+    wanted = trained if modalities is None else [m for m in trained if m in modalities]
+    model = build(net, wanted, meta["vocab"], meta["scales"], meta["shared"]["image_size"])
+    kinds = {f"{MODALITIES[m].kind}/vae" for m in wanted}
+    groups: dict[str, list[str]] = {}
+    for group, origin in meta["from"].items():
+        # Every prompt encoder stays: any modality may be given, and the centre's makes the null prompt.
+        if group.split("/")[0] in wanted or group in kinds or group.endswith("/clip"):
+            groups.setdefault(origin["stage"], []).append(group)
+    params: dict[str, Any] = {}
+    for stage, some in groups.items():
+        folder = root.parent / stage
+        found = checkpoint.read_meta(folder)
+        if found is None:
+            raise UserError(f"{root} stands on {folder}, which is not there (or not finished); copy the whole run root")
+        for group in some:
+            expected = meta["from"][group].get("fingerprint")
+            if expected is not None and expected != group_fingerprint(found["fingerprints"], group):
+                raise UserError(
+                    f"{folder}: {group} has been trained again since {root} was; train {meta['stage']} again too "
+                    f"(delete {root} and run its command)"
+                )
+        regex = re.compile(rounds.group_regex(some))
+        params |= checkpoint.load_model(folder, names=lambda n, regex=regex: regex.match(n) is not None)
+    tokenizers = Tokenizers.load(root.parent / "tokenizers")
+    generator = Generator(model, params, tokenizers, meta["lengths"], compiler_options())
+    config = json.loads((root / "config.json").read_text())
+    return Model(generator, meta, config["sample"])
+
+
+class Model:
+    """What `load` returns: `generate` from values in their own units to values in their own units."""
+
+    def __init__(self, generator: Generator, meta: Mapping, sample: Mapping):
+        self.generator, self.meta, self.defaults = generator, meta, dict(sample)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return tuple(self.generator.model.flows)
+
+    @property
+    def size(self) -> int:
+        """Pixels a side of what it generates."""
+        return self.meta["shared"]["image_size"]
+
+    def request(self, given: Sequence[str], make: Sequence[str], **options: Any) -> Request:
+        """The request of these streams, with this model's trained pairs and its config's sampling defaults."""
+        for stream in (*given, *make):
+            if split_stream(stream)[0] not in self.modalities:
+                raise UserError(f"{stream!r}: this model has the flows {', '.join(self.modalities)}")
+        pairs = {f"{k}_pairs": tuple(tuple(p) for p in self.meta["pairs"][k]) for k in ("prompt", "guide")}
+        defaults = {k: self.defaults[k] for k in ("steps", "sampler", "guide")}
+        return Request(tuple(given), tuple(make), **(defaults | pairs | options))
+
+    def generate(
+        self,
+        given: Mapping[str, Any],
+        make: Sequence[str],
+        *,
+        count: int | None = None,
+        steps: int | None = None,
+        eta: float | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> Generated:
+        """Make the wanted streams from the given ones.
+
+        Args:
+          given: stream -> one value or a list of them (a batch): a str, a path to an image, or a float array (h w) in
+            the modality's unit (HU for CT). Empty: made from noise alone.
+          make: streams, "ct" or "mri:t2".
+          count: samples; default one for each given value. A single given value is repeated.
+          steps, eta, guidance: of the sampler; None for the run's own.
+          seed: sample i's noise is a function of (seed, i, stream).
+          **options: `sampler`, `guide`, `prompts`, `guides` of `generate.Request`.
+
+        Raises:
+          UserError: unknown streams or options, batches of different lengths, unreadable images.
+        """
+        values = {s: list(v) if isinstance(v, (list, tuple)) else [v] for s, v in given.items()}
+        lengths = {len(v) for v in values.values()} - {1}
+        if len(lengths) > 1:
+            raise UserError(f"given values differ in number: { {s: len(v) for s, v in values.items()} }")
+        n = count or (lengths.pop() if lengths else 1)
+        batch = {}
+        for stream, items in values.items():
+            if len(items) not in (1, n):
+                raise UserError(f"{stream}: {len(items)} values given for {n} samples")
+            batch[stream] = self.model_input(stream, items * (n if len(items) == 1 else 1))
+        if steps is not None:
+            options["steps"] = steps
+        request = self.request(tuple(values), tuple(make), **options)
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(n))
+        scale = self.defaults["guidance"] if guidance is None else guidance
+        latents = self.generator.sample(request, batch, keys, scale, self.defaults["eta"] if eta is None else eta)
+        samples = {s: self.in_units(s, self.generator.decode(s, latents[s])) for s in request.make}
+        return Generated(samples, _pairs(request), seed)
+
+    def model_input(self, stream: str, items: Sequence[Any]) -> Any:
+        """Values of a stream -> what the networks read: ids, or float32 (n size size 1) in [-1, 1]."""
+        modality = MODALITIES[split_stream(stream)[0]]
+        if modality.kind == "text":
+            for item in items:
+                if not isinstance(item, str):
+                    raise UserError(f"{stream}: expected a str, found {type(item).__name__}")
+            return self.generator.ids(items)
+        return np.stack([self._image(stream, modality.window, item) for item in items])[..., None]
+
+    def _image(self, stream: str, window: tuple[float, float], item: Any) -> np.ndarray:
+        if isinstance(item, (str, Path)):
+            return images.square(images.read(item), self.size)
+        x = np.asarray(item, np.float32)
+        if x.ndim != 2:
+            raise UserError(f"{stream}: expected an image (h w), found an array of shape {x.shape}")
+        low, high = window
+        return images.square(np.clip(2 * (x - low) / (high - low) - 1, -1, 1), self.size)
+
+    def in_units(self, stream: str, value: Any) -> Any:
+        """[-1, 1] -> the modality's unit, (n h w); texts as they are."""
+        modality = MODALITIES[split_stream(stream)[0]]
+        if modality.kind == "text":
+            return value
+        low, high = modality.window
+        return (np.asarray(value, np.float32)[..., 0] + 1) / 2 * (high - low) + low
+
+
+def _pairs(request: Request) -> dict[str, str]:
+    """Which contexts were used: {"text -> ct": "prompt tokens, guide tokens", ...}."""
+    out = {}
+    make = with_bridges(request)
+    for target in make:
+        for source in (*request.given, *make):
+            if source == target:
+                continue
+            how = []
+            if source in request.given and request.prompts == "given":
+                trained = (split_stream(source)[0], split_stream(target)[0]) in request.prompt_pairs
+                how.append(f"prompt {'tokens' if trained else 'pooled'}")
+            guided = request.guided(source, target)
+            if guided:
+                how.append(f"guide {guided}")
+            if how:
+                out[f"{source} -> {target}"] = ", ".join(how)
+    return out

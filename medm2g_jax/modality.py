@@ -1,0 +1,102 @@
+"""A modality is a value, not code (section 3.2: text, CT, MRI and X-ray, text the centre).
+
+Everything the rest of the package needs to know of a modality stands in its `Modality`; `kind` alone picks the classes
+of its networks (`model.FAMILIES`). `register` adds one of your own: a PET flow is a value like these four.
+
+A *stream* is what a user names: a modality, or one contrast of it ("mri:t2"). Contrasts share their modality's
+weights and differ by one learned embedding; the bare name means that the contrast is not stated.
+"""
+
+from dataclasses import dataclass
+
+from medm2g_jax.errors import UserError
+
+KINDS = ("text", "image")
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One modality.
+
+    Attributes:
+      name: a Python identifier; the first word of its parameters' names.
+      kind: one of KINDS.
+      word: what a person calls it, in captions and pictures.
+      contrasts: streams beside the bare one; () where there is only one way to look.
+      window: the values shown as -1 and +1 (`unit`); None for text.
+      unit: of the values inside the window.
+      dicom: DICOM modality code ("" for text).
+      centre: the modality all others are aligned to; exactly one is.
+    """
+
+    name: str
+    kind: str
+    word: str
+    contrasts: tuple[str, ...] = ()
+    window: tuple[float, float] | None = None
+    unit: str = ""
+    dicom: str = ""
+    centre: bool = False
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """All streams; index 0 is the bare one, and the index is what the networks embed."""
+        return (self.name, *(f"{self.name}:{contrast}" for contrast in self.contrasts))
+
+
+MODALITIES: dict[str, Modality] = {}
+
+
+def register(modality: Modality) -> Modality:
+    """Add a modality to the registry and return it.
+
+    Raises:
+      UserError: the name is taken by another modality, is no identifier, the kind is unknown, or it is a second centre.
+    """
+    if not modality.name.isidentifier() or modality.kind not in KINDS:
+        raise UserError(f"modality {modality.name!r}: its name must be an identifier and its kind one of {KINDS}")
+    if modality.centre and any(m.centre and m.name != modality.name for m in MODALITIES.values()):
+        raise UserError(f"modality {modality.name!r}: there is one centre, and {centre().name!r} is it")
+    if MODALITIES.setdefault(modality.name, modality) != modality:
+        raise UserError(f"modality {modality.name!r} is registered already, with other values")
+    return modality
+
+
+register(Modality("text", "text", "report", centre=True))
+register(Modality("xray", "image", "X-ray", window=(0.0, 1.0), unit="relative attenuation", dicom="DX"))
+register(Modality("ct", "image", "CT", window=(-1000.0, 400.0), unit="HU", dicom="CT"))
+register(
+    Modality(
+        "mri",
+        "image",
+        "MRI",
+        contrasts=("t1", "t2", "pd", "flair", "t1ce"),
+        window=(0.0, 1.0),
+        unit="relative signal",
+        dicom="MR",
+    )
+)
+
+
+def centre() -> Modality:
+    """The modality that the others are aligned to (section 3.2: text)."""
+    (modality,) = (m for m in MODALITIES.values() if m.centre)
+    return modality
+
+
+def of_kind(kind: str) -> tuple[str, ...]:
+    """Names of the registered modalities of one kind, in the order of registration."""
+    return tuple(m.name for m in MODALITIES.values() if m.kind == kind)
+
+
+def split_stream(stream: str) -> tuple[str, int]:
+    """ "mri:t2" -> ("mri", 2): the modality and the stream's index in it.
+
+    Raises:
+      UserError: no registered modality has this stream; names those there are.
+    """
+    modality = MODALITIES.get(stream.partition(":")[0])
+    if modality is None or stream not in modality.streams:
+        known = ", ".join(s for m in MODALITIES.values() for s in m.streams)
+        raise UserError(f"unknown stream {stream!r}; known streams: {known}")
+    return modality.name, modality.streams.index(stream)

@@ -1,0 +1,104 @@
+"""Attention over contexts: what every cross-attention of the system reads, and the one place that picks a backend.
+
+A *context* is what a flow is told by others: a prompt C(y) (section 3.1) or a guide V_B([z_t^B, f_B]) (section 3.4).
+It is tokens (b n d) in the shared space with one logit bias a token, the same for every head and query:
+
+    softmax_m(q k_m / sqrt(e) + bias_m)
+
+The bias -log(n) on each of a source's n tokens makes sources of different lengths weigh the same: with equal keys, 4
+text tokens together get the mass of 16 image tokens. MASKED takes a token out; rows of a batch can so differ in what
+they are given while one executable serves them all.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+MASKED = -1e9  # finite: a row without any token stays a number (its output is multiplied by `present`)
+
+
+class Context(NamedTuple):
+    """Tokens (b n d) and what is added to their attention logits (b n)."""
+
+    tokens: Float[Array, "b n d"]
+    bias: Float[Array, "b n"]
+
+
+def context(tokens: Float[Array, "b n d"]) -> Context:
+    """One source: bias -log(n) for each of its n tokens."""
+    b, n, _ = tokens.shape
+    return Context(tokens, jnp.full((b, n), -jnp.log(n), jnp.float32))
+
+
+def concat(contexts: Sequence[Context]) -> Context:
+    """Several sources on the token axis, each with the weight of one."""
+    return Context(*(jnp.concatenate(parts, axis=1) for parts in zip(*contexts, strict=True)))
+
+
+def mask(ctx: Context, keep: Bool[Array, "b"]) -> Context:
+    """The context as given in the rows that are kept, no token in the others."""
+    return ctx._replace(bias=jnp.where(keep[:, None], ctx.bias, MASKED))
+
+
+def present(ctx: Context) -> Bool[Array, "b"]:
+    """Does the row have any token that is not masked?"""
+    return jnp.any(ctx.bias > MASKED / 2, axis=1)
+
+
+def attend(
+    q: Float[Array, "b n k e"],
+    k: Float[Array, "b m k e"],
+    v: Float[Array, "b m k e"],
+    bias: Float[Array, "b m"] | None = None,
+    causal: bool = False,
+) -> Float[Array, "b n k e"]:
+    """softmax(q k / sqrt(e) + bias) v per head, the softmax in float32; causal: query i sees keys 0 .. i.
+
+    cuDNN's fused kernel on GPUs in half precision, two einsums elsewhere: on CPU 1.5 times faster, forward and
+    backward, than `jax.nn.dot_product_attention` (b 32, n 16, m 48, 4 heads of 24), which lowers to the same on TPU.
+    """
+    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
+        folded = fold_bias(q, k, v, bias)
+        if folded[0].shape[-1] <= 128:  # more is refused in training before Hopper; SD's 160 goes to XLA
+            out = jax.nn.dot_product_attention(
+                *folded, scale=q.shape[-1] ** -0.5, is_causal=causal, implementation="cudnn"
+            )
+            return out[..., : q.shape[-1]]
+    logits = jnp.einsum("bnke,bmke->bknm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    if bias is not None:
+        logits += bias[:, None, None, :]
+    if causal:
+        n, m = logits.shape[-2:]
+        logits = jnp.where(jnp.tri(n, m, dtype=bool), logits, MASKED)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bknm,bmke->bnke", weights, v)
+
+
+def fold_bias(
+    q: Float[Array, "b n k e"],
+    k: Float[Array, "b m k e"],
+    v: Float[Array, "b m k e"],
+    bias: Float[Array, "b m"] | None,
+) -> tuple[Float[Array, "b n k f"], Float[Array, "b m k f"], Float[Array, "b m k f"]]:
+    """Carry the bias as two more features of the head: q has 1 1, k the bias (times sqrt(e)) and what rounding left.
+
+    cuDNN takes a bias as a full (b k n m) tensor in half precision, where log(272) is off by a hundredth, refuses odd
+    numbers of tokens with one (CLIP gives 77 and 257) and computes its gradient, which nobody wants. Head dims are
+    padded with zeros to the multiple of 8 that it asks for.
+    """
+    e = q.shape[-1]
+    extra = 0 if bias is None else 2
+    pad = [(0, 0)] * 3 + [(0, -(e + extra) % 8)]
+    if bias is not None:
+        # At least -3e4, which float16 can hold and exp() turns into 0 all the same.
+        exact = jnp.maximum(bias * e**0.5, -3e4)
+        rounded = exact.astype(k.dtype)
+        rest = (exact - rounded.astype(exact.dtype)).astype(k.dtype)
+        features = jnp.stack([rounded, rest], axis=-1)[:, :, None]
+        q = jnp.concatenate([q, jnp.ones((*q.shape[:3], 2), q.dtype)], axis=-1)
+        k = jnp.concatenate([k, jnp.broadcast_to(features, (*k.shape[:3], 2))], axis=-1)
+        v = jnp.pad(v, [(0, 0)] * 3 + [(0, 2)])
+    return jnp.pad(q, pad), jnp.pad(k, pad), jnp.pad(v, pad)

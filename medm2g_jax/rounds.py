@@ -1,0 +1,183 @@
+"""The stage graph: who trains, who is frozen, what starts from what (section 3.5, Fig. 3).
+
+    image_vae, text_vae -> align_<pair>... -> ldm_<modality>... -> <pair>...
+
+A *listing* is the ordered tuple of rounds, each a pair of modalities: by default section 3.5's Text-Xray, Text-CT,
+CT-MRI. Everything else follows from it by one rule: in alignment and in the rounds **a modality trains when it first
+appears and is frozen afterwards**; every modality gets a single flow between the two.
+
+Parameters come in four groups a modality (or kind), and every group is trained by the stages named here:
+
+    <kind>/vae      autoencoder, shared by a kind's modalities        image_vae, text_vae
+    <m>/clip        prompt encoder C_M                                align_<pair>
+    <m>/flow        UNet eps_theta and its prompt_in                  ldm_<m>
+    <m>/guide       V_M, f_M, theta_c of m's UNet                     the rounds
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from medm2g_jax.errors import UserError
+from medm2g_jax.modality import KINDS, MODALITIES, centre
+
+LISTINGS = {
+    "default": ("text_xray", "text_ct", "ct_mri"),  # section 3.5
+    "text_mri": ("text_xray", "text_mri", "ct_mri"),  # "Implementation Details" of section 4
+}
+
+# What every stage of a run root must agree on: handed to upstream stages, and compared with what is there.
+SHARED = ("preset", "variant", "listing", "data", "image_size", "net", "seed", "weights")
+
+GROUPS = {
+    "vae": r"{}/vae/",
+    "clip": r"{}/clip/",
+    "flow": r"{}/(prompt_in/|unet/(?!.*guide/))",
+    "guide": r"{}/(context/|adapt/|unet/.*guide/)",
+}
+
+
+def group_regex(groups: Iterable[str]) -> str:
+    """("ct/guide",) -> a regex that matches, from the start, the names of the parameters in any of the groups."""
+    patterns = (GROUPS[g.split("/")[1]].format(re.escape(g.split("/")[0])) for g in groups)
+    return "|".join(patterns) or r"(?!)"
+
+
+def group_of(name: str) -> str | None:
+    """The group of a parameter, None for what a stage drops afterwards (projectors, temperatures)."""
+    owner = name.split("/")[0]
+    return next((f"{owner}/{g}" for g, regex in GROUPS.items() if re.match(regex.format(owner), name)), None)
+
+
+def pair(round_name: str) -> tuple[str, str]:
+    """ "text_ct" -> ("text", "ct").
+
+    Raises:
+      UserError: the name is not two registered modalities joined by an underscore.
+    """
+    words = round_name.split("_")
+    for i in range(1, len(words)):
+        a, b = "_".join(words[:i]), "_".join(words[i:])
+        if a in MODALITIES and b in MODALITIES and a != b:
+            return a, b
+    raise UserError(f"unknown round {round_name!r}: expected two of {', '.join(MODALITIES)} joined by an underscore")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One node of the graph.
+
+    Attributes:
+      name: its run directory and, for rounds and autoencoders, its config file.
+      verb: "vae" | "align" | "ldm" | "round".
+      subjects: the kind (vae), the pair (align, round) or the modality (ldm).
+      trains, reads: groups; what it reads besides comes frozen from the stages that trained it.
+      new: the modalities that first appear here (align, round), else subjects.
+    """
+
+    name: str
+    verb: str
+    subjects: tuple[str, ...]
+    trains: tuple[str, ...]
+    reads: tuple[str, ...]
+    new: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """All stages of a listing, in the order in which they can run.
+
+    `freeze="paper"`: a modality's guide group trains in its first round only; "partner_open": the known partner of
+    a round trains on as well.
+    """
+
+    listing: tuple[str, ...]
+    freeze: str = "paper"
+
+    @cached_property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        return tuple(pair(name) for name in self.listing)
+
+    @cached_property
+    def modalities(self) -> tuple[str, ...]:
+        """In the order of their first appearance."""
+        return tuple(dict.fromkeys(m for p in self.pairs for m in p))
+
+    def prompts(self, target: str) -> tuple[str, ...]:
+        """Modalities whose C prompts the single flow of `target`: never its own x, so never its own stream.
+
+        The centre is prompted by everything it is paired with; an imaging modality by the partner of its first round
+        and, where it has contrasts, by another contrast of itself.
+        """
+        partners = tuple(b if a == target else a for a, b in self.pairs if target in (a, b))
+        if MODALITIES[target].centre:
+            return partners
+        return partners[:1] + ((target,) if MODALITIES[target].contrasts else ())
+
+    @cached_property
+    def stages(self) -> dict[str, Stage]:
+        out = [Stage(f"{kind}_vae", "vae", (kind,), (f"{kind}/vae",), (), (kind,)) for kind in reversed(KINDS)]
+        first = {m: next(i for i, p in enumerate(self.pairs) if m in p) for m in self.modalities}
+        for i, (name, ab) in enumerate(zip(self.listing, self.pairs, strict=True)):
+            new = tuple(m for m in ab if first[m] == i)
+            clips = tuple(f"{m}/clip" for m in ab)
+            out.append(Stage(f"align_{name}", "align", ab, tuple(f"{m}/clip" for m in new), clips, new))
+        for m in self.modalities:
+            prompts = dict.fromkeys((centre().name, *self.prompts(m)))
+            reads = (f"{MODALITIES[m].kind}/vae", *(f"{p}/clip" for p in prompts))
+            out.append(Stage(f"ldm_{m}", "ldm", (m,), (f"{m}/flow",), reads, (m,)))
+        for i, (name, ab) in enumerate(zip(self.listing, self.pairs, strict=True)):
+            new = tuple(m for m in ab if first[m] == i)
+            open_ = ab if self.freeze == "partner_open" else new
+            clips = dict.fromkeys((centre().name, *ab))
+            reads = (
+                *dict.fromkeys(f"{MODALITIES[m].kind}/vae" for m in ab),
+                *(f"{m}/clip" for m in clips),
+                *(f"{m}/flow" for m in ab),
+                *(f"{m}/guide" for m in ab if m not in new),
+            )
+            out.append(Stage(name, "round", ab, tuple(f"{m}/guide" for m in open_), reads, new))
+        return {stage.name: stage for stage in out}
+
+    def stage(self, name: str) -> Stage:
+        if name not in self.stages:
+            raise UserError(f"unknown stage {name!r} in the listing {self.listing}; stages: {', '.join(self.stages)}")
+        return self.stages[name]
+
+    def owners(self, name: str) -> dict[str, str]:
+        """Group -> the last stage before `name` that trains it, for every group that `name` reads."""
+        stage = self.stage(name)
+        before = list(self.stages)[: list(self.stages).index(name)]
+        return {
+            group: next(s for s in reversed(before) if group in self.stages[s].trains)
+            for group in stage.reads
+            if any(group in self.stages[s].trains for s in before)
+        }
+
+    def plan(self, name: str) -> tuple[str, ...]:
+        """All stages that `name` stands on, in order, and itself last."""
+        needed, todo = set(), [name]
+        while todo:
+            stage = todo.pop()
+            if stage not in needed:
+                needed.add(stage)
+                # A round builds on the earlier rounds of its modalities, even where it only reads their flows.
+                todo += self.owners(stage).values()
+        return tuple(s for s in self.stages if s in needed)
+
+    def trained_pairs(self, rounds: Sequence[str]) -> dict[str, tuple[tuple[str, str], ...]]:
+        """Which source -> target pairs have been trained after these rounds, of prompts and of guides.
+
+        Generation uses all tokens of a context for these pairs, its pooled token for all others.
+        """
+        done = tuple(m for m in self.modalities if any(m in pair(r) for r in rounds))
+        prompts = tuple((source, target) for target in done for source in self.prompts(target))
+        guides = tuple(ab for r in rounds for ab in (pair(r), pair(r)[::-1]))
+        return {"prompt": prompts, "guide": guides}
+
+
+def graph(listing: Sequence[str], freeze: str = "paper") -> Graph:
+    if freeze not in ("paper", "partner_open"):
+        raise UserError(f"config.freeze={freeze!r}: expected 'paper' or 'partner_open'")
+    return Graph(tuple(listing), freeze)

@@ -1,0 +1,43 @@
+"""What depends on the backend: the dtype of activations, compiler options, the compilation cache."""
+
+import functools
+import logging
+import os
+
+import jax
+import jax.numpy as jnp
+
+from medm2g_jax.errors import UserError
+
+# XLA's CPU library for convolutions is up to 3 times slower than its plain path at UNet sizes; leave it the dots.
+# Measured on jaxlib 0.10.2; as options of one jit they are refused, not fatal, where a version does not know them.
+CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+
+
+def activation_dtype(name: str):
+    """ "auto": bfloat16 on accelerators, float32 on CPU; or the dtype of that name."""
+    if name == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"config.dtype={name!r}: expected auto, float32 or bfloat16")
+    return jnp.dtype(name).type
+
+
+@functools.cache
+def compiler_options() -> dict[str, str] | None:
+    """Options for `jax.jit(..., compiler_options=)` on this backend, None where there are none or they are refused."""
+    if jax.default_backend() != "cpu":
+        return None
+    try:
+        jax.jit(lambda x: x + 1, compiler_options=CPU_OPTIONS)(jnp.float32(0))
+    except (jax.errors.JaxRuntimeError, ValueError, TypeError) as error:
+        logging.warning("compiler options %s refused by this jaxlib, going on without: %s", CPU_OPTIONS, error)
+        return None
+    return CPU_OPTIONS
+
+
+def use_compilation_cache(folder) -> None:
+    """Keep compiled executables in `folder`, unless the environment names another place."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

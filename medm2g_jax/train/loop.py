@@ -1,0 +1,355 @@
+"""Runs a plan: every missing upstream stage, then the one asked for. One loop and one train step serve all stages.
+
+A run root holds one folder a stage, and what the stages share:
+
+    runs/phantom-tiny/
+      tokenizers/                     trained once on all training texts
+      image_vae/ text_vae/ align_text_xray/ ... text_ct/
+        config.json versions.json     what this stage ran with
+        checkpoints/STEP              trainable, EMA, optimizer, step
+        model/ model.json             its result, there only when finished
+        log.jsonl tensorboard/ *.png  numbers, and the picture it ends with
+
+Everything random is a function of (seed, stage, step, global row, stream), so that a run killed at any moment and
+started again by the same command ends with the same bits.
+"""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from medm2g_jax import rounds
+from medm2g_jax.arrays import Params
+from medm2g_jax.config import stage_config
+from medm2g_jax.data import pipeline
+from medm2g_jax.data.text import Tokenizers
+from medm2g_jax.errors import UserError
+from medm2g_jax.model import salt
+from medm2g_jax.stages import Recipe, recipe
+from medm2g_jax.train import checkpoint, optim, results, sharding
+from medm2g_jax.train.device import activation_dtype, compiler_options
+from medm2g_jax.train.log import Log, memory, versions
+from medm2g_jax.train.state import State, create, make_eval_step, make_train_step
+
+# What may differ between a stopped stage and the command that resumes it.
+FREE = (
+    "steps",
+    "log_every",
+    "eval_every",
+    "eval_rows",
+    "checkpoint_every",
+    "keep",
+    "mesh",
+    "dtype",
+    "sample",
+    "upstream",
+    "upstream_dirs",
+    "stages",
+    "preset_reason",
+    "data_reason",
+    "remat",
+)
+FINISH_BATCHES = 8
+
+
+@dataclass(frozen=True)
+class Data:
+    """The source of a run and what reads its texts."""
+
+    source: pipeline.Source
+    tokenizers: Tokenizers
+    lengths: dict[str, int]
+    size: int
+
+    def batches(self, rows: pipeline.Rows, split: str, batch: int, seed: int, start: int = 0, process=(0, 1)):
+        return pipeline.batches(
+            self.source,
+            rows,
+            split,
+            batch,
+            seed,
+            size=self.size,
+            tokenizers=self.tokenizers,
+            lengths=self.lengths,
+            start=start,
+            process=process,
+        )
+
+    def fixed(self, rows: pipeline.Rows, split: str, count: int, seed: int = 0) -> pipeline.Batch:
+        """A held-out batch; of the training records where the source holds out none that fit."""
+        try:
+            return pipeline.fixed(
+                self.source, rows, split, count, seed, size=self.size, tokenizers=self.tokenizers, lengths=self.lengths
+            )
+        except UserError:
+            if split == "train":
+                raise
+            return self.fixed(rows, "train", count, seed)
+
+    @property
+    def empty(self) -> dict[str, np.ndarray]:
+        """Ids of the empty text, one row: the null prompt."""
+        return {name: ids[None] for name, ids in self.tokenizers.encode("", self.lengths).items()}
+
+
+class Stopped(Exception):
+    """The run was asked to stop (SIGTERM) and has saved its state."""
+
+
+class _StopFlag:
+    """Turns SIGTERM into a flag that the loop reads between steps."""
+
+    def __init__(self):
+        self.set = False
+        self._old = signal.signal(signal.SIGTERM, self._raise_flag)
+
+    def _raise_flag(self, *_):
+        self.set = True
+
+    def close(self):
+        signal.signal(signal.SIGTERM, self._old)
+
+
+def run_stage(
+    config: ConfigDict,
+    root: epath.Path,
+    data: Data,
+    plan_eta: float = 0.0,
+    show: Callable[..., dict] | None = None,
+) -> dict:
+    """Train one stage, all of whose upstream results exist, and write its result. Returns the result's model.json.
+
+    Args:
+      plan_eta: seconds that the stages after this one are expected to take.
+      show: called with (config, folder, model, params, data, meta) after the last step: draws the stage's picture and
+        returns its numbers.
+    """
+    folder = root / config.stage
+    began = time.time()
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(config.batch, mesh)
+    stage = rounds.graph(config.listing, config.get("freeze", "paper")).stage(config.stage)
+    _record(config, folder)
+
+    dtype = activation_dtype(config.dtype)
+    place = lambda name, shape: sharding.param_sharding(name, shape, mesh)  # noqa: E731
+    upstream = results.load_upstream(config, root, place, None if dtype == jnp.float32 else dtype)
+    model = results.build_model(config, data.tokenizers.sizes, upstream.scales, dtype)
+    spec = recipe(config, model, gpt2_pad=data.tokenizers.sizes["gpt2"] - 3)
+    key = jax.random.fold_in(jax.random.key(config.seed), salt(config.stage))
+
+    frozen = {k: v for k, v in upstream.params.items() if not results.trains(stage, k)}
+    empty = jax.device_put(data.empty, sharding.replicated(mesh))
+    seed = (config.seed + salt(config.stage)) % 2**31
+    host = (jax.process_index(), jax.process_count())
+
+    def loader(start: int):
+        return data.batches(spec.rows, "train", config.batch, seed, start, host)
+
+    # Fresh parameters, then what earlier stages trained of them (an open partner), then what `start` draws from data.
+    shapes = jax.eval_shape(spec.init, key)
+    placed = {name: place(name, x.shape) for name, x in shapes.items()}
+    trainable = jax.jit(spec.init, out_shardings=placed)(key)
+    trainable |= {k: v.astype(jnp.float32) for k, v in upstream.params.items() if k in trainable}
+    if spec.start is not None:
+        first = sharding.put_batch(next(loader(0)), mesh)
+        drawn, extra = spec.start(frozen, [first], key, empty)
+        trainable |= {k: jax.device_put(v, placed[k]) for k, v in drawn.items() if k in trainable}
+        frozen |= jax.device_put(extra, sharding.replicated(mesh))
+
+    tx = optim.make(config, trainable)
+    state_shardings = _state_shardings(jax.eval_shape(lambda p: create(p, tx), trainable), placed, mesh)
+    state = jax.jit(lambda p: create(p, tx), out_shardings=state_shardings)(trainable)
+    options = compiler_options()
+    train_step = jax.jit(
+        make_train_step(spec, config, tx),
+        donate_argnums=0,
+        out_shardings=(state_shardings, None),
+        compiler_options=options,
+    )
+    eval_step = jax.jit(make_eval_step(spec, config), compiler_options=options)
+
+    saves = checkpoint.Checkpoints(folder / "checkpoints", keep=config.keep)
+    total = config.steps * config.accumulate
+    log = Log(folder, config.stage, config.steps, data.source.open)
+    stop = _StopFlag()
+    try:
+        restored = saves.restore(_abstract(state, state_shardings))
+        if restored is not None:
+            state = restored[0]
+        step = int(state.step)
+        log.open_at(step // config.accumulate, plan_eta)
+        held_out = _held_out(data, spec, config, mesh)
+
+        def evaluate(state: State) -> float:
+            loss, terms = _evaluate(eval_step, spec, state.ema, frozen, held_out, key)
+            log.write_scalars(
+                step // config.accumulate, {"held out/loss": loss} | {f"held out/{k}": v for k, v in terms.items()}
+            )
+            return loss
+
+        batches = iter(loader(step)) if step < total else iter(())
+        while step < total:
+            batch = sharding.put_batch(next(batches), mesh)
+            state, metrics = train_step(state, frozen, batch, key)
+            step += 1
+            if step % config.accumulate:
+                continue
+            done = step // config.accumulate
+            last = step == total
+            if done % config.log_every == 0 or done == 1 or last:
+                values = {k: float(v) for k, v in metrics.items()}
+                if not np.isfinite(values["loss"]):
+                    raise UserError(
+                        f"{config.stage}: loss is {values['loss']} at step {done}; the last good checkpoint is in "
+                        f"{folder / 'checkpoints'}. Lower config.lr (now {config.lr}) or raise config.warmup and run again"
+                    )
+                log.write_scalars(done, values | memory())
+                log.progress(done, values, plan_eta)
+            if last or (config.eval_every and done % config.eval_every == 0):
+                saves.save(done, _as_dict(state), metric=evaluate(state))
+            elif done % config.checkpoint_every == 0:
+                saves.save(done, _as_dict(state))
+                log.sync()
+            if stop.set and not last:
+                saves.save(done, _as_dict(state), force=True)
+                saves.wait()
+                raise Stopped(
+                    f"{config.stage}: stopped at step {done} of {config.steps}, saved; the same command resumes"
+                )
+        saves.wait()
+        close = getattr(batches, "close", None)
+        if close:
+            close()
+        best, params = _best(saves, state, state_shardings)
+    finally:
+        stop.close()
+        saves.close()
+
+    kept = {k: v for k, v in params.items() if not k.startswith(spec.temporary)}
+    meta = results.describe(config, stage, data, upstream, model)
+    if spec.finish is not None:
+        some = (sharding.put_batch(b, mesh) for b in islice(loader(0), FINISH_BATCHES))
+        finished = spec.finish({**frozen, **kept}, some)
+        meta["scales"] = meta["scales"] | finished.get("scales", {})
+        model = results.build_model(config, data.tokenizers.sizes, meta["scales"], dtype)
+    meta["step"] = best
+    meta["parameters"] = int(sum(v.size for v in kept.values()))
+    if show is not None:
+        everything = {**frozen, **params}
+        meta["numbers"] = show(
+            config=config, folder=folder, model=model, params=everything, data=data, meta=meta, log=log
+        )
+    meta["finished"] = time.time()
+    meta["seconds"] = round(meta["finished"] - began, 1)  # of this process: a resumed stage counts its last part
+    checkpoint.save_model(folder, kept, meta)
+    log.close()
+    return checkpoint.read_meta(folder)
+
+
+def _as_dict(state: State) -> dict[str, Any]:
+    return dict(step=state.step, trainable=state.trainable, ema=state.ema, opt=state.opt)
+
+
+def _abstract(state: State, shardings: State) -> dict[str, Any]:
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+    return _as_dict(abstract)
+
+
+def _state_shardings(abstract: State, placed: Mapping[str, Any], mesh) -> State:
+    """Optimizer slots and EMA live where their parameter lives; counters everywhere."""
+
+    def where(path, leaf):
+        names = [p.key for p in path if isinstance(p, jax.tree_util.DictKey)]
+        return placed[names[-1]] if names and names[-1] in placed else sharding.replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(where, abstract)
+
+
+def _held_out(data: Data, spec: Recipe, config: ConfigDict, mesh) -> Any:
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch = data.fixed(spec.rows, "val", max(rows, config.eval_rows // rows * rows))
+    count = len(jax.tree.leaves(batch)[0])
+    if count % rows == 0:
+        return (
+            sharding.put_batch(batch, mesh)
+            if jax.process_count() == 1
+            else jax.device_put(batch, sharding.replicated(mesh))
+        )
+    return jax.device_put(batch, sharding.replicated(mesh))
+
+
+def _evaluate(eval_step, spec: Recipe, params: Params, frozen: Params, batch, key) -> tuple[float, dict[str, float]]:
+    """Held-out loss and its terms: the mean over the recipe's fixed times, with fixed noise."""
+    out = [
+        eval_step(params, frozen, batch, jax.random.fold_in(key, 2**30 + i), None if t is None else jnp.int32(t))
+        for i, t in enumerate(spec.times or (None,))
+    ]
+    loss = float(np.mean([float(value) for value, _ in out]))
+    return loss, {k: float(np.mean([float(terms[k]) for _, terms in out])) for k in out[0][1]}
+
+
+def _best(saves: checkpoint.Checkpoints, state: State, shardings: State) -> tuple[int, Params]:
+    """The EMA of the best checkpoint (the last one, unless an earlier evaluation was better)."""
+    best = saves.best()
+    if best is None:
+        return int(state.step), state.ema
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state.ema, shardings.ema)
+    return best, saves.restore_item(best, "ema", abstract)
+
+
+def _record(config: ConfigDict, folder: epath.Path) -> None:
+    """Write the resolved config and the versions; a folder that was begun with another config is an error."""
+    path = folder / "config.json"
+    now = json.loads(config.to_json_best_effort())
+    if path.exists() and (folder / "checkpoints").exists():
+        before = json.loads(path.read_text())
+        for field, old, new in results.differences(before, now):
+            if field.split(".")[0] not in FREE:
+                raise UserError(
+                    f"{folder} was begun with config.{field}={old!r}, this command has {new!r}; give it back, or start "
+                    "afresh with --workdir=ANOTHER_FOLDER"
+                )
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(now, indent=1, sort_keys=True))
+        (folder / "versions.json").write_text(json.dumps(versions(), indent=1))
+
+
+def plan_stages(config: ConfigDict, root: epath.Path) -> list[tuple[str, str]]:
+    """[(stage, what happens)] of this config's plan: "done", "resume", "train", or "initialised" (upstream="init").
+
+    Raises:
+      UserError: upstream="require" and a stage is missing; names the command that makes it.
+    """
+    if config.upstream not in ("train", "init", "require"):
+        raise UserError(f"config.upstream={config.upstream!r}: expected train, init or require")
+    out = []
+    for name in rounds.graph(config.listing).plan(config.stage):
+        if results.find(root, config, name) is not None:
+            what = "done"
+        elif name != config.stage and config.upstream == "require":
+            raise UserError(
+                f"{config.stage} needs the result of {name}, and there is none in {root}; make it with\n  "
+                f"python -m medm2g_jax.main --config={results.config_words(config, name)} --workdir={root}"
+            )
+        elif name != config.stage and config.upstream == "init":
+            what = "initialised"
+        else:
+            what = "resume" if (root / name / "checkpoints").exists() else "train"
+        out.append((name, what))
+    return out
+
+
+def stage_configs(config: ConfigDict, todo: list[tuple[str, str]]) -> dict[str, ConfigDict]:
+    return {name: stage_config(config, name) for name, what in todo if what in ("train", "resume")}

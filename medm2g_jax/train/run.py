@@ -1,0 +1,99 @@
+"""A whole run: resolve the run root and the data, print the plan, train what is missing, write the report."""
+
+import time
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from medm2g_jax import rounds
+from medm2g_jax.data import pipeline
+from medm2g_jax.data.readers import open_source
+from medm2g_jax.data.text import Tokenizers
+from medm2g_jax.evaluate.show import data_picture, show
+from medm2g_jax.train import loop
+from medm2g_jax.train.device import use_compilation_cache
+from medm2g_jax.train.log import quiet
+
+# Rough relative cost of a stage of the tiny preset, seconds on two cores: the first guess of the plan's ETA, corrected
+# by what has been measured.
+_SECONDS = {"vae": 40.0, "align": 40.0, "ldm": 70.0, "round": 80.0}
+
+
+def default_workdir(config: ConfigDict) -> str:
+    """runs/<data>-<preset>[-<variant>][-<listing>]."""
+    source = config.data.source
+    data = source if ":" not in source else (epath.Path(source.partition(":")[2]).name or "data")
+    words = [data, config.preset, *([config.variant] if config.variant else [])]
+    if config.listing != rounds.LISTINGS["default"]:
+        names = {v: k for k, v in rounds.LISTINGS.items()}
+        words.append(names.get(config.listing, config.listing[-1]))
+    return "runs/" + "-".join(words)
+
+
+def open_data(config: ConfigDict, root: epath.Path) -> loop.Data:
+    """The source of a config and its tokenizers: those of the run root, else trained on all its training texts."""
+    graph = rounds.graph(config.listing)
+    d = config.data
+    source = open_source(
+        d.source,
+        size=config.image_size,
+        seed=config.seed,
+        pairs=graph.pairs,
+        template_text=d.template_text,
+        phantom=dict(train=d.train, val=d.val, test=d.test),
+    )
+    folder = root / "tokenizers"
+    if not (folder / "done").exists():
+        texts = pipeline.texts(source, "train", config.seed)
+        Tokenizers.train(texts, folder, config.net.vocabulary)
+        (folder / "done").write_text(f"trained on {len(texts)} texts of {source.name}\n")
+    tokenizers = Tokenizers.load(folder)
+    lengths = dict(clip=config.net.clip_text.length, bert=config.net.bert_length, gpt2=config.net.gpt2_length)
+    return loop.Data(source, tokenizers, lengths, config.image_size)
+
+
+def run(config: ConfigDict, workdir: str | None = None) -> epath.Path:
+    """Train config.stage and, before it, what it stands on (config.upstream). Returns the run root."""
+    began = time.time()
+    quiet()
+    root = epath.Path(workdir or default_workdir(config))
+    use_compilation_cache(root / "xla_cache")
+    words = config.preset + (f",{config.variant}" if config.variant else "")
+    print(f"medm2g_jax: {config.stage}, preset {words} ({config.preset_reason})")
+    print(
+        f"data {config.data.source} ({config.data_reason}); {len(jax.devices())} x {jax.devices()[0].device_kind}; "
+        f"run root {root}",
+        flush=True,
+    )
+    todo = loop.plan_stages(config, root)
+    width = max(len(name) for name, _ in todo)
+    for i, (name, what) in enumerate(todo, 1):
+        print(f"  {i:2d}. {name:{width}s}  {what}", flush=True)
+    configs = loop.stage_configs(config, todo)
+    if not configs:
+        print(f"{config.stage} is done: {root / config.stage}")
+        return root
+    data = open_data(config, root)
+    counts = {s: sum(r.split == s for r in data.source.records) for s in ("train", "val", "test")}
+    print(
+        f"data: {counts['train']} records to train on, {counts['val']} held out, {counts['test']} to test; "
+        f"vocabularies {data.tokenizers.sizes}",
+        flush=True,
+    )
+    if data.source.open:
+        data_picture(data, root / f"{data.source.name}.png", rounds.graph(config.listing).modalities)
+
+    guess = {name: _SECONDS[rounds.graph(config.listing).stages[name].verb] for name in configs}
+    spent: dict[str, float] = {}
+    for i, (name, stage) in enumerate(configs.items()):
+        ratio = sum(spent.values()) / sum(guess[s] for s in spent) if spent else 1.0
+        rest = ratio * sum(guess[s] for s in list(configs)[i + 1 :])
+        print(f"\n== {name} ({i + 1} of {len(configs)})", flush=True)
+        start = time.time()
+        meta = loop.run_stage(stage, root, data, plan_eta=rest, show=show)
+        spent[name] = time.time() - start
+        size = meta["parameters"] / 1e6
+        print(f"  {name}: done in {spent[name]:.0f} s, {size:.2f} M parameters -> {root / name}", flush=True)
+    print(f"\n{config.stage}: all done in {time.time() - began:.0f} s", flush=True)
+    return root

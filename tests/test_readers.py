@@ -1,0 +1,276 @@
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medm2g_jax.data.pipeline import Rows, Source, batches, fixed, matching
+from medm2g_jax.data.readers import Manifest, is_open, open_source, stream_of
+from medm2g_jax.errors import UserError
+
+RNG = np.random.default_rng(0)
+
+
+def picture(folder: Path, name: str, value: int, shape=(16, 12)) -> str:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full(shape, value, np.uint8)).save(folder / name)
+    return name
+
+
+def write(folder: Path, rows: list) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.jsonl").write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
+    return folder
+
+
+def row(number: int, **fields) -> dict:
+    return {"id": f"r{number}", "subject": f"s{number}", "split": "train", "license": "CC0", **fields}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    images = {key: picture(tmp_path, f"{key}.png", 10 * i) for i, key in enumerate(("ct", "mri", "mri_t1", "mri_t1gd"))}
+    return write(
+        tmp_path,
+        [
+            row(0, images=images, text=" clear lungs ", text_origin="report"),
+            row(
+                1, split="val", images={"xray": picture(tmp_path, "x.JPG", 51)}, text="made up", text_origin="template"
+            ),
+            row(2, text="only text", license="unclear: no CC BY"),
+        ],
+    )
+
+
+def test_records_and_values(folder):
+    source = Manifest(folder, 16)
+    assert isinstance(source, Source) and source.name == folder.name
+    assert [r.streams for r in source.records] == [
+        ("ct", "mri", "mri:t1", "mri:t1ce", "text"),
+        ("xray",),
+        ("text",),
+    ]
+    assert [r.split for r in source.records] == ["train", "val", "train"]
+    assert source.read(0, "text", RNG) == "clear lungs"
+    image = source.read(0, "mri:t1ce", RNG)
+    assert image.shape == (16, 16, 1) and image.dtype == np.float32
+    np.testing.assert_allclose(image[:, 2:14, 0][:, 2:10], 30 / 127.5 - 1, atol=1e-6)
+    np.testing.assert_array_equal(image[:, :2], -1)  # 16 x 12: padded left and right with black
+    np.testing.assert_allclose(source.read(1, "xray", RNG)[8, 8, 0], -0.6, atol=0.01)
+    assert source.licences == {"CC0": 2, "unclear: no CC BY": 1} and not source.open
+    assert Manifest(folder, 16, template_text=True).records[1].streams == ("xray", "text")
+
+
+def test_decoded_images_are_remembered(folder):
+    source = Manifest(folder, 16)
+    before = source.read(0, "ct", RNG)
+    (folder / "ct.png").unlink()
+    after = source.read(0, "ct", RNG)
+    np.testing.assert_array_equal(before, after)
+    before[:] = 5  # the caller's copy
+    np.testing.assert_array_equal(source.read(0, "ct", RNG), after)
+
+
+def test_open_means_every_licence_is(folder):
+    rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    assert Manifest(write(folder, rows[:2]), 8).open
+    for text in ("CC BY 4.0", "CC-BY-SA-3.0", "cc0", "CC BY-NC-SA (version not stated)", "Apache-2.0 (code)", "MIT"):
+        assert is_open(text)
+    for text in ("synthetic", "Public domain", "BSD-2-Clause (repository)"):
+        assert is_open(text)
+    for text in ("", "unclear: no licence", "not MIT", "PhysioNet Credentialed", "mitre"):
+        assert not is_open(text)
+
+
+def test_keys_name_streams():
+    assert stream_of("mri_t2") == "mri:t2" and stream_of("mri_t1gd") == "mri:t1ce" == stream_of("mri_t1ce")
+    assert stream_of("ct") == "ct" and stream_of("text") == "text"
+    assert stream_of("mra") is None and stream_of("mri_dwi") is None and stream_of("mri_t1_gd") is None
+
+
+def test_what_is_left_out_is_counted_in_one_line(folder, caplog):
+    files = {"mra": "a.nii.gz", "ct": "b.nii.gz", "xray": picture(folder, "x.png", 1)}
+    write(
+        folder, [row(0, images=files), row(1, images={"ct": "dicom_folder"}), row(2, text="t", text_origin="template")]
+    )
+    with caplog.at_level(logging.WARNING):
+        source = Manifest(folder, 8)
+    assert [r.streams for r in source.records] == [("xray",)]
+    (line,) = [r.getMessage() for r in caplog.records]
+    for part in ("1 of 3 rows", "2 images not PNG or JPEG", "1 of unknown key 'mra'", "1 template texts"):
+        assert part in line
+    write(folder, [row(0, images={"mra": "a.png"}), row(1, images={"ct": "b.dcm"})])
+    with pytest.raises(UserError, match="2 rows hold nothing that can be used .*unknown key 'mra'"):
+        Manifest(folder, 8)
+
+
+def test_several_folders_and_ids_that_meet(tmp_path):
+    for name, subject in (("a", "p"), ("b", "q")):
+        rows = [
+            row(0, subject=subject, images={"ct": picture(tmp_path / name, "0.png", 1)}),
+            {**row(1, subject=subject, text="t"), "id": f"only in {name}"},
+        ]
+        write(tmp_path / name, rows)
+    source = Manifest(tmp_path, 8)
+    assert [r.id for r in source.records] == ["a/r0", "only in a", "b/r0", "only in b"]
+
+
+BAD = [  # rows, and what the error says
+    ([], "manifest.jsonl: empty"),
+    (['{"id": "a", "subject": "secret words'], r"manifest.jsonl:1: not JSON \(Unterminated string"),
+    ([row(0, text="t"), "[1]"], "manifest.jsonl:2: expected a JSON object, found list"),
+    ([{"id": "a", "split": "train"}], "manifest.jsonl:1: no 'subject'"),
+    ([row(0, split="dev", text="t")], "split 'dev'; expected one of train, val, test"),
+    ([row(0, images=["a.png"])], "'images' must map"),
+    ([row(0, text=["a"])], "'text' must be a string, found list"),
+    ([row(0, text="t"), row(0, text="t")], "manifest.jsonl:2: id 'r0' is taken by line 1"),
+    ([row(0, images={"ct": "gone.png"})], "manifest.jsonl:1: row 'r0': no file .*gone.png"),
+    ([row(0, images={"mri_t1gd": "x.png", "mri_t1ce": "x.png"})], "two images for stream 'mri:t1ce'"),
+    (
+        [row(i, subject=f"Jane {i // 2}", split=("train", "test")[i % 2], text="t") for i in range(4)],
+        "2 subjects are in",
+    ),
+]
+
+
+@pytest.mark.parametrize("rows, message", BAD)
+def test_errors_name_file_and_line_and_no_person(tmp_path, rows, message):
+    picture(tmp_path, "x.png", 3)
+    with pytest.raises(UserError, match=message) as error:
+        Manifest(write(tmp_path, rows), 8)
+    assert "secret" not in str(error.value) and "Jane" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_no_manifest_and_no_utf8(tmp_path):
+    with pytest.raises(UserError, match="no manifest.jsonl there"):
+        Manifest(tmp_path / "nowhere", 8)
+    (tmp_path / "manifest.jsonl").write_bytes(b'{"id": "\xff"}')
+    with pytest.raises(UserError, match="not UTF-8"):
+        Manifest(tmp_path, 8)
+
+
+def test_a_truncated_image_names_row_and_file(folder):
+    file = folder / "ct.png"
+    file.write_bytes(file.read_bytes()[:42])
+    source = Manifest(folder, 8)  # opening only looks whether it is there
+    with pytest.raises(UserError, match="row 'r0': .*ct.png"):
+        source.read(0, "ct", RNG)
+
+
+def test_texts_needed_and_only_templates_there(folder):
+    write(folder, [row(0, images={"ct": "ct.png"}, text="made up", text_origin="template")])
+    with pytest.raises(UserError, match="text and ct; its 1 records hold ct 1"):
+        matching(Manifest(folder, 8), Rows(require=("text", "ct")), "train")
+    assert list(matching(Manifest(folder, 8, template_text=True), Rows(require=("text", "ct")), "train")) == [0]
+
+
+def test_a_manifest_feeds_the_pipeline(folder):
+    source = Manifest(folder, 8)
+    got = fixed(source, Rows(require=("ct",), prompts=("mri",)), "train", 4, 0, size=8)
+    assert got["ct"].shape == got["prompt"]["mri"].shape == (1, 8, 8, 1)
+    stream = batches(source, Rows(any_of=("ct", "xray", "mri"), merge="image"), "train", 4, 0, size=8)
+    assert next(stream)["image"].shape == (4, 8, 8, 1)
+    stream.close()
+
+
+def test_open_source_knows_three_forms(folder):
+    options = {"size": 8, "seed": 0, "pairs": (), "template_text": True, "phantom": {}}
+    source = open_source(f"manifest:{folder}", **options)
+    assert source.name == folder.name and source.records[1].streams == ("xray", "text")
+    small = options | {"pairs": (("text", "ct"),), "phantom": {"train": 3, "val": 1, "test": 1}}
+    source = open_source("phantom", **small)
+    assert isinstance(source, Source) and source.open and source.records[0].streams == ("text", "ct")
+    for spec in ("manifest", "manifest:", "hf:x", "phantom:x", ""):
+        with pytest.raises(UserError, match="expected phantom, manifest:PATH or tfds:NAME"):
+            open_source(spec, **options)
+
+
+# --- tfds -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Nine examples on disk; the builder's class is forgotten, so that the set is read from its files alone."""
+    import tensorflow_datasets as tfds
+
+    class Small(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {
+                "ct": tfds.features.Image(shape=(None, None, 1)),
+                "mri_t2": tfds.features.Tensor(shape=(None, None), dtype=np.float32, encoding="zlib"),
+                "other": tfds.features.Tensor(shape=(8, 8), dtype=np.uint16, optional=True),
+                "text": tfds.features.Text(),
+                "subject": tfds.features.Text(),
+                "hospital": tfds.features.Text(),
+            }
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(0, 6), "validation": self._generate_examples(6, 9)}
+
+        def _generate_examples(self, begin, end):
+            for i in range(begin, end):
+                yield (
+                    i,
+                    {
+                        "ct": Image.fromarray(np.full((8, 8), 20 * i, np.uint8)),
+                        "mri_t2": np.full((8, 8), i / 10, np.float32),
+                        "other": None if i % 2 else np.full((8, 8), 1000 * i, np.uint16),
+                        "text": "" if i == 3 else f"text {i}",
+                        "subject": f"subject {i // 2}",
+                        "hospital": "one",
+                    },
+                )
+
+    folder = tmp_path_factory.mktemp("tfds")
+    Small(data_dir=folder, file_format="array_record").download_and_prepare()
+    return str(folder)
+
+
+def test_tfds_gives_back_what_was_stored(prepared):
+    from medm2g_jax.data.tfds_reader import Tfds
+
+    source = Tfds("small", 8, data_dir=prepared)
+    assert isinstance(source, Source) and not source.open
+    assert sorted(r.split for r in source.records) == ["train"] * 6 + ["val"] * 3
+    for index, record in enumerate(source.records):
+        number = round(float(source.read(index, "mri:t2", RNG)[0, 0, 0]) * 10)
+        np.testing.assert_allclose(source.read(index, "ct", RNG), 20 * number / 127.5 - 1, atol=1e-6)
+        assert record.subject == f"subject {number // 2}"
+        assert ("text" in record.streams) == (number != 3)
+        assert number == 3 or source.read(index, "text", RNG) == f"text {number}"
+    stream = batches(source, Rows(require=("ct", "mri")), "train", 6, 0, size=8)
+    got = next(stream)
+    stream.close()
+    assert sorted(np.round(got["mri"][:, 0, 0, 0] * 10)) == list(range(6)) and (got["stream"]["mri"] == 2).all()
+
+
+def test_tfds_with_a_map_of_features(prepared):
+    from medm2g_jax.data.tfds_reader import Tfds
+
+    source = Tfds("small", 8, {"other": "xray"}, {"validation": "test"}, prepared)
+    assert [(r.split, r.streams) for r in source.records] == [("test", ("xray",))] * 2  # 6 and 8; 7 has none
+    values = sorted(float(source.read(i, "xray", RNG)[0, 0, 0]) for i in range(2))
+    np.testing.assert_allclose(values, [6000 / 32767.5 - 1, 8000 / 32767.5 - 1], atol=1e-6)
+    assert len({r.subject for r in source.records}) == 2
+
+
+def test_tfds_errors(prepared):
+    from medm2g_jax.data.tfds_reader import Tfds
+
+    with pytest.raises(UserError, match="tfds:nope: Dataset nope not found"):
+        Tfds("nope", 8, data_dir=prepared)
+    for wrong in ({"image": "ct"}, {"ct": "pet"}, {"subject": "subject"}):
+        with pytest.raises(UserError, match="its features are ct, hospital, mri_t2, other, subject, text"):
+            Tfds("small", 8, wrong, data_dir=prepared)
+    with pytest.raises(UserError, match="none of its splits"):
+        Tfds("small", 8, splits={"dev": "val"}, data_dir=prepared)
+    with pytest.raises(UserError, match="not prepared"):
+        Tfds("mnist", 8, {"image": "xray"}, data_dir=prepared)
+    with pytest.raises(UserError, match=r"1 subjects are in .* train at example train/0 and val at example valid"):
+        Tfds("small", 8, {"ct": "ct", "hospital": "subject"}, data_dir=prepared)

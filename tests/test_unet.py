@@ -1,0 +1,172 @@
+"""The image UNet against diffusers' UNet2DConditionModel, and what guides and streams may and may not change."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+import torch
+from flax.traverse_util import flatten_dict
+
+from medm2g_jax.errors import UserError
+from medm2g_jax.nn.attention import MASKED, Context, context, mask
+from medm2g_jax.nn.unet import UNet
+
+
+def torch_unet(channels, attention, layers, heads, groups, width):
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        in_channels=4,
+        out_channels=4,
+        down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention],
+        up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)],
+        block_out_channels=channels,
+        layers_per_block=layers,
+        attention_head_dim=heads,  # diffusers' name for the number of heads, in models of SD-1.x's age
+        norm_num_groups=groups,
+        cross_attention_dim=width,
+    )
+
+
+def both(**sizes):
+    """A UNet in torch, ours with its parameters, and one input."""
+    theirs = oracles.scramble(torch_unet(**sizes))
+    rng = np.random.default_rng(0)
+    z, prompt = (rng.normal(size=s).astype(np.float32) for s in ((2, 8, 12, 4), (2, 5, sizes["width"])))
+    t = np.array([3, 871])
+    out = theirs(torch.tensor(z).permute(0, 3, 1, 2), torch.tensor(t), torch.tensor(prompt)).sample
+    params = oracles.variables(oracles.unet_params(theirs.state_dict()))
+    return theirs, out.permute(0, 2, 3, 1), UNet(**sizes), params, (z, t, context(jnp.asarray(prompt)))
+
+
+def test_names_shapes_and_eps_equal_diffusers():
+    theirs, out, ours, params, inputs = both(
+        channels=(24, 40, 56), attention=(True, True, False), layers=2, heads=4, groups=8, width=20
+    )
+    converted = oracles.unet_params(theirs.state_dict())
+    assert len(converted) == len(theirs.state_dict())
+    initial = jax.eval_shape(ours.init, jax.random.key(0), *inputs)
+    assert oracles.shapes(converted) == oracles.shapes(initial)
+    assert oracles.relative_error(oracles.fast_jit(ours.apply)(params, *inputs), out) <= 1e-5
+
+
+def test_gradients_equal_diffusers():
+    theirs, out, ours, params, inputs = both(
+        channels=(16, 24), attention=(True, False), layers=1, heads=2, groups=8, width=12
+    )
+    weight = np.random.default_rng(1).normal(size=out.shape).astype(np.float32)
+    (out * torch.tensor(weight)).sum().backward()
+    grads = oracles.fast_jit(jax.grad(lambda p: jnp.sum(ours.apply(p, *inputs) * weight)))(params)
+    expected = oracles.unet_params(oracles.gradients(theirs))
+    for name, grad in flatten_dict(grads["params"], sep="/").items():
+        assert oracles.relative_error(grad, expected[name]) <= 1e-4, name
+
+
+def test_full_size_is_stable_diffusion():
+    prompt = context(jnp.zeros((1, 77, 768)))
+    ours = jax.eval_shape(UNet().init, jax.random.key(0), jnp.zeros((1, 64, 64, 4)), jnp.zeros(1), prompt)
+    assert sum(leaf.size for leaf in jax.tree.leaves(ours)) == 859_520_964
+    with torch.device("meta"):
+        theirs = torch_unet((320, 640, 1280, 1280), (True, True, True, False), 2, 8, 32, 768)
+    assert oracles.shapes(oracles.unet_params(theirs.state_dict())) == oracles.shapes(ours)
+
+
+SMALL = dict(channels=(16,), attention=(False,), layers=1, heads=2, groups=4, width=12, streams=3)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A small UNet with random parameters, theta_c's too, one input, and `run(params, guide, stream)`."""
+    rng = np.random.default_rng(1)
+    z = jnp.asarray(rng.normal(size=(2, 4, 4, 4)), jnp.float32)
+    prompt, guide = (context(jnp.asarray(rng.normal(size=(2, n, 12)), jnp.float32)) for n in (5, 3))
+    t = jnp.array([10, 900])
+    net = UNet(**SMALL)
+    params = oracles.random_variables(net, z, t, prompt, guide)["params"]
+    params["stream"] = {"embedding": jnp.zeros((3, 64))}  # as at first
+
+    def run(params, guide=None, stream=jnp.zeros(2, jnp.int32)):
+        return net.apply({"params": params}, z, t, prompt, guide, stream)
+
+    return SimpleNamespace(net=net, params=params, inputs=(z, t, prompt), guide=guide, run=oracles.fast_jit(run))
+
+
+def with_new_guide(params):
+    flat = flatten_dict(params, sep="/")
+    return oracles.nested({k: jnp.zeros_like(v) if "/guide/out/" in k else v for k, v in flat.items()})
+
+
+def test_no_guide_is_bit_equal_to_a_unet_without_guide_parameters(small):
+    flat = flatten_dict(small.params, sep="/")
+    without = {k: v for k, v in flat.items() if "/guide/" not in k}
+    assert len(flat) - len(without) == 7  # of the middle's transformer: norm 2, q, k, v, out 2
+    initial = jax.eval_shape(small.net.init, jax.random.key(0), *small.inputs)
+    assert oracles.shapes(initial) == oracles.shapes(without)
+    np.testing.assert_array_equal(small.run(small.params), small.run(oracles.nested(without)))
+
+
+def test_a_new_guide_changes_nothing_but_has_a_gradient(small):
+    fresh = small.net.init(jax.random.key(0), *small.inputs, small.guide)["params"]
+    np.testing.assert_array_equal(fresh["mid"]["attn_0"]["guide"]["out"]["kernel"], 0.0)
+    new = with_new_guide(small.params)
+    np.testing.assert_allclose(small.run(new, small.guide), small.run(new), atol=1e-5)
+
+    def loss(kernel):
+        mid = new["mid"]
+        attn = mid["attn_0"] | {"guide": mid["attn_0"]["guide"] | {"out": {"kernel": kernel, "bias": jnp.zeros(16)}}}
+        return jnp.sum(small.run(new | {"mid": mid | {"attn_0": attn}}, small.guide) ** 2)
+
+    assert float(jnp.max(jnp.abs(jax.grad(loss)(jnp.zeros((16, 16)))))) > 1e-3
+
+
+def test_a_masked_guide_contributes_exactly_nothing(small):
+    unguided, guided = small.run(small.params), small.run(small.params, small.guide)
+    half = small.run(small.params, mask(small.guide, jnp.array([True, False])))
+    assert np.abs(guided - unguided).min(axis=0).max() > 1e-2  # a trained guide matters in both rows
+    np.testing.assert_array_equal(half[0], guided[0])
+    np.testing.assert_allclose(half[1], unguided[1], atol=1e-5)
+    nothing = Context(small.guide.tokens, jnp.full_like(small.guide.bias, MASKED))
+    other = nothing._replace(tokens=small.guide.tokens + 7.0)
+    np.testing.assert_array_equal(small.run(small.params, nothing), small.run(small.params, other))
+
+
+def test_stream_embedding_is_zero_at_first_and_then_tells_streams_apart(small):
+    fresh = small.net.init(jax.random.key(0), *small.inputs)["params"]["stream"]["embedding"]
+    np.testing.assert_array_equal(fresh, np.zeros((3, 64)))
+    streams = jnp.array([1, 2])
+    np.testing.assert_array_equal(small.run(small.params, None, streams), small.run(small.params))
+    taught = small.params | {"stream": {"embedding": jnp.zeros((3, 64)).at[2].set(1.0)}}
+    change = np.abs(small.run(taught, None, streams) - small.run(taught)).max(axis=(1, 2, 3))
+    assert change[0] == 0 and change[1] > 1e-2
+    # No stream given is stream 0; a modality with one stream has no table.
+    np.testing.assert_array_equal(small.run(taught, None, None), small.run(taught))
+    assert "stream" not in jax.eval_shape(UNet(**SMALL | {"streams": 1}).init, jax.random.key(0), *small.inputs)["params"]
+
+
+def test_remat_keeps_gradients(small):
+    def grad(net):
+        variables = {"params": small.params}
+        return oracles.fast_jit(jax.grad(lambda v: jnp.sum(net.apply(v, *small.inputs, small.guide) ** 2)))(variables)
+
+    plain, again = grad(small.net), grad(UNet(**SMALL, remat=True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, again)
+
+
+def test_half_precision_computes_but_does_not_store_in_half(small):
+    half = UNet(**SMALL, dtype=jnp.bfloat16)
+    initial = jax.eval_shape(half.init, jax.random.key(0), *small.inputs, small.guide)
+    assert {leaf.dtype for leaf in jax.tree.leaves(initial)} == {jnp.dtype("float32")}
+    eps = oracles.fast_jit(half.apply)({"params": small.params}, *small.inputs)
+    assert eps.dtype == jnp.float32
+    assert 1e-4 < oracles.relative_error(eps, small.run(small.params)) < 0.03
+
+
+def test_wrong_sizes_are_told_in_one_line():
+    net = UNet(channels=(8, 16), attention=(False, True), groups=4, width=12)
+    with pytest.raises(UserError, match="multiples of 2, found 5 x 4"):
+        net.init(jax.random.key(0), jnp.zeros((1, 5, 4, 4)), jnp.zeros(1), context(jnp.zeros((1, 2, 12))))
+    with pytest.raises(UserError, match="width 12, found one of width 13"):
+        net.init(jax.random.key(0), jnp.zeros((1, 4, 4, 4)), jnp.zeros(1), context(jnp.zeros((1, 2, 13))))
