@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from medm2g_jax.arrays import Latent, Times
+from medm2g_jax.errors import UserError
 
 T = 1000
 BETAS = np.linspace(0.00085**0.5, 0.0120**0.5, T, dtype=np.float64) ** 2
@@ -60,7 +61,7 @@ def sampler_table(steps: int) -> Steps:
     (there is no time -1 in training).
     """
     if not 1 <= steps <= T:
-        raise ValueError(f"steps must be in 1 .. {T}, got {steps}")
+        raise UserError(f"steps={steps}: a sampler takes 1 .. {T} steps")
     stride = T // steps
     t = np.arange(steps)[::-1] * stride
     t = t + 1 if t[0] + 1 < T else t
@@ -87,7 +88,7 @@ def sampler_step(sampler: str, step: Steps, z: Latent, eps: Latent, noise: Laten
         beta = 1 - a / a_next
         mean = jnp.sqrt(a_next) * beta / (1 - a) * z0 + jnp.sqrt(a / a_next) * (1 - a_next) / (1 - a) * z
         return mean + (1 - step.last) * jnp.sqrt(beta) * noise
-    raise ValueError(f"sampler must be 'ddim' or 'ddpm', got {sampler!r}")
+    raise UserError(f"sampler={sampler!r}: expected 'ddim' or 'ddpm'")
 
 
 def row_keys(key: Array, rows: int) -> Array:

@@ -172,7 +172,7 @@ class Projector(nn.Module):
 # --- single flows (3.1, Eq. 2) --------------------------------------------------------------------------------------
 
 
-def null_prompt(model: MedM2G, params: Params, empty: Mapping[str, Array]) -> Array:
+def null_prompt(model: MedM2G, params: Params, empty: Mapping) -> Array:
     """Tokens (1 n d) of the null prompt C_T("") from the ids of the empty text."""
     return jax.jit(lambda p, x: model.flows[centre().name].prompt(p, x).tokens)(params, empty)
 

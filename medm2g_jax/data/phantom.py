@@ -40,6 +40,7 @@ CT_NOISE = 15.0  # HU
 MU_WATER = 0.19  # 1/cm, at 70 keV
 XRAY_WINDOW = (1.2, 4.6)  # line integrals of mu that are relative attenuation 0 and 1
 PHOTONS = 3e4  # a pixel, unattenuated
+GRAINS = (40, 40)  # of texture, across the slice
 HALF_AXIAL, HALF_FILM, FILM_CENTRE = 18.5, 17.5, 1.0  # cm: half the field of view, z in the middle of the film
 HALF_DEPTH, DEPTH_STEPS = 13.0, 42  # cm; the beam is sampled every 0.6 cm, as fine as a 64 px pixel
 
@@ -57,7 +58,7 @@ def line_integral(hu: Callable, half_depth: float, steps: int) -> Array:
     def add(i, total):
         return total + MU_WATER * step * (1 + hu((i + 0.5) * step - half_depth) / 1000)
 
-    return jax.lax.fori_loop(1, steps, add, add(0, 0.0))
+    return jax.lax.fori_loop(0, steps, add, jnp.zeros(jax.eval_shape(hu, 0.0).shape))
 
 
 def spin_echo(pd: ArrayLike, t1: ArrayLike, t2: ArrayLike, tr: ArrayLike, te: ArrayLike, ti: ArrayLike) -> Array:
@@ -66,9 +67,16 @@ def spin_echo(pd: ArrayLike, t1: ArrayLike, t2: ArrayLike, tr: ArrayLike, te: Ar
     return pd * jnp.exp(-te / t2) * (1 - 2 * jnp.exp(-ti / t1) + jnp.exp(-tr / t1))
 
 
-def _texture(key, size):
+def _normals(key, *shapes):
+    """Standard normals of these shapes, drawn flat and at once: each draw, and each axis of one, costs compile time."""
+    sizes = [int(np.prod(shape)) for shape in shapes]
+    flat = jax.random.normal(key, (sum(sizes),))
+    return [part.reshape(shape) for part, shape in zip(jnp.split(flat, np.cumsum(sizes)[:-1]), shapes, strict=True)]
+
+
+def _texture(grains, size):
     """Smooth noise of unit variance with grains of about 1 cm, whatever the size of the pixels."""
-    return 1.22 * jax.image.resize(jax.random.normal(key, (40, 40)), (size, size), "cubic")
+    return 1.22 * jax.image.resize(grains, (size, size), "cubic")
 
 
 def _window(values, low, high):
@@ -87,10 +95,10 @@ def _axial(s, size):
 def ct(s: Subject, key: Key[Array, ""], size: int) -> Float[Array, "h w 1"]:
     """Axial slice, (size size 1) in [-1, 1] of the window in HU."""
     fractions = _axial(s, size)
-    noise, texture = jax.random.split(key)
+    noise, grains = _normals(key, (size, size), GRAINS)
     # Vessels and bronchi below a pixel make lungs mottled; the rest of the body is smooth.
-    grain = _texture(texture, size) * (6 + 30 * fractions["lung"])
-    hu = hounsfield(fractions) + grain + CT_NOISE * jax.random.normal(noise, (size, size))
+    texture = _texture(grains, size) * (6 + 30 * fractions["lung"])
+    hu = hounsfield(fractions) + texture + CT_NOISE * noise
     return _window(hu, *MODALITIES["ct"].window)[..., None]
 
 
@@ -101,7 +109,7 @@ def xray(s: Subject, key: Key[Array, ""], size: int) -> Float[Array, "h w 1"]:
         lambda y: hounsfield(tissues(s, g[None, :], y, FILM_CENTRE - g[:, None])), HALF_DEPTH, DEPTH_STEPS
     )
     counts = PHOTONS * jnp.exp(-path)
-    counts += jnp.sqrt(counts) * jax.random.normal(key, counts.shape)  # Poisson, at counts as large as these
+    counts += jnp.sqrt(counts) * _normals(key, counts.shape)[0]  # Poisson, at counts as large as these
     return _window(-jnp.log(jnp.maximum(counts, 1) / PHOTONS), *XRAY_WINDOW)[..., None]
 
 
@@ -111,21 +119,20 @@ def mri(s: Subject, key: Key[Array, ""], size: int) -> Float[Array, "h w c"]:
     A pixel's signal is the sum of what its tissues give. Jitter, bias and texture are the subject's own: without
     them a table of grey values would turn one contrast into another, or into CT.
     """
-    keys = jax.random.split(key, 3)
     tr, te, ti, top = np.array(list(CONTRASTS.values()), np.float32).T
     pd, t1, t2 = (TABLE[:, i + 1, None] * s.relaxation[:, i, None] for i in range(3))  # (tissue 1)
     takes_up = np.array(list(TISSUES))[:, None] == "mass"
     enhanced = np.array(list(CONTRASTS)) == "mri:t1ce"
     t1 = jnp.where(takes_up & enhanced, T1_ENHANCED * s.relaxation[:, 1, None], t1)  # (tissue contrast)
-    fractions = jnp.stack([jnp.broadcast_to(f, (size, size)) for f in _axial(s, size).values()], -1)
-    signal = fractions @ (spin_echo(pd, t1, t2, tr, te, ti) / top)
+    table = spin_echo(pd, t1, t2, tr, te, ti) / top
+    signal = sum(f * of_tissue[:, None, None] for f, of_tissue in zip(_axial(s, size).values(), table, strict=True))
+    noise, grains, weights = _normals(key, (2, len(CONTRASTS), size, size), GRAINS, (4,))
     g = _grid(1.0, size)
-    weights = jax.random.uniform(keys[0], (4,), minval=-1.0)
     x, y = g[None, :], g[:, None]
     bias = weights[0] * x + weights[1] * y + weights[2] * x * y + weights[3] * (x * x - y * y)
-    gain = (1 + 0.2 * bias / jnp.abs(weights).sum()) * (1 + 0.05 * _texture(keys[1], size))
-    noise = 0.015 * jax.random.normal(keys[2], (2, *signal.shape))
-    return _window(jnp.hypot(signal * gain[..., None] + noise[0], noise[1]), 0.0, 1.0)  # magnitude: Rician
+    gain = (1 + 0.2 * bias / jnp.abs(weights).sum()) * (1 + 0.05 * _texture(grains, size))
+    magnitude = jnp.hypot(signal * gain + 0.015 * noise[0], 0.015 * noise[1])  # Rician
+    return jnp.moveaxis(_window(magnitude, 0.0, 1.0), 0, -1)
 
 
 RENDERERS = {"ct": ct, "xray": xray, "mri": mri}

@@ -122,7 +122,7 @@ def _chest(x, y, z, width, depth, start, top):
     """Signed distance inside a slightly square cylinder that closes as a dome between z = start and z = top."""
     u, v = jnp.square(x / width), jnp.square(y / depth)
     w = jnp.square(jnp.maximum(z - start, 0) / (top - start))
-    return 0.5 * (1 - u - v - w + 0.4 * u * v) * depth
+    return 0.5 * (1 - u - v - w + 0.4 * u * v) * (depth + (width - depth) * u)
 
 
 def _vessels(s, x, a, y, z, spine_y):

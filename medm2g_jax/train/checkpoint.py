@@ -45,7 +45,7 @@ def _report_unraisable(unraisable, report=sys.unraisablehook):
 # Orbax logs warnings of no consequence, and errors that it raises as well. When one array fails, it drops the reads and
 # writes of the others half done, on each of which Python writes up to a page, now or later. We say it once.
 logging.getLogger("absl").addFilter(lambda record: not record.pathname.startswith(_ORBAX))
-logging.getLogger("asyncio").addFilter(lambda record: _ORBAX not in record.getMessage())
+logging.getLogger("asyncio").addFilter(lambda record: not re.search("orbax|tensorstore|OCDBT", record.getMessage()))
 warnings.filterwarnings("ignore", message="coroutine '(_read_array|async_deserialize)", category=RuntimeWarning)
 sys.unraisablehook = _report_unraisable
 
@@ -112,7 +112,12 @@ class Checkpoints:
                 self._records[step] = record
 
     def save(
-        self, step: int, state: Mapping[str, Any], metric: float | None = None, meta: Any = None, force: bool = False
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        metric: float | int | None = None,
+        meta: Any = None,
+        force: bool = False,
     ) -> None:
         """Start to write `state`, a dict of pytrees of arrays; the arrays may be donated as soon as this returns.
 

@@ -212,10 +212,11 @@ def run_stage(
                 if not np.isfinite(values["loss"]):
                     raise UserError(
                         f"{config.stage}: loss is {values['loss']} at step {done}; the last good checkpoint is in "
-                        f"{folder / 'checkpoints'}. Lower config.lr (now {config.lr}) or raise config.warmup and run again"
+                        f"{folder / 'checkpoints'}. Lower config.lr (now {config.lr}) and run again with a fresh --workdir"
                     )
                 log.write_scalars(done, values | memory())
-                log.progress(done, values, plan_eta)
+                shown = {k.replace("/", " "): v for k, v in values.items() if not k.startswith("norm/")}
+                log.progress(done, shown, plan_eta)
             if last or (config.eval_every and done % config.eval_every == 0):
                 saves.save(done, _as_dict(state), metric=evaluate(state))
             elif done % config.checkpoint_every == 0:

@@ -14,8 +14,8 @@ ADAPT_ROWS = r"[^/]+/adapt/rows$"
 
 
 def schedule(config: ConfigDict) -> optax.Schedule:
-    """Cosine from lr to final_lr * lr over all steps, times a linear warm-up; the warm-up is evaluated at step + 1, since
-    one that starts at 0 wastes the first step."""
+    """Cosine from lr to final_lr * lr over all steps, times a linear warm-up, which is evaluated at step + 1: one that
+    starts at 0 wastes the first step."""
     warm = max(1.0, config.warmup * config.steps)
 
     def lr(step):

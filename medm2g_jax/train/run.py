@@ -10,7 +10,9 @@ from medm2g_jax import rounds
 from medm2g_jax.data import pipeline
 from medm2g_jax.data.readers import open_source
 from medm2g_jax.data.text import Tokenizers
+from medm2g_jax.evaluate.report import write_report
 from medm2g_jax.evaluate.show import data_picture, show
+from medm2g_jax.modality import MODALITIES
 from medm2g_jax.train import loop
 from medm2g_jax.train.device import use_compilation_cache
 from medm2g_jax.train.log import quiet
@@ -95,5 +97,20 @@ def run(config: ConfigDict, workdir: str | None = None) -> epath.Path:
         spent[name] = time.time() - start
         size = meta["parameters"] / 1e6
         print(f"  {name}: done in {spent[name]:.0f} s, {size:.2f} M parameters -> {root / name}", flush=True)
-    print(f"\n{config.stage}: all done in {time.time() - began:.0f} s", flush=True)
+    report = write_report(root, config.listing, data.source.name == "phantom")
+    print(f"\nwrote {report}")
+    verb = rounds.graph(config.listing).stages[config.stage].verb
+    if verb == "round":
+        print(f"next, any to any:\n  {_next_command(config, root)}")
+    print(f"{config.stage}: all done in {time.time() - began:.0f} s", flush=True)
     return root
+
+
+def _next_command(config: ConfigDict, root: epath.Path) -> str:
+    """A `medm2g generate` on the model that this run has just finished."""
+    a, b = rounds.pair(config.stage)
+    if MODALITIES[a].kind == "text":
+        given = 'text="large mass in the left upper lung . heart size is normal ."'
+    else:
+        given = f"{a}=IMAGE.png"
+    return f"medm2g generate --model {root} --given {given} --make {b} --out {root}/generated"

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from medm2g_jax.errors import UserError
 
@@ -25,7 +26,7 @@ RULES = (
 )
 
 
-def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:
+def make_mesh(shape: Mapping[str, int] | ConfigDict, devices=None) -> Mesh:
     """The mesh of a config's {"data": -1, "fsdp": 1, "tensor": 1}; one -1 takes what the others leave.
 
     Raises:

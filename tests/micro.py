@@ -1,0 +1,55 @@
+"""A run small enough for tests: the tiny preset cut to 32 px, a few steps and narrow networks; the same code."""
+
+from medm2g_jax.config import get_config
+
+NET = {
+    "width": 32,
+    "image_vae.channels": (16,),
+    "image_vae.groups": 4,
+    "image_unet.channels": (16, 32),
+    "image_unet.heads": 2,
+    "image_unet.groups": 4,
+    "text_vae.width": 32,
+    "text_vae.layers": 1,
+    "text_vae.heads": 2,
+    "text_vae.ff": 64,
+    "text_vae.latent": 16,
+    "text_unet.channels": (16, 32),
+    "text_unet.heads": 2,
+    "text_unet.groups": 4,
+    "text_unet.latent": 16,
+    "clip_text.width": 32,
+    "clip_text.layers": 1,
+    "clip_text.heads": 2,
+    "clip_text.ff": 64,
+    "clip_image.width": 32,
+    "clip_image.layers": 1,
+    "clip_image.heads": 2,
+    "clip_image.ff": 64,
+    "clip_image.patch": 16,
+    "clip_image.image": 32,
+    "image_context.heads": 2,
+    "image_context.channels": (8, 16),
+    "text_context.heads": 2,
+    "adapt": 2,
+    "projector": 16,
+}
+
+
+def micro(target: str, words: str = "tiny", steps: int = 4, listing="default", **own):
+    """The config of a stage at test size; `own` overrides top-level fields, in upstream stages as well."""
+    config = get_config(target, words, listing)
+    fields = {f"net.{k}": v for k, v in NET.items()}
+    fields |= {"image_size": 32, "data.train": 96, "data.val": 32, "data.test": 16, "sample.steps": 2}
+    for path, value in fields.items():
+        *parents, leaf = path.split(".")
+        at = config
+        for parent in parents:
+            at = at[parent]
+        at[leaf] = value
+    own = {"steps": steps, "batch": 8, "log_every": 2, "checkpoint_every": 2, "eval_rows": 8} | own
+    for at in (config, *config.stages.values()):
+        for field, value in own.items():
+            if field in at:
+                at[field] = value
+    return config

@@ -1,0 +1,177 @@
+"""The recipes: who trains, who is frozen, what a flow is told."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medm2g_jax import rounds
+from medm2g_jax.data import pipeline
+from medm2g_jax.data.phantom import Phantom
+from medm2g_jax.data.text import Tokenizers
+from medm2g_jax.model import init_group
+from medm2g_jax.nn.attention import context
+from medm2g_jax.stages import Recipe, recipe
+from medm2g_jax.train import optim, results
+from medm2g_jax.train.loop import Data
+from medm2g_jax.train.state import create, make_eval_step, make_train_step
+from micro import micro
+
+GRAPH = rounds.graph(rounds.LISTINGS["default"])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Data:
+    source = Phantom(size=32, seed=0, train=48, val=12, test=4, pairs=GRAPH.pairs)
+    texts = pipeline.texts(source, "train", 0)
+    tokenizers = Tokenizers.train(texts, tmp_path_factory.mktemp("tokenizers"), 700)
+    config = micro("text_ct")
+    lengths = dict(clip=config.net.clip_text.length, bert=config.net.bert_length, gpt2=config.net.gpt2_length)
+    return Data(source, tokenizers, lengths, 32)
+
+
+class Bench:
+    """One stage with fresh upstream parameters and one batch."""
+
+    def __init__(self, data: Data, target: str, words: str = "tiny", **own):
+        self.config = micro(target, words, **own)
+        self.stage = GRAPH.stage(self.config.stage)
+        self.model = results.build_model(self.config, data.tokenizers.sizes, {"text": 1.0, "image": 1.0})
+        self.recipe: Recipe = recipe(self.config, self.model, data.tokenizers.sizes["gpt2"] - 3)
+        key = jax.random.key(0)
+        everything = jax.jit(lambda k: init_group(self.model, k, [*self.stage.reads, *self.stage.trains]))(key)
+        self.trainable = jax.jit(self.recipe.init)(key)
+        self.frozen = {k: v for k, v in everything.items() if k not in self.trainable}
+        self.batch = next(data.batches(self.recipe.rows, "train", 8, 0))
+        if self.recipe.start is not None:
+            drawn, extra = self.recipe.start(self.frozen, [self.batch], key, data.empty)
+            self.trainable |= drawn
+            self.frozen |= extra
+
+    def train(self, steps: int):
+        tx = optim.make(self.config, self.trainable)
+        step = jax.jit(make_train_step(self.recipe, self.config, tx))
+        state = create(self.trainable, tx)
+        for _ in range(steps):
+            state, metrics = step(state, self.frozen, self.batch, jax.random.key(1))
+        return state, metrics
+
+    def prepared(self, batch=None):
+        return self.recipe.prepare(self.frozen, batch or self.batch, jax.random.key(1), jnp.int32(300))
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [("image_vae", "tiny"), ("text_vae", "tiny"), ("align", "text_xray,tiny"), ("ldm", "text,tiny"), ("ldm", "mri,tiny"),
+     ("text_xray", "tiny"), ("ct_mri", "tiny")],
+)  # fmt: skip
+def test_every_trainable_parameter_changes_and_the_loss_falls(data, target, words):
+    bench = Bench(data, target, words, lr=1e-2, warmup=0.0, steps=100, weight_decay=0.0)
+    first = bench.train(1)[1]["loss"]
+    # V, f and the guides' keys get their first gradient once theta_c's output layer has left zero.
+    state, metrics = bench.train(12)
+    assert float(metrics["loss"]) < float(first)
+    # A key's bias shifts all logits of a query alike, and a bias in front of a batch normalisation is taken out again:
+    # their gradients are zero but for rounding.
+    zero_gradient = re.compile(r".*/(k|key|c_attn)/bias$|.*/stream/embedding$|.*/position.*")
+    still = [k for k, v in state.trainable.items() if np.array_equal(v, bench.trainable[k]) and not zero_gradient.match(k)]
+    assert not still
+    assert set(state.trainable) == set(state.ema) == set(bench.trainable)
+
+
+def test_only_what_first_appears_trains_and_the_source_learns_through_the_frozen_flow(data):
+    bench = Bench(data, "text_ct")
+    assert all(re.match(rounds.group_regex(("ct/guide",)), k) for k in bench.trainable)
+    assert any(k.startswith("text/unet/") and "/guide/" in k for k in bench.frozen)
+
+    # theta_c of the frozen text flow is fresh here, so zero; as after an earlier round it is not.
+    bench.frozen = {
+        k: v + 0.1 if "/guide/out/kernel" in k and k.startswith("text/") else v for k, v in bench.frozen.items()
+    }
+    prepared = bench.prepared()
+
+    def text_loss(trainable):
+        return bench.recipe.losses["eps/text"](bench.recipe.features({**bench.frozen, **trainable}, prepared))
+
+    grads = jax.jit(jax.grad(text_loss))(bench.trainable)
+    assert float(jnp.abs(grads["ct/context/conv_in/kernel"]).max()) > 0
+    assert float(jnp.abs(grads["ct/adapt/rows"]).max()) > 0
+
+
+def test_a_new_guide_leaves_the_flow_a_single_flow(data):
+    bench = Bench(data, "text_ct")
+    params = {**bench.frozen, **bench.trainable}
+    flow, prepared = bench.model.flows["ct"], bench.prepared()
+    z_t, t, prompt = prepared["z_t"]["ct"], prepared["t"], prepared["prompts"]["ct"]
+    guide, _ = bench.model.flows["text"].source(params, prepared["z"]["text"], prepared["source_t"])
+    alone = flow.eps({k: v for k, v in params.items() if "/guide/" not in k}, z_t, t, prompt)
+    assert np.array_equal(flow.eps(params, z_t, t, prompt, None), alone)
+    np.testing.assert_allclose(flow.eps(params, z_t, t, prompt, guide), alone, atol=1e-5)
+
+
+def test_what_the_guide_is_made_of_changes_eps(data):
+    bench = Bench(data, "ct_mri")
+    params = {**bench.frozen, **bench.trainable}
+    params = {k: v + 0.3 if "/guide/out/kernel" in k else v for k, v in params.items()}
+    prepared = bench.prepared()
+    z, t = prepared["z"], prepared["source_t"]
+
+    def eps(params, source="mri", latent=None):
+        guide, _ = bench.model.flows[source].source(params, z[source] if latent is None else latent, t)
+        return np.asarray(bench.model.flows["ct"].eps(params, prepared["z_t"]["ct"], prepared["t"], context(
+            jnp.zeros((8, 1, 32))), guide))  # fmt: skip
+
+    base = eps(params)
+    moved = params | {"mri/adapt/rows": params["mri/adapt/rows"] + 1.0}
+    assert not np.allclose(eps(moved), base, atol=1e-4), "f_B"
+    assert not np.allclose(eps(params, latent=z["mri"] + 1.0), base, atol=1e-4), "the source's latent"
+    assert not np.allclose(eps(params, source="ct", latent=z["mri"]), base, atol=1e-4), "the source's modality"
+
+
+@pytest.mark.parametrize("words", ["text,tiny", "xray,tiny", "ct,tiny", "mri,tiny"])
+def test_no_prompt_contains_its_own_target(data, words):
+    """Changing x_A alone must leave A's prompt as it is."""
+    bench = Bench(data, "ldm", words)
+    target = bench.stage.subjects[0]
+    changed = dict(bench.batch)
+    changed[target] = jax.tree.map(lambda x: np.roll(x, 1, axis=0), bench.batch[target])
+    before, after = bench.prepared(), bench.prepared(changed)
+    assert not np.allclose(before[0], after[0]), "the latent follows x_A"
+    assert np.array_equal(before[3].tokens, after[3].tokens) and np.array_equal(before[3].bias, after[3].bias)
+
+
+@pytest.mark.parametrize("target", ["text_xray", "ct_mri"])
+def test_in_a_round_the_prompt_is_the_partner(data, target):
+    bench = Bench(data, target, drop_prompt=0.0)
+    a, b = bench.stage.subjects
+    changed = dict(bench.batch)
+    changed[a] = jax.tree.map(lambda x: np.roll(x, 1, axis=0), bench.batch[a])
+    before, after = bench.prepared()["prompts"], bench.prepared(changed)["prompts"]
+    assert np.array_equal(before[a].tokens, after[a].tokens)
+    assert not np.allclose(before[b].tokens, after[b].tokens)
+
+
+def test_f_starts_as_rows_of_the_prompt_encoders_tokens(data):
+    bench = Bench(data, "text_xray")
+    tokens = np.asarray(bench.model.flows["xray"].prompt(bench.frozen, bench.batch["xray"]).tokens).reshape(-1, 32)
+    for row in np.asarray(bench.trainable["xray/adapt/rows"]):
+        assert np.abs(tokens - row).max(1).min() < 1e-5
+
+
+def test_a_term_of_weight_zero_is_not_traced(data):
+    bench = Bench(data, "text_xray", "tiny,paper")
+    loss, terms = make_eval_step(bench.recipe, bench.config)(
+        bench.trainable, bench.frozen, bench.batch, jax.random.key(0), jnp.int32(100)
+    )
+    assert sorted(terms) == ["eps/text", "eps/xray"] and float(loss) == pytest.approx(float(sum(terms.values())), rel=1e-6)
+
+
+def test_accumulated_micro_steps_count_one_ema_step(data):
+    bench = Bench(data, "ldm", "xray,tiny", accumulate=2)
+    state, _ = bench.train(1)
+    assert all(np.array_equal(v, bench.trainable[k]) for k, v in state.trainable.items())
+    assert all(np.array_equal(v, bench.trainable[k]) for k, v in state.ema.items())
+    state, _ = bench.train(2)
+    assert not np.array_equal(state.ema["xray/unet/conv_in/kernel"], bench.trainable["xray/unet/conv_in/kernel"])
