@@ -29,11 +29,11 @@ def _net(preset: str) -> dict:
     if preset == "tiny":
         return dict(
             width=64,  # of the space that prompts and guides share
-            image_vae=dict(channels=(64,), layers=1, groups=8, latent=4, patch=8, mid_attention=False),
+            image_vae=dict(channels=(64,), layers=0, groups=8, latent=4, patch=8, mid_attention=False, colours=1),
             image_unet=dict(channels=(48, 96), attention=(False, True), layers=1, heads=4, groups=8),
             text_vae=dict(width=64, layers=2, heads=4, ff=256, latent=64, bert_positions=64, gpt2_positions=64),
             text_unet=dict(
-                channels=(48, 96), attention=(True, True), layers=1, heads=4, groups=8, positions=4, latent=64
+                channels=(48, 96), attention=(False, True), layers=1, heads=4, groups=8, positions=4, latent=64
             ),
             clip_text=dict(width=64, layers=2, heads=4, ff=256, length=40),
             clip_image=dict(width=64, layers=2, heads=4, ff=256, patch=16, image=64),
@@ -48,7 +48,9 @@ def _net(preset: str) -> dict:
         )
     return dict(
         width=768,
-        image_vae=dict(channels=(128, 256, 512, 512), layers=2, groups=32, latent=4, patch=1, mid_attention=True),
+        image_vae=dict(
+            channels=(128, 256, 512, 512), layers=2, groups=32, latent=4, patch=1, mid_attention=True, colours=3
+        ),
         image_unet=dict(
             channels=(320, 640, 1280, 1280), attention=(True, True, True, False), layers=2, heads=8, groups=32
         ),
@@ -135,7 +137,11 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
     if paper:
         own |= dict(optimizer="adam", weight_decay=1e-4)
     if name == "image_vae":
-        own |= dict(steps=600, lr=3e-3) if tiny else dict(steps=100_000, lr=2e-5, batch=64)
+        own |= (
+            dict(steps=1400, lr=4e-3, batch=16, log_every=100, checkpoint_every=500)
+            if tiny
+            else dict(steps=100_000, lr=2e-5, batch=64)
+        )
         own |= dict(loss=dict(l1=1.0, mse=10.0, kl=1e-3))
     elif name == "text_vae":
         own |= dict(steps=500, lr=3e-3, batch=64) if tiny else dict(steps=50_000, lr=5e-5, batch=64)
@@ -150,7 +156,7 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
     elif verb == "ldm":
         text = name == "ldm_text"
         own |= (
-            dict(steps=500 if text else 700, lr=3e-3 if text else 2e-3, batch=64 if text else 32)
+            dict(steps=500, lr=3e-3 if text else 2e-3, batch=64 if text else 32)
             if tiny
             else dict(steps=200_000, lr=5e-5 if text else 2e-5, batch=1024 if text else 256)
         )
@@ -194,7 +200,7 @@ def get_config(target: str, words: str | None = "", listing: str | tuple[str, ..
 
     Args:
       target: a stage ("text_ct"), or "align" / "ldm", whose pair or modality is then one of the words.
-      words: comma-separated, any order: a preset, the variant `paper`, and for "align"/"ldm" their subject.
+      words: comma-separated, any order: a preset, the variant `paper`, a listing, and for "align"/"ldm" their subject.
       listing: a name in rounds.LISTINGS, or a tuple of rounds.
 
     Raises:
@@ -228,9 +234,13 @@ def get_config(target: str, words: str | None = "", listing: str | tuple[str, ..
             tuple_ = fits[subject]
     else:
         name = target
+    for word in [w for w in rest if w in rounds.LISTINGS]:
+        rest.remove(word)
+        tuple_ = rounds.LISTINGS[word]
     if rest:
         raise UserError(
-            f"unknown word {rest[0]!r} after the colon of the config; presets: {', '.join(PRESETS)}; variant: paper"
+            f"unknown word {rest[0]!r} after the colon of the config; presets: {', '.join(PRESETS)}; variant: paper; "
+            f"listings: {', '.join(rounds.LISTINGS)}"
         )
     reason = "named after the colon"
     if not preset:

@@ -47,8 +47,12 @@ def apply(module: nn.Module, params: Mapping[str, Any], prefix: str, *args, **kw
 
 
 def init(module: nn.Module, prefix: str, key: Array, *args, **kwargs) -> Params:
-    """Fresh parameters of one module, by flat name. Its randomness depends on key and prefix only."""
-    tree = module.init(jax.random.fold_in(key, salt(prefix)), *args, **kwargs)["params"]
+    """Fresh parameters of one module, by flat name.
+
+    Randomness depends on the key and on the module's name without its modality: with equal sizes two modalities then
+    have the same program, and the second finds it in the compilation cache.
+    """
+    tree = module.init(jax.random.fold_in(key, salt(prefix.partition("/")[2])), *args, **kwargs)["params"]
     return {f"{prefix}/{name}": value for name, value in flatten_dict(tree, sep="/").items()}
 
 
@@ -189,14 +193,14 @@ class MedM2G:
     def encode(self, params: Params, name: str, x: Any) -> Latent:
         """z_0 of modality `name`: the posterior mean times the kind's scale.
 
-        x: ids {"bert": (b n)} of texts, or images (b h w 1) in [-1, 1], replicated to three channels.
+        x: ids {"bert": (b n)} of texts, or images (b h w 1) in [-1, 1], replicated to the autoencoder's channels.
         """
         mean, _ = self.posterior(params, self.flows[name].modality.kind, x)
         return mean.astype(jnp.float32) * self.scales[self.flows[name].modality.kind]
 
     def posterior(self, params: Params, kind: str, x: Any) -> tuple[Latent, Latent]:
         """Mean and log-variance of the autoencoder's posterior, unscaled."""
-        x = x["bert"] if kind == "text" else jnp.repeat(x, 3, axis=-1)
+        x = x["bert"] if kind == "text" else jnp.repeat(x, self.vaes[kind].colours, axis=-1)
         return apply(self.vaes[kind], params, f"{kind}/vae", x, method="encode")
 
     def decode_image(self, params: Params, kind: str, z: Latent) -> Float[Array, "b h w 1"]:
@@ -278,7 +282,8 @@ def build(
 def init_group(model: MedM2G, key: Array, groups: Sequence[str]) -> Params:
     """Fresh parameters of groups such as ("ct/guide", "text/vae")."""
     out: Params = {}
-    for owner in dict.fromkeys(g.split("/")[0] for g in groups):
+    for i, owner in enumerate(dict.fromkeys(g.split("/")[0] for g in groups)):
+        own = jax.random.fold_in(key, i)
         kinds = [g.split("/")[1] for g in groups if g.split("/")[0] == owner]
         if "vae" in kinds:
             vae = model.vaes[owner]
@@ -286,9 +291,9 @@ def init_group(model: MedM2G, key: Array, groups: Sequence[str]) -> Params:
                 args = (jnp.zeros((1, 8), jnp.int32), jnp.zeros((1, 8), jnp.int32))
             else:
                 side = vae.patch * 2 ** (len(vae.channels) - 1) * 2
-                args = (jnp.zeros((1, side, side, 3)),)
-            out |= init(vae, f"{owner}/vae", key, *args)
+                args = (jnp.zeros((1, side, side, vae.colours)),)
+            out |= init(vae, f"{owner}/vae", own, *args)
         if owner in model.flows:
             example = context(jnp.zeros((1, 2, model.width)))
-            out |= model.flows[owner].init(key, [k for k in kinds if k != "vae"], example)
+            out |= model.flows[owner].init(own, [k for k in kinds if k != "vae"], example)
     return out

@@ -9,7 +9,8 @@ A recipe is three functions and the names that train:
 Terms share the forward pass; a term of weight 0 is never traced. Two optional functions run once: `start` (f_B's rows
 and the null prompt, after which C_T is needed no more) and `finish` (the latent scale).
 
-Everything random comes from one key a step, folded with the global row and the stream.
+Everything random comes from one key a step, folded with the global row and, for each modality, with its place in the
+stage (not its name: stages that differ in the name alone are then one program to the compiler).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -79,7 +80,7 @@ def _autoencoder(config: ConfigDict, model: MedM2G, stage: rounds.Stage, gpt2_pa
     def features(params: Params, prepared):
         x, keys = prepared
         mean, logvar = model.posterior(params, kind, x)
-        z = mean + jnp.exp(0.5 * logvar) * row_normal(keys, mean, salt(kind))
+        z = mean + jnp.exp(0.5 * logvar) * row_normal(keys, mean, 0)
         if text:
             return (
                 mean,
@@ -126,11 +127,11 @@ def _alignment(config: ConfigDict, model: MedM2G, stage: rounds.Stage, gpt2_pad:
 
     def prepare(frozen: Params, batch: Mapping, key: Array, t: Array | None = None):
         first, second = dict(batch), {}
-        for m in stage.subjects:
+        for i, m in enumerate(stage.subjects):
             if MODALITIES[m].kind == "image":
-                first[m] = view(jax.random.fold_in(key, salt(m)), batch[m])
-        for m in invariant:
-            second[m] = view(jax.random.fold_in(key, salt(m) + 1), batch[m])
+                first[m] = view(jax.random.fold_in(key, 2 * i), batch[m])
+            if m in invariant:
+                second[m] = view(jax.random.fold_in(key, 2 * i + 1), batch[m])
         return first, second
 
     def features(params: Params, prepared):
@@ -179,7 +180,7 @@ def null_prompt(model: MedM2G, params: Params, empty: Mapping) -> Array:
 
 def _noised(keys: Array, z0: Mapping[str, Array], t: Array) -> tuple[dict, dict]:
     """(eps, z_t) of each modality, one time a row for all of them."""
-    eps = {m: row_normal(keys, z, salt(m)) for m, z in z0.items()}
+    eps = {m: row_normal(keys, z, i) for i, (m, z) in enumerate(z0.items())}
     return eps, {m: add_noise(z, t, eps[m]) for m, z in z0.items()}
 
 
@@ -242,11 +243,11 @@ def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, gpt2_pad: int
         """phi_s of Eq. 5: f_B's free rows start as rows drawn from C_B's tokens of training data."""
         batch = next(iter(batches))
         rows = {}
-        for m in stage.new:
+        for i, m in enumerate(stage.new):
             tokens = jax.jit(lambda p, x, m=m: model.flows[m].prompt(p, x).tokens)(frozen, batch[m])
             flat = tokens.reshape(-1, tokens.shape[-1]).astype(jnp.float32)
             chosen = jax.random.choice(
-                jax.random.fold_in(key, salt(m)), flat.shape[0], (model.flows[m].adapt.count,), replace=False
+                jax.random.fold_in(key, i), flat.shape[0], (model.flows[m].adapt.count,), replace=False
             )
             rows[f"{m}/adapt/rows"] = flat[chosen]
         return rows, {"null/tokens": null_prompt(model, frozen, empty)}
@@ -263,8 +264,8 @@ def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, gpt2_pad: int
         source_t = jnp.where(clean, 0, times)
         source_z = {m: jnp.where(clean.reshape(-1, *(1,) * (z.ndim - 1)), z, z_t[m]) for m, z in z0.items()}
         prompts = {}
-        for m in stage.subjects:
-            keep = _uniform(keys, f"drop_prompt/{m}") >= config.drop_prompt
+        for i, m in enumerate(stage.subjects):
+            keep = _uniform(keys, f"drop_prompt/{i}") >= config.drop_prompt
             other = partner[m]
             if config.drop_prompt >= 1:
                 null = frozen["null/tokens"]

@@ -4,11 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
+import pytest
 import torch
 from flax.traverse_util import flatten_dict
 
 from medm2g_jax.nn.attention import context
 from medm2g_jax.nn.text_unet import TextUNet
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of diffusers, about itself
 
 
 def torch_text_unet(channels, attention, layers, heads, groups, width, latent):

@@ -1,5 +1,6 @@
 """The image UNet against diffusers' UNet2DConditionModel, and what guides and streams may and may not change."""
 
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -80,7 +81,7 @@ SMALL = dict(channels=(16,), attention=(False,), layers=1, heads=2, groups=4, wi
 
 @pytest.fixture(scope="module")
 def small():
-    """A small UNet as initialised and with random parameters, one input, and `run(params, guide, stream)`."""
+    """A small UNet as initialised and with random parameters, one input, `run(params, guide, stream)` and `grad`."""
     rng = np.random.default_rng(1)
     z = jnp.asarray(rng.normal(size=(2, 4, 4, 4)), jnp.float32)
     prompt, guide = (context(jnp.asarray(rng.normal(size=(2, n, 12)), jnp.float32)) for n in (5, 3))
@@ -99,6 +100,7 @@ def small():
         inputs=(z, t, prompt),
         guide=guide,
         run=oracles.fast_jit(run),
+        grad=oracles.fast_jit(jax.grad(lambda p: jnp.sum(run(p, guide) ** 2))),
     )
 
 
@@ -115,10 +117,9 @@ def test_a_new_guide_changes_nothing_but_has_a_gradient(small):
     out = small.fresh["mid"]["attn_0"]["guide"]["out"]
     jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, 0.0), out)
     np.testing.assert_allclose(small.run(small.fresh, small.guide), small.run(small.fresh), atol=1e-5)
-    grads = oracles.fast_jit(
-        jax.grad(lambda p: jnp.sum(small.net.apply({"params": p}, *small.inputs, small.guide) ** 2))
-    )(small.fresh)
-    assert float(jnp.max(jnp.abs(grads["mid"]["attn_0"]["guide"]["out"]["kernel"]))) > 1e-3
+    # The gradient is there even where the flow itself was never trained.
+    grad = small.grad(small.fresh)["mid"]["attn_0"]["guide"]["out"]["kernel"]
+    assert float(jnp.max(jnp.abs(grad))) > 1e-4
 
 
 def test_a_masked_guide_contributes_exactly_nothing(small):
@@ -147,12 +148,12 @@ def test_stream_embedding_is_zero_at_first_and_then_tells_streams_apart(small):
 
 
 def test_remat_keeps_gradients(small):
-    def grad(net):
-        variables = {"params": small.params}
-        return oracles.fast_jit(jax.grad(lambda v: jnp.sum(net.apply(v, *small.inputs, small.guide) ** 2)))(variables)
-
-    plain, again = grad(small.net), grad(UNet(**SMALL, remat=True))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, again)
+    net = UNet(**SMALL, remat=True)
+    again = oracles.fast_jit(
+        jax.grad(lambda p: jnp.sum(net.apply({"params": p}, *small.inputs, small.guide, None) ** 2))
+    )(small.params)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    jax.tree.map(close, again, small.grad(small.params))
 
 
 def test_half_precision_computes_but_does_not_store_in_half(small):

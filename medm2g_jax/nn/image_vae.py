@@ -3,7 +3,7 @@
 Stable Diffusion's AutoencoderKL, layer by layer, so that its published weights fit (83,653,863 parameters at the
 default size). One is shared by all imaging modalities. Shapes:
 
-    x (b h w 3) in [-1, 1]  ->  mean, logvar (b h/f w/f latent)  ->  (b h w 3),   f = patch * 2**(levels - 1)
+    x (b h w colours) in [-1, 1]  ->  mean, logvar (b h/f w/f latent)  ->  (b h w colours),   f = patch * 2**(levels - 1)
 
 f = 8 and latent = 4 in Stable Diffusion. Latents are unscaled here; `model.encode` and `model.decode_image` apply the
 scale. Easy to get wrong: a downsample pads right and bottom only, every GroupNorm has eps 1e-6, and the attention in
@@ -121,7 +121,8 @@ class ImageVAE(nn.Module):
     groups: of every GroupNorm. latent: channels of z.
     patch: p > 1 folds p x p pixels into channels in front of conv_in and unfolds them behind conv_out, which a small
       model needs more than convolutions at full resolution. mid_attention: the attention in the two middle blocks.
-      (patch=1, mid_attention=True) is Stable Diffusion; the others are ours.
+      colours: of the images; one is all a small model needs of grey ones.
+      (patch=1, mid_attention=True, colours=3) is Stable Diffusion; the others are ours.
     """
 
     channels: Sequence[int] = (128, 256, 512, 512)
@@ -130,29 +131,35 @@ class ImageVAE(nn.Module):
     latent: int = 4
     patch: int = 1
     mid_attention: bool = True
+    colours: int = 3
     dtype: Any = jnp.float32
 
     def setup(self):
         sizes = dict(channels=self.channels, layers=self.layers, groups=self.groups, attention=self.mid_attention)
         self.encoder = _Encoder(**sizes, out_channels=2 * self.latent, dtype=self.dtype)
-        self.quant = nn.Dense(2 * self.latent, dtype=self.dtype)  # 1x1 convolutions
+        # 1x1 convolutions. Logvar starts at -4: at 0 its noise drowns what the decoder is to learn from.
+        self.quant = nn.Dense(2 * self.latent, dtype=self.dtype, bias_init=_quiet)
         self.post_quant = nn.Dense(self.latent, dtype=self.dtype)
-        self.decoder = _Decoder(**sizes, out_channels=3 * self.patch**2, dtype=self.dtype)
+        self.decoder = _Decoder(**sizes, out_channels=self.colours * self.patch**2, dtype=self.dtype)
 
     def encode(
-        self, x: Float[Array, "b h w 3"]
+        self, x: Float[Array, "b h w colours"]
     ) -> tuple[Float[Array, "b h2 w2 latent"], Float[Array, "b h2 w2 latent"]]:
         """Mean and log-variance of q(z | x), float32; logvar in [-30, 20]."""
         moments = self.quant(self.encoder(_space_to_depth(x, self.patch))).astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
-    def decode(self, z: Float[Array, "b h2 w2 latent"]) -> Float[Array, "b h w 3"]:
+    def decode(self, z: Float[Array, "b h2 w2 latent"]) -> Float[Array, "b h w colours"]:
         """The image, not clipped to [-1, 1]."""
         return _depth_to_space(self.decoder(self.post_quant(z)), self.patch)
 
-    def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+    def __call__(self, x: Float[Array, "b h w colours"]) -> Float[Array, "b h w colours"]:
         return self.decode(self.encode(x)[0])
+
+
+def _quiet(key, shape, dtype=jnp.float32):
+    return jnp.concatenate([jnp.zeros(shape[0] // 2, dtype), jnp.full(shape[0] // 2, -4.0, dtype)])
 
 
 def _space_to_depth(x: Array, patch: int) -> Array:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from medm2g_jax.arrays import Times
 from medm2g_jax.nn.attention import Context
-from medm2g_jax.nn.layers import GroupNorm, time_embedding
+from medm2g_jax.nn.layers import GroupNorm, faint, time_embedding
 from medm2g_jax.nn.unet import Operators, check_width, through
 
 
@@ -75,4 +75,5 @@ class TextUNet(nn.Module):
         # The last norm's scale and bias are per channel, the FC blocks' per feature: it sees tokens, as a transformer.
         tokens = jax.nn.silu(GroupNorm(self.groups, dtype=self.dtype, name="norm_out")(kind.tokens(x)))
         x = kind.hidden(tokens, x)
-        return nn.Dense(self.latent, dtype=self.dtype, name="linear_out")(x).astype(jnp.float32)
+        out = nn.Dense(self.latent, kernel_init=faint, dtype=self.dtype, name="linear_out")
+        return out(x).astype(jnp.float32)

@@ -25,10 +25,21 @@ BERT_EPS = 1e-12
 Cache = tuple[tuple[Array, Array], ...]  # per layer keys and values (b 1+length heads e); slot 0 is the memory
 
 
-def _init(width: int):
-    """Normal with the published 0.02 at width 768, wider below, so that logits and attention scores start alike at
-    every width."""
-    return nn.initializers.normal(0.02 * (768 / width) ** 0.5)
+def _embedding_init(width: int):
+    """Normal with the published 0.02 at width 768 and more in narrow models (0.24 at 64), whose words otherwise drown in
+    what the layers add: a tiny model then learns the language and leaves the latent unread."""
+    return nn.initializers.normal(0.02 * 768 / width)
+
+
+def _scaled(variance: float):
+    return nn.initializers.variance_scaling(variance, "fan_in", "normal")
+
+
+def _latent_init(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
+    """Wide means and logvar = 0: there is no bias to lower logvar with, so that a latent that is to be heard above its
+    own noise of 1 from the first step has to be loud."""
+    mean = _scaled(16.0)(key, (shape[0], shape[1] // 2), dtype)
+    return jnp.concatenate([mean, jnp.zeros_like(mean)], axis=1)
 
 
 def _heads(x: Float[Array, "b n w"], heads: int) -> Float[Array, "b n heads e"]:
@@ -65,7 +76,7 @@ class _BertEmbeddings(nn.Module):
     @nn.compact
     def __call__(self, ids):
         def embed(count, name):
-            return nn.Embed(count, self.width, dtype=self.dtype, embedding_init=_init(self.width), name=name)
+            return nn.Embed(count, self.width, dtype=self.dtype, embedding_init=_embedding_init(self.width), name=name)
 
         x = embed(self.vocab, "word")(ids) + embed(self.positions, "position")(jnp.arange(ids.shape[1]))
         x = x + embed(2, "token_type")(jnp.zeros((1,), jnp.int32))  # one segment: always type 0
@@ -89,9 +100,8 @@ class _Encoder(nn.Module):
         for i in range(self.layers):
             x = _BertLayer(self.heads, self.ff, self.dtype, name=f"layer_{i}")(x, bias)
         pooled = nn.Dense(self.width, dtype=self.dtype, kernel_init=_init(self.width), name="pooler")(x[:, 0])
-        return nn.Dense(
-            2 * self.latent, use_bias=False, dtype=self.dtype, kernel_init=_init(self.width), name="latent"
-        )(jnp.tanh(pooled))
+        moments = nn.Dense(2 * self.latent, use_bias=False, dtype=self.dtype, kernel_init=_moments_init, name="latent")
+        return moments(jnp.tanh(pooled))
 
 
 # --- decoder: GPT-2 -------------------------------------------------------------------------------------------------
@@ -99,16 +109,14 @@ class _Encoder(nn.Module):
 
 class _GPT2Attention(nn.Module):
     heads: int
+    out_init: nn.initializers.Initializer
     dtype: Any
 
     @nn.compact
     def __call__(self, x, memory, cache, position):
         width = x.shape[-1]
-
-        def dense(features, name):
-            return nn.Dense(features, dtype=self.dtype, name=name)
-
-        q, k, v = (_heads(y, self.heads) for y in jnp.split(dense(3 * width, "c_attn")(x), 3, axis=-1))
+        qkv = nn.Dense(3 * width, dtype=self.dtype, name="c_attn")(x)
+        q, k, v = (_heads(y, self.heads) for y in jnp.split(qkv, 3, axis=-1))
         memory = _heads(memory[:, None], self.heads)
         if cache is None:
             # Slot 0 gets a query as well, so that the causal mask is square; what it reads is dropped.
@@ -120,30 +128,32 @@ class _GPT2Attention(nn.Module):
             slots = jnp.arange(cache[0].shape[1])
             bias = jnp.where(slots <= position + 1, 0.0, MASKED)
             y = attend(q, *cache, jnp.broadcast_to(bias, (x.shape[0], bias.size)))
-        return dense(width, "c_proj")(_merge(y)), cache
+        return nn.Dense(width, dtype=self.dtype, kernel_init=self.out_init, name="c_proj")(_merge(y)), cache
 
 
 class _GPT2MLP(nn.Module):
     ff: int
+    out_init: nn.initializers.Initializer
     dtype: Any
 
     @nn.compact
     def __call__(self, x):
         h = nn.gelu(nn.Dense(self.ff, dtype=self.dtype, name="c_fc")(x), approximate=True)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="c_proj")(h)
+        return nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=self.out_init, name="c_proj")(h)
 
 
 class _GPT2Layer(nn.Module):
     heads: int
     ff: int
+    out_init: nn.initializers.Initializer
     dtype: Any
 
     @nn.compact
     def __call__(self, x, memory, cache, position):
-        attention = _GPT2Attention(self.heads, self.dtype, name="attn")
+        attention = _GPT2Attention(self.heads, self.out_init, self.dtype, name="attn")
         h, cache = attention(layer_norm("ln_1", self.dtype)(x), memory, cache, position)
         x = x + h
-        return x + _GPT2MLP(self.ff, self.dtype, name="mlp")(layer_norm("ln_2", self.dtype)(x)), cache
+        return x + _GPT2MLP(self.ff, self.out_init, self.dtype, name="mlp")(layer_norm("ln_2", self.dtype)(x)), cache
 
 
 class _Decoder(nn.Module):
@@ -157,18 +167,18 @@ class _Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, z, ids, cache=None, position=0):
-        init = _init(self.width)
-        wte = nn.Embed(self.vocab, self.width, dtype=self.dtype, embedding_init=init, name="wte")
-        wpe = nn.Embed(self.positions, self.width, dtype=self.dtype, embedding_init=init, name="wpe")
+        init, embedding = _init(self.width), _embedding_init(self.width)
+        wte = nn.Embed(self.vocab, self.width, dtype=self.dtype, embedding_init=embedding, name="wte")
+        wpe = nn.Embed(self.positions, self.width, dtype=self.dtype, embedding_init=embedding, name="wpe")
 
         def from_latent(features, name):
-            return nn.Dense(features, use_bias=False, dtype=self.dtype, kernel_init=init, name=name)(z)
+            return nn.Dense(features, use_bias=False, dtype=self.dtype, kernel_init=_scaled(0.25), name=name)(z)
 
         memory = jnp.split(from_latent(self.layers * self.width, "memory"), self.layers, axis=-1)
         x = wte(ids) + wpe(position + 1 + jnp.arange(ids.shape[1])) + from_latent(self.width, "embed")[:, None]
         new = []
         for i in range(self.layers):
-            layer = _GPT2Layer(self.heads, self.ff, self.dtype, name=f"h_{i}")
+            layer = _GPT2Layer(self.heads, self.ff, out_init, self.dtype, name=f"h_{i}")
             x, kept = layer(x, memory[i], None if cache is None else cache[i], position)
             new.append(kept)
         x = layer_norm("ln_f", self.dtype)(x)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from medm2g_jax.arrays import Times
 from medm2g_jax.errors import UserError
 from medm2g_jax.nn.attention import Context
-from medm2g_jax.nn.layers import GroupNorm, ResBlock, Transformer, conv, time_embedding, upsample
+from medm2g_jax.nn.layers import GroupNorm, ResBlock, Transformer, conv, faint, time_embedding, upsample
 
 Hidden = Float[Array, "b ..."]  # (b h w c) in an image UNet, flat (b c*positions) in a text UNet
 
@@ -160,7 +160,7 @@ class UNet(nn.Module):
         x = conv(self.channels[0], "conv_in", self.dtype)(z_t)
         x = through(self, IMAGE, x, time, prompt, guide)
         x = jax.nn.silu(GroupNorm(self.groups, dtype=self.dtype, name="norm_out")(x))
-        return conv(self.out_channels, "conv_out", self.dtype)(x).astype(jnp.float32)
+        return conv(self.out_channels, "conv_out", self.dtype, kernel_init=faint)(x).astype(jnp.float32)
 
 
 def check_width(width: int, *contexts: Context | None) -> None:

@@ -83,6 +83,8 @@ def config_words(config: ConfigDict, stage: str) -> str:
     words = [stage.split("_", 1)[1]] if stage.startswith(("align_", "ldm_")) else []
     assert config.preset in PRESETS
     words += [config.preset] + ([config.variant] if config.variant else [])
+    names = {listing: name for name, listing in rounds.LISTINGS.items()}
+    words += [names[config.listing]] if names.get(config.listing, "default") != "default" else []
     return f"{config_path(stage)}:{','.join(words)}"
 
 

@@ -31,8 +31,8 @@ def create(trainable: Params, tx: optax.GradientTransformation) -> State:
     return State(jnp.int32(0), trainable, jax.tree.map(jnp.copy, trainable), tx.init(trainable))
 
 
-def make_train_step(recipe: Recipe, config: ConfigDict, tx: optax.GradientTransformation, dtype=jnp.float32):
-    """step(state, frozen, batch, key) -> (state, metrics): loss, every term, norms; for jit, state donated."""
+def make_train_step(recipe: Recipe, config: ConfigDict, tx: optax.GradientTransformation):
+    """step(state, frozen, batch, key) -> (state, metrics): loss, every term, gradient norm; for jit, state donated."""
     weights = dict(config.loss)
 
     def loss(trainable: Params, frozen: Params, prepared: Any):
@@ -50,7 +50,6 @@ def make_train_step(recipe: Recipe, config: ConfigDict, tx: optax.GradientTransf
         ema = jax.tree.map(lambda e, p: e * decay + p * (1 - decay), state.ema, trainable)
         metrics = {"loss": total, **terms}
         metrics["norm/gradient"] = optax.global_norm(grads)
-        metrics["norm/parameters"] = optax.global_norm(trainable)
         return State(state.step + 1, trainable, ema, opt), metrics
 
     return train_step
