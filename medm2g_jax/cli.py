@@ -1,6 +1,8 @@
 """The verbs beside training: parse, call, print; no logic. Console script `medm2g`, or `python -m medm2g_jax VERB`."""
 
 import argparse
+import os
+import runpy
 import sys
 import time
 
@@ -48,7 +50,11 @@ def _generate(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from medm2g_jax.evaluate.phantom import measure
 
-    measure(args.model, args.config, rows=args.rows, seed=args.seed)
+    path, _, words = args.config.partition(":")
+    if not os.path.exists(path):
+        raise UserError(f"no config file {path}; expected configs/tasks.py:phantom")
+    config = runpy.run_path(path)["get_config"](words)
+    measure(args.model, args.rows or config.rows, config.seed if args.seed is None else args.seed)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,8 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = verbs.add_parser("evaluate", help="measure a trained model", description="Tables on the phantom.")
     evaluate.add_argument("--model", required=True, help="a run root, or one round's folder in it")
     evaluate.add_argument("--config", default="configs/tasks.py:phantom", help="which measurements")
-    evaluate.add_argument("--rows", type=int, default=200, help="test subjects with a lesion")
-    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--rows", type=int, help="test subjects with a lesion; default the config's")
+    evaluate.add_argument("--seed", type=int)
     evaluate.set_defaults(run=_evaluate)
     return parser
 

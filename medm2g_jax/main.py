@@ -3,11 +3,14 @@
 python -m medm2g_jax.main --config=configs/text_ct.py:tiny [--config.FIELD=VALUE ...] [--workdir=DIR]
 """
 
+import difflib
 import os
+import runpy
+import signal
 import sys
 
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from medm2g_jax.errors import UserError
 
@@ -27,9 +30,13 @@ def main(argv: list[str]) -> None:
 
     if _DISTRIBUTED.value or (_DISTRIBUTED.value is None and os.environ.get("JAX_COORDINATOR_ADDRESS")):
         jax.distributed.initialize()
-    from medm2g_jax.train import run
+    from medm2g_jax.train import loop, run
 
-    run.run(_CONFIG.value, _WORKDIR.value)
+    try:
+        run.run(_CONFIG.value, _WORKDIR.value)
+    except loop.Stopped as stopped:
+        print(stopped, flush=True)
+        sys.exit(128 + signal.SIGTERM)
 
 
 def console() -> None:
@@ -42,35 +49,25 @@ def console() -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """absl's parser, with ml_collections' complaints about config fields turned into one line."""
-    import difflib
+    """absl's parser, with what config_flags says of a config in tracebacks turned into one line."""
+    given = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), "")
+    path, _, words = given.partition(":")
+    if given and not os.path.exists(path):
+        raise UserError(f"no config file {path}; configs/ has one for each stage, as in configs/text_ct.py")
+    known = _fields(runpy.run_path(path)["get_config"](words)) if given else []
+    for argument in argv:
+        field = argument.removeprefix("--config.").partition("=")[0]
+        if argument.startswith("--config.") and known and field not in known:
+            near = difflib.get_close_matches(field, known, n=1, cutoff=0.0)[0]
+            raise UserError(f"--config={given}: no field config.{field}; did you mean --config.{near}?")
+    return app.parse_flags_with_usage(argv)
 
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError) as error:
-        config = next((a for a in argv if a.startswith("--config=")), "--config=...")
-        wrong = next(
-            (a[len("--config.") :].split("=")[0] for a in argv if a.startswith("--config.") and _unknown(a)), ""
-        )
-        near = difflib.get_close_matches(wrong, _fields(), n=1, cutoff=0.0)
-        hint = f"; did you mean --config.{near[0]}?" if near else ""
-        raise UserError(f"{config}: no field config.{wrong or error}{hint}") from None
 
-
-def _fields(config=None, prefix: str = "") -> list[str]:
-    from ml_collections import ConfigDict
-
-    config = _CONFIG.value if config is None else config
+def _fields(config: ConfigDict, prefix: str = "") -> list[str]:
     out = []
-    for key, value in (config or {}).items():
-        out.append(prefix + key)
-        if isinstance(value, ConfigDict):
-            out += _fields(value, f"{prefix}{key}.")
+    for key, value in config.items():
+        out += [prefix + key, *(_fields(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else ())]
     return out
-
-
-def _unknown(argument: str) -> bool:
-    return argument[len("--config.") :].split("=")[0] not in _fields()
 
 
 if __name__ == "__main__":

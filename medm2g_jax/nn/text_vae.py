@@ -26,8 +26,8 @@ Cache = tuple[tuple[Array, Array], ...]  # per layer keys and values (b 1+length
 
 
 def _embedding_init(width: int):
-    """Normal with the published 0.02 at width 768 and more in narrow models (0.24 at 64), whose words otherwise drown in
-    what the layers add: a tiny model then learns the language and leaves the latent unread."""
+    """Normal with the published 0.02 at width 768 and more in narrow models (0.24 at 64), whose words otherwise drown
+    in what the layers add: a tiny model then learns the language and leaves the latent unread."""
     return nn.initializers.normal(0.02 * 768 / width)
 
 
@@ -99,9 +99,9 @@ class _Encoder(nn.Module):
         bias = jnp.where(ids > 0, 0.0, MASKED)
         for i in range(self.layers):
             x = _BertLayer(self.heads, self.ff, self.dtype, name=f"layer_{i}")(x, bias)
-        pooled = nn.Dense(self.width, dtype=self.dtype, kernel_init=_init(self.width), name="pooler")(x[:, 0])
-        moments = nn.Dense(2 * self.latent, use_bias=False, dtype=self.dtype, kernel_init=_moments_init, name="latent")
-        return moments(jnp.tanh(pooled))
+        pooled = jnp.tanh(nn.Dense(self.width, dtype=self.dtype, name="pooler")(x[:, 0]))
+        moments = nn.Dense(2 * self.latent, use_bias=False, dtype=self.dtype, kernel_init=_latent_init, name="latent")
+        return moments(pooled)
 
 
 # --- decoder: GPT-2 -------------------------------------------------------------------------------------------------
@@ -167,7 +167,8 @@ class _Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, z, ids, cache=None, position=0):
-        init, embedding = _init(self.width), _embedding_init(self.width)
+        embedding = _embedding_init(self.width)
+        out_init = _scaled(1 / (2 * self.layers))  # GPT-2's: the residual stream keeps its size at any depth
         wte = nn.Embed(self.vocab, self.width, dtype=self.dtype, embedding_init=embedding, name="wte")
         wpe = nn.Embed(self.positions, self.width, dtype=self.dtype, embedding_init=embedding, name="wpe")
 

@@ -140,6 +140,11 @@ def run_stage(
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch, mesh)
     stage = rounds.graph(config.listing, config.get("freeze", "paper")).stage(config.stage)
+    if stage.verb == "align" and config.accumulate > 1:
+        raise UserError(
+            f"{config.stage}: config.accumulate={config.accumulate} would change the loss, whose negatives are the rows "
+            "of one batch; leave it at 1 and choose config.batch"
+        )
     _record(config, folder)
 
     dtype = activation_dtype(config.dtype)
@@ -216,7 +221,7 @@ def run_stage(
                 if not np.isfinite(values["loss"]):
                     raise UserError(
                         f"{config.stage}: loss is {values['loss']} at step {done}; the last good checkpoint is in "
-                        f"{folder / 'checkpoints'}. Lower config.lr (now {config.lr}) and run again with a fresh --workdir"
+                        f"{folder / 'checkpoints'}. Lower config.lr (now {config.lr}), with a fresh --workdir"
                     )
                 values["norm/parameters"] = float(norm(state.trainable))
                 log.write_scalars(done, values | memory())

@@ -1,0 +1,196 @@
+"""A run from the command line: resumes after kill -9 with the same bits, on any mesh; bad input is one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from medm2g_jax.errors import UserError
+from medm2g_jax.train import checkpoint, loop, run
+from micro import NET, micro
+
+HERE = Path(__file__).parent
+STAGE = "ldm_xray"  # image_vae, align_text_xray, ldm_xray: three stages, one of each cheap kind
+
+
+def command(root, *extra: str) -> list[str]:
+    net = [f"--config.net.{k}={v}" for k, v in NET.items()]
+    small = ["--config.image_size=32", "--config.data.train=96", "--config.data.val=32", "--config.data.test=16"]
+    own = [f"--config.{k}=8" for k in ("batch", "steps", "eval_rows")] + ["--config.checkpoint_every=2", "--config.log_every=2"]
+    own += ["--config.sample.steps=2"]
+    for stage in ("image_vae", "align_text_xray"):
+        own += [f"--config.stages.{stage}.{k}=8" for k in ("batch", "steps", "eval_rows")]
+        own += [f"--config.stages.{stage}.checkpoint_every=2"]
+    return [sys.executable, "-m", "medm2g_jax.main", "--config=configs/ldm.py:xray,tiny", f"--workdir={root}", *net, *small,
+            *own, *extra]  # fmt: skip
+
+
+def start(root, cache, *extra: str, devices: int = 1) -> subprocess.Popen:
+    env = dict(os.environ, JAX_PLATFORMS="cpu", JAX_COMPILATION_CACHE_DIR=str(cache))
+    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(command(root, *extra), cwd=HERE.parent, env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)  # fmt: skip
+
+
+def final_state(root, stage: str) -> dict[str, np.ndarray]:
+    """Everything of the last checkpoint: parameters, EMA, optimizer slots."""
+    import orbax.checkpoint as ocp
+
+    folder = root / stage / "checkpoints"
+    step = max(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+    tree = ocp.PyTreeCheckpointer().restore(folder / str(step) / "state")
+    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("xla")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, cache):
+    root = tmp_path_factory.mktemp("whole") / "run"
+    process = start(root, cache)
+    out, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, out[-3000:]
+    return root
+
+
+def wait_for(process: subprocess.Popen, happened, seconds: float = 200.0) -> None:
+    deadline = time.time() + seconds
+    while not happened() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.005)
+
+
+def test_killed_five_times_ends_with_the_same_bits(uninterrupted, cache, tmp_path):
+    """Killed while saving, in upstream stages, in the first step, and at seeded moments between."""
+    root = tmp_path / "run"
+    rng = np.random.default_rng(0)
+    moments = [
+        lambda: (root / "image_vae" / "config.json").exists(),  # before the first step of the first stage
+        lambda: any((root / "image_vae" / "checkpoints").glob("*tmp*")),  # in mid-save, upstream
+        lambda: (root / "align_text_xray" / "log.jsonl").exists(),  # in the first step of the second stage
+        lambda: (root / STAGE / "checkpoints" / "2").exists(),
+        lambda: any((root / STAGE / "checkpoints").glob("*tmp*")),
+    ]
+    for moment in moments:
+        process = start(root, cache)
+        wait_for(process, moment)
+        time.sleep(float(rng.uniform(0, 0.05)))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    process = start(root, cache)
+    out, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, out[-3000:]
+    for stage in ("image_vae", "align_text_xray", STAGE):
+        whole, pieces = final_state(uninterrupted, stage), final_state(root, stage)
+        assert whole.keys() == pieces.keys()
+        different = [k for k in whole if not np.array_equal(whole[k], pieces[k])]
+        assert not different, (stage, different[:5])
+        rows = [json.loads(line)["step"] for line in (root / stage / "log.jsonl").read_text().splitlines()]
+        assert rows == sorted(rows)
+
+
+def test_a_terminated_run_saves_and_resumes(cache, tmp_path, uninterrupted):
+    root = tmp_path / "run"
+    process = start(root, cache, "--config.steps=4000", "--config.checkpoint_every=100000")
+    wait_for(process, lambda: (root / STAGE / "log.jsonl").exists() and "\n" in (root / STAGE / "log.jsonl").read_text())
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode == 143 and "the same command resumes" in out
+    assert [p.name for p in (root / STAGE / "checkpoints").iterdir() if p.name.isdigit()]
+
+
+def test_eight_devices_killed_once_then_on_two_and_one(cache, tmp_path):
+    root = tmp_path / "run"
+    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+    process = start(root, cache, *mesh, devices=8)
+    wait_for(process, lambda: (root / STAGE / "checkpoints" / "2").exists(), 300)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    process = start(root, cache, "--config.mesh.fsdp=2", "--config.steps=6", devices=2)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and f"{STAGE} 6/6" in out, out[-3000:]
+    assert "1/6" not in out.replace("1/8", ""), "went on from the checkpoint of 8 devices"
+
+
+def test_a_finished_run_has_everything_a_user_needs(uninterrupted):
+    assert (uninterrupted / "phantom.png").exists() and (uninterrupted / "report.html").exists()
+    for stage in ("image_vae", "align_text_xray", STAGE):
+        folder = uninterrupted / stage
+        meta = json.loads((folder / "model.json").read_text())
+        assert meta["numbers"] and list(folder.glob("*.png"))
+        assert json.loads((folder / "versions.json").read_text())["jax"] == jax.__version__
+        assert json.loads((folder / "config.json").read_text())["stage"] == stage
+        assert list((folder / "tensorboard").iterdir()) and (folder / "log.jsonl").read_text()
+    page = (uninterrupted / "report.html").read_text()
+    assert "data:image/png;base64," in page and "http" not in page.replace("http-equiv", "")
+
+
+def test_a_run_of_another_config_is_refused(uninterrupted):
+    config = micro("ldm", "xray,tiny", steps=8, seed=3)
+    with pytest.raises(UserError, match=r"config\.seed=0, this config has 3.*--workdir"):
+        loop.plan_stages(config, epath.Path(uninterrupted))
+    config = micro("ldm", "xray,tiny", steps=8)
+    config.net.width = 48
+    with pytest.raises(UserError, match=r"config\.net\.width=32, this config has 48"):
+        loop.plan_stages(config, epath.Path(uninterrupted))
+
+
+def test_a_missing_upstream_stage_names_its_command(tmp_path):
+    config = micro("text_ct", upstream="require")
+    with pytest.raises(UserError, match=r"image_vae.*\n.*--config=configs/image_vae\.py:tiny --workdir="):
+        loop.plan_stages(config, epath.Path(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/text_ct.py:tinny"], "unknown word 'tinny'"),
+        (["--config=configs/text_ct.py:tiny", "--config.stpes=3"], "did you mean --config.steps?"),
+        (["--config=configs/text_ct.py:tiny", "--config.data.source=dicom:/x"], "phantom, manifest:PATH or tfds:NAME"),
+        (["--config=configs/text_ct.py:tiny", "--config.data.source=manifest:/nowhere"], "/nowhere"),
+        (["--config=configs/image_vae.py:tiny", "--config.mesh.data=3"], "config.mesh"),
+        (["--config=configs/text_vae.py:tiny", "--config.optimizer=sgd"], "config.optimizer='sgd'"),
+        (["--config=configs/align.py:tiny"], "after the colon"),
+        ([], "--config=configs/text_ct.py"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path):
+    env = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    line = [sys.executable, "-m", "medm2g_jax.main", *arguments, f"--workdir={tmp_path}/run", "--config.image_size=32"]
+    if not arguments:
+        line = line[:3]
+    done = subprocess.run(line, cwd=HERE.parent, env=env, text=True, capture_output=True, timeout=200)
+    assert done.returncode == 2, done.stdout + done.stderr
+    errors = done.stderr.strip().splitlines()
+    assert errors[-1].startswith("error: ") and message in errors[-1] and "Traceback" not in done.stderr
+
+
+def test_the_batch_names_the_nearest_that_fits(tmp_path):
+    with pytest.raises(UserError, match=r"config\.batch=12 .*config\.batch=16"):
+        config = micro("image_vae", batch=12)
+        data = run.open_data(config, epath.Path(tmp_path))
+        loop.run_stage(config, epath.Path(tmp_path), data)
+
+
+def test_accumulation_is_refused_where_it_changes_the_loss(tmp_path):
+    config = micro("align", "text_xray,tiny", accumulate=2)
+    data = run.open_data(config, epath.Path(tmp_path))
+    with pytest.raises(UserError, match="accumulate"):
+        loop.run_stage(config, epath.Path(tmp_path), data)
+
+
+def test_results_verify_what_they_stand_on(uninterrupted):
+    meta = checkpoint.read_meta(epath.Path(uninterrupted) / STAGE)
+    assert meta["from"]["xray/flow"] == {"stage": STAGE}
+    assert meta["from"]["text/clip"]["stage"] == "align_text_xray" and meta["from"]["text/clip"]["fingerprint"]
+    assert set(meta["from"]) >= {"image/vae", "text/clip", "xray/clip", "xray/flow"}
