@@ -8,13 +8,15 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-PYTEST := $(PY) -m pytest -n 2 --dist loadfile
+# glibc otherwise gives every step's buffers back to the kernel and faults them in again; other systems ignore these.
+MALLOC := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
+PYTEST := $(MALLOC) $(PY) -m pytest -n 2 --dist loadfile
 
 .PHONY: demo test test-full lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/runtime.stamp
-	$(PY) -m medm2g_jax.main --config=configs/text_ct.py:tiny
+	$(MALLOC) $(PY) -m medm2g_jax.main --config=configs/text_ct.py:tiny
 
 test: $(VENV)/dev.stamp
 	$(PYTEST)

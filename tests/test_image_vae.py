@@ -48,7 +48,8 @@ def test_default_is_the_published_size():
 def test_logvar_is_clipped():
     vae = ImageVAE(channels=(8,), layers=1, groups=4, mid_attention=False)
     x = jnp.zeros((1, 4, 4, 3))
-    params = jax.tree.map(lambda v: np.zeros(v.shape, v.dtype), jax.eval_shape(vae.init, jax.random.key(0), x)["params"])
+    shapes = jax.eval_shape(vae.init, jax.random.key(0), x)["params"]
+    params = jax.tree.map(lambda v: np.zeros(v.shape, v.dtype), shapes)
     params["quant"]["bias"] = np.array([0, 0, 0, 0, -100, 100, 1, 2], np.float32)
     _, logvar = jax.jit(lambda p, x: vae.apply({"params": p}, x, method="encode"))(params, x)
     np.testing.assert_array_equal(logvar[0, 0, 0], [-30, 20, 1, 2])

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from micro import NET, micro
 
 from medm2g_jax.errors import UserError
 from medm2g_jax.train import checkpoint, loop, run
-from micro import NET, micro
 
 HERE = Path(__file__).parent
 STAGE = "ldm_xray"  # image_vae, align_text_xray, ldm_xray: three stages, one of each cheap kind
@@ -24,13 +24,16 @@ STAGE = "ldm_xray"  # image_vae, align_text_xray, ldm_xray: three stages, one of
 def command(root, *extra: str) -> list[str]:
     net = [f"--config.net.{k}={v}" for k, v in NET.items()]
     small = ["--config.image_size=32", "--config.data.train=96", "--config.data.val=32", "--config.data.test=16"]
-    own = [f"--config.{k}=8" for k in ("batch", "steps", "eval_rows")] + ["--config.checkpoint_every=2", "--config.log_every=2"]
+    own = [f"--config.{k}=8" for k in ("batch", "steps", "eval_rows")] + [
+        "--config.checkpoint_every=2",
+        "--config.log_every=2",
+    ]
     own += ["--config.sample.steps=2"]
     for stage in ("image_vae", "align_text_xray"):
         own += [f"--config.stages.{stage}.{k}=8" for k in ("batch", "steps", "eval_rows")]
         own += [f"--config.stages.{stage}.checkpoint_every=2"]
-    return [sys.executable, "-m", "medm2g_jax.main", "--config=configs/ldm.py:xray,tiny", f"--workdir={root}", *net, *small,
-            *own, *extra]  # fmt: skip
+    line = [sys.executable, "-m", "medm2g_jax.main", "--config=configs/ldm.py:xray,tiny", f"--workdir={root}"]
+    return [*line, *net, *small, *own, *extra]
 
 
 def start(root, cache, *extra: str, devices: int = 1) -> subprocess.Popen:
@@ -102,7 +105,9 @@ def test_killed_five_times_ends_with_the_same_bits(uninterrupted, cache, tmp_pat
 def test_a_terminated_run_saves_and_resumes(cache, tmp_path, uninterrupted):
     root = tmp_path / "run"
     process = start(root, cache, "--config.steps=4000", "--config.checkpoint_every=100000")
-    wait_for(process, lambda: (root / STAGE / "log.jsonl").exists() and "\n" in (root / STAGE / "log.jsonl").read_text())
+    wait_for(
+        process, lambda: (root / STAGE / "log.jsonl").exists() and "\n" in (root / STAGE / "log.jsonl").read_text()
+    )
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=100)
     assert process.returncode == 143 and "the same command resumes" in out

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 from etils import epath
+from micro import micro
 
 from medm2g_jax import modality
-from medm2g_jax.data.pipeline import Record
 from medm2g_jax.data.phantom import Phantom
+from medm2g_jax.data.pipeline import Record
 from medm2g_jax.train import checkpoint, loop, run
-from micro import micro
 
 PACKAGE = Path(modality.__file__).parent
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from micro import micro
 
 from medm2g_jax import rounds
 from medm2g_jax.data import pipeline
@@ -14,10 +15,9 @@ from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.model import init_group
 from medm2g_jax.nn.attention import context
 from medm2g_jax.stages import Recipe, recipe
-from medm2g_jax.train import optim, results
+from medm2g_jax.train import optim, results, sharding
 from medm2g_jax.train.loop import Data
 from medm2g_jax.train.state import create, make_eval_step, make_train_step
-from micro import micro
 
 GRAPH = rounds.graph(rounds.LISTINGS["default"])
 
@@ -64,9 +64,16 @@ class Bench:
 
 @pytest.mark.parametrize(
     ("target", "words"),
-    [("image_vae", "tiny"), ("text_vae", "tiny"), ("align", "text_xray,tiny"), ("ldm", "text,tiny"), ("ldm", "mri,tiny"),
-     ("text_xray", "tiny"), ("ct_mri", "tiny")],
-)  # fmt: skip
+    [
+        ("image_vae", "tiny"),
+        ("text_vae", "tiny"),
+        ("align", "text_xray,tiny"),
+        ("ldm", "text,tiny"),
+        ("ldm", "mri,tiny"),
+        ("text_xray", "tiny"),
+        ("ct_mri", "tiny"),
+    ],
+)
 def test_every_trainable_parameter_changes_and_the_loss_falls(data, target, words):
     bench = Bench(data, target, words, lr=1e-2, warmup=0.0, steps=100, weight_decay=0.0)
     first = bench.train(1)[1]["loss"]
@@ -76,7 +83,9 @@ def test_every_trainable_parameter_changes_and_the_loss_falls(data, target, word
     # A key's bias shifts all logits of a query alike, and a bias in front of a batch normalisation is taken out again:
     # their gradients are zero but for rounding.
     zero_gradient = re.compile(r".*/(k|key|c_attn)/bias$|.*/stream/embedding$|.*/position.*")
-    still = [k for k, v in state.trainable.items() if np.array_equal(v, bench.trainable[k]) and not zero_gradient.match(k)]
+    still = [
+        k for k, v in state.trainable.items() if np.array_equal(v, bench.trainable[k]) and not zero_gradient.match(k)
+    ]
     assert not still
     assert set(state.trainable) == set(state.ema) == set(bench.trainable)
 
@@ -165,7 +174,9 @@ def test_a_term_of_weight_zero_is_not_traced(data):
     loss, terms = make_eval_step(bench.recipe, bench.config)(
         bench.trainable, bench.frozen, bench.batch, jax.random.key(0), jnp.int32(100)
     )
-    assert sorted(terms) == ["eps/text", "eps/xray"] and float(loss) == pytest.approx(float(sum(terms.values())), rel=1e-6)
+    assert sorted(terms) == ["eps/text", "eps/xray"] and float(loss) == pytest.approx(
+        float(sum(terms.values())), rel=1e-6
+    )
 
 
 def test_accumulated_micro_steps_count_one_ema_step(data):
@@ -175,3 +186,20 @@ def test_accumulated_micro_steps_count_one_ema_step(data):
     assert all(np.array_equal(v, bench.trainable[k]) for k, v in state.ema.items())
     state, _ = bench.train(2)
     assert not np.array_equal(state.ema["xray/unet/conv_in/kernel"], bench.trainable["xray/unet/conv_in/kernel"])
+
+
+def test_every_mesh_gives_the_same_loss_and_smaller_shards(data):
+    bench = Bench(data, "text_ct")
+    params = {**bench.frozen, **bench.trainable}
+    t, key = jnp.int32(300), jax.random.key(1)
+    evaluate = jax.jit(make_eval_step(bench.recipe, bench.config))
+    single = float(evaluate(params, {}, bench.batch, key, t)[0])
+    held = {}
+    for shape in ((8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 4, 2), (1, 8, 1)):
+        mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape, strict=True)))
+        placed = {k: jax.device_put(v, sharding.param_sharding(k, v.shape, mesh)) for k, v in params.items()}
+        loss = evaluate(placed, {}, sharding.put_batch(bench.batch, mesh), key, t)[0]
+        assert float(loss) == pytest.approx(single, rel=1e-5), shape
+        held[shape] = sum(v.addressable_shards[0].data.nbytes for v in placed.values())
+    assert held[(8, 1, 1)] > held[(4, 2, 1)] > held[(2, 2, 2)] > held[(1, 4, 2)]
+    assert held[(4, 2, 1)] > held[(1, 8, 1)]

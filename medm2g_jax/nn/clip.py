@@ -24,8 +24,8 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def embedding_init(width: int):
-    """Normal with CLIP's 0.02 at width 768 and more in narrow towers (0.24 at 64), whose words and places otherwise drown
-    in what the layers add."""
+    """Normal with CLIP's 0.02 at width 768 and more in narrow towers (0.24 at 64), whose words and places otherwise
+    drown in what the layers add."""
     return nn.initializers.normal(0.02 * 768 / width)
 
 

@@ -3,7 +3,7 @@
 Stable Diffusion's AutoencoderKL, layer by layer, so that its published weights fit (83,653,863 parameters at the
 default size). One is shared by all imaging modalities. Shapes:
 
-    x (b h w colours) in [-1, 1]  ->  mean, logvar (b h/f w/f latent)  ->  (b h w colours),   f = patch * 2**(levels - 1)
+    x (b h w colours) in [-1, 1]  ->  mean, logvar (b h/f w/f latent)  ->  (b h w colours);  f = patch * 2**(levels - 1)
 
 f = 8 and latent = 4 in Stable Diffusion. Latents are unscaled here; `model.encode` and `model.decode_image` apply the
 scale. Easy to get wrong: a downsample pads right and bottom only, every GroupNorm has eps 1e-6, and the attention in

@@ -142,8 +142,8 @@ def run_stage(
     stage = rounds.graph(config.listing, config.get("freeze", "paper")).stage(config.stage)
     if stage.verb == "align" and config.accumulate > 1:
         raise UserError(
-            f"{config.stage}: config.accumulate={config.accumulate} would change the loss, whose negatives are the rows "
-            "of one batch; leave it at 1 and choose config.batch"
+            f"{config.stage}: config.accumulate={config.accumulate} would change the loss, whose negatives are the "
+            "rows of one batch; leave it at 1 and choose config.batch"
         )
     _record(config, folder)
 

@@ -1,0 +1,161 @@
+"""The whole chain at test size, from one config to samples: what is frozen stays, what was trained generates."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from etils import epath
+from micro import micro
+
+import medm2g_jax
+from medm2g_jax.errors import UserError
+from medm2g_jax.generate import with_bridges
+from medm2g_jax.load import load, newest_round
+from medm2g_jax.train import checkpoint, run
+
+REPORT = "findings : large mass in the left upper lung . heart size is normal . impression : large left upper mass ."
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> epath.Path:
+    """text_xray, then text_ct on top of it."""
+    root = tmp_path_factory.mktemp("chain") / "run"
+    run.run(micro("text_xray", steps=3), str(root))
+    before = {p.parent.name: p.read_bytes() for p in root.glob("*/model.json")}
+    run.run(micro("text_ct", steps=3), str(root))
+    after = {p.parent.name: p.read_bytes() for p in root.glob("*/model.json")}
+    assert all(after[stage] == text for stage, text in before.items()), "a finished stage was touched"
+    return epath.Path(root)
+
+
+@pytest.fixture(scope="module")
+def model(root):
+    return load(str(root))
+
+
+def test_a_round_trains_its_own_groups_and_reads_the_others_bit_for_bit(root, model):
+    assert newest_round(root).name == "text_ct"
+    for stage in (
+        "image_vae",
+        "text_vae",
+        "align_text_xray",
+        "align_text_ct",
+        "ldm_text",
+        "ldm_xray",
+        "ldm_ct",
+        "text_xray",
+    ):
+        for name, value in checkpoint.load_model(root / stage).items():
+            assert np.array_equal(np.asarray(model.generator.params[name]), np.asarray(value)), name
+    trained = checkpoint.load_model(root / "text_ct")
+    assert all(n.startswith("ct/") and ("/context/" in n or "/adapt/" in n or "/guide/" in n) for n in trained)
+    assert not any("projector" in n or n.startswith("pair/") for n in model.generator.params)
+
+
+def test_any_to_any(model):
+    assert model.modalities == ("text", "xray", "ct")
+    out = model.generate(given={"text": REPORT}, make=["ct", "xray"], seed=1)
+    assert out.samples["ct"].shape == (1, 32, 32) and -1000 <= out.samples["ct"].min() <= out.samples["ct"].max() <= 400
+    assert out.pairs["text -> ct"] == "prompt tokens, guide tokens"
+    assert "ct -> xray" not in out.pairs  # never paired
+    out = model.generate(given={"ct": np.zeros((40, 30))}, make=["text"], seed=1)
+    assert isinstance(out.samples["text"][0], str) and out.pairs["ct -> text"] == "prompt tokens, guide tokens"
+    out = model.generate(given={}, make=["xray"], count=2)
+    assert out.samples["xray"].shape == (2, 32, 32) and not np.allclose(*out.samples["xray"])
+
+
+def test_a_never_paired_source_uses_its_pooled_token(model):
+    out = model.generate(given={"xray": np.full((32, 32), 0.5)}, make=["ct"])
+    assert out.pairs == {"xray -> ct": "prompt pooled"}
+    out = model.generate(given={"xray": np.full((32, 32), 0.5)}, make=["ct"], guides="all")
+    assert out.pairs == {"xray -> ct": "prompt pooled, guide pooled"}
+
+
+def test_flows_that_no_pair_links_take_the_text_along(model):
+    assert with_bridges(model.request([], ["ct", "xray"])) == ("ct", "xray", "text")
+    assert with_bridges(model.request(["text"], ["ct", "xray"])) == ("ct", "xray")
+    assert with_bridges(model.request([], ["ct", "xray"], guides="none")) == ("ct", "xray")
+
+
+def test_samples_are_a_function_of_seed_and_place(model):
+    reports = [REPORT, REPORT.replace("left", "right"), "findings : both lungs are clear ."]
+    three = model.generate(given={"text": reports}, make=["ct"], seed=5).samples["ct"]
+    two = model.generate(given={"text": reports[:2]}, make=["ct"], seed=5).samples["ct"]
+    np.testing.assert_allclose(three[:2], two, atol=0.5)  # HU
+    other = model.generate(given={"text": reports[:2]}, make=["ct"], seed=6).samples["ct"]
+    assert not np.allclose(two, other, atol=0.5)
+
+
+def test_guidance_one_is_the_conditional_prediction_and_zero_ignores_what_is_given(model):
+    swapped = REPORT.replace("left", "right").replace("large", "small")
+    zero = [model.generate({"text": t}, ["ct"], guidance=0.0, eta=0.0).samples["ct"] for t in (REPORT, swapped)]
+    np.testing.assert_allclose(*zero, atol=0.5)
+    one = [model.generate({"text": t}, ["ct"], guidance=1.0, eta=0.0).samples["ct"] for t in (REPORT, swapped)]
+    assert not np.allclose(*one, atol=0.01)
+
+
+def test_the_text_encoder_hears_the_prompt_only_where_it_is_given(model):
+    silent = [model.generate({"text": t}, ["ct"], prompts="none", guides="none").samples["ct"] for t in (REPORT, "x")]
+    np.testing.assert_allclose(*silent, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "make", "options", "message"),
+    [
+        ({"pet": "x"}, ["ct"], {}, "unknown stream 'pet'"),
+        ({"text": REPORT}, ["mri"], {}, "this model has the flows text, xray, ct"),
+        ({"text": REPORT}, [], {}, "nothing to make"),
+        ({"text": REPORT}, ["text"], {}, "both given and wanted"),
+        ({"text": REPORT}, ["ct"], {"guides": "some"}, "trained, all, none"),
+        ({"ct": "/nowhere.png"}, ["text"], {}, "/nowhere.png"),
+        ({"ct": np.zeros((3, 4, 4))}, ["text"], {}, r"expected an image \(h w\)"),
+        ({"text": [REPORT] * 2, "xray": [np.zeros((8, 8))] * 3}, ["ct"], {}, "differ in number"),
+        ({"text": REPORT}, ["ct"], {"steps": 0}, "steps"),
+    ],
+)
+def test_bad_requests_are_one_line(model, given, make, options, message):
+    with pytest.raises(UserError, match=message):
+        model.generate(given, make, **options)
+
+
+def test_an_upstream_stage_trained_again_is_noticed(root, tmp_path):
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(root, copy)
+    meta = json.loads((copy / "ldm_ct" / "model.json").read_text())
+    name = next(n for n in meta["fingerprints"] if n.startswith("ct/unet"))
+    meta["fingerprints"][name] += 1
+    (copy / "ldm_ct" / "model.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="ct/flow has been trained again"):
+        load(str(copy))
+
+
+def test_nothing_finished_names_the_command(tmp_path):
+    with pytest.raises(UserError, match=r"no finished round.*configs/text_ct\.py:tiny"):
+        load(str(tmp_path))
+
+
+def test_the_command_that_a_run_ends_with(root, tmp_path):
+    """`medm2g generate`, as printed at the end of a run: files marked as synthetic."""
+    line = [sys.executable, "-m", "medm2g_jax", "generate", "--model", str(root), "--given", f"text={REPORT}", "--make",
+            "ct,xray", "--out", str(tmp_path / "out")]  # fmt: skip
+    done = subprocess.run(line, cwd=Path(__file__).parent.parent, text=True, capture_output=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "Not for clinical use" in done.stdout and "text -> ct: prompt tokens, guide tokens" in done.stdout
+    record = json.loads((tmp_path / "out" / "generated.json").read_text())
+    assert record["files"] == ["ct_000.png", "xray_000.png"] and "Synthetic" in record["note"]
+    from PIL import Image
+
+    assert "Synthetic" in Image.open(tmp_path / "out" / "ct_000.png").text["Description"]
+    assert np.load(tmp_path / "out" / "ct_000.npy").shape == (32, 32)
+    line = [*line[:4], "--model", "/nowhere", "--make", "ct", "--out", "x"]
+    bad = subprocess.run(line, text=True, capture_output=True, cwd=Path(__file__).parent.parent)
+    assert bad.returncode == 2 and bad.stderr.startswith("error: /nowhere") and "Traceback" not in bad.stderr
+
+
+def test_public_names():
+    assert medm2g_jax.load is load and "mri" in medm2g_jax.MODALITIES and medm2g_jax.MedM2G
