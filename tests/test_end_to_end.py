@@ -16,6 +16,8 @@ from medm2g_jax.generate import with_bridges
 from medm2g_jax.load import load, newest_round
 from medm2g_jax.train import checkpoint, run
 
+pytestmark = pytest.mark.full  # several minutes: nine stages are compiled
+
 REPORT = "findings : large mass in the left upper lung . heart size is normal . impression : large left upper mass ."
 
 

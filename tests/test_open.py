@@ -57,6 +57,7 @@ class PetSource:
         return self.phantom.read(index, {"pet": "ct"}.get(stream, stream), rng)
 
 
+@pytest.mark.full
 def test_a_fifth_modality_trains_a_round(pet, tmp_path, monkeypatch):
     listing = ("text_pet",)
     config = micro("text_pet", listing=listing)
