@@ -33,8 +33,8 @@ def data(tmp_path_factory) -> Data:
 
 
 def fresh(init) -> dict[str, jax.Array]:
-    """Parameters of the names and shapes that `init` makes, drawn with numpy: compiling `init` would take longer than the
-    tests. What starts at zero, at one or as the identity does so here."""
+    """Parameters of the names and shapes that `init` makes, drawn with numpy: compiling `init` would take longer than
+    the tests. What starts at zero, at one or as the identity does so here."""
     rng = np.random.default_rng(0)
     out = {}
     for name, x in jax.eval_shape(init, jax.random.key(0)).items():
