@@ -28,6 +28,7 @@ from medm2g_jax.modality import MODALITIES, centre, split_stream
 from medm2g_jax.model import MedM2G, pooled_context, prompt_context, salt, under
 from medm2g_jax.nn.attention import Context, concat, mask
 from medm2g_jax.nn.text_vae import decode_greedy
+from medm2g_jax.train.device import jit
 
 PROMPTS = ("given", "none")
 GUIDES = ("trained", "all", "none")
@@ -243,22 +244,20 @@ class Generator:
         params: Params,
         tokenizers: Tokenizers,
         lengths: Mapping[str, int],
-        compiler_options: dict | None = None,
     ):
         self.model, self.params, self.tokenizers, self.lengths = model, params, tokenizers, dict(lengths)
-        self._options = compiler_options
         self._jitted: dict = {}
 
     def sample(self, request: Request, given: Mapping[str, Any], keys: Array, guidance: float, eta: float) -> dict:
         """Latents of the wanted streams, from model inputs (see `build_sampler`)."""
         if request not in self._jitted:
-            self._jitted[request] = jax.jit(build_sampler(self.model, request), compiler_options=self._options)
+            self._jitted[request] = jit(build_sampler(self.model, request))
         empty = self.ids([""])
         return self._jitted[request](self.params, given, empty, keys, jnp.float32(guidance), jnp.float32(eta))
 
     @functools.cached_property
     def _decode_image(self):
-        return jax.jit(lambda p, z: self.model.decode_image(p, "image", z), compiler_options=self._options)
+        return jit(lambda p, z: self.model.decode_image(p, "image", z))
 
     @functools.cached_property
     def _decode_text(self):
@@ -268,7 +267,7 @@ class Generator:
             vae = under(params, f"{kind}/vae")
             return decode_greedy(self.model.vaes[kind], vae, z / self.model.scales[kind], length)
 
-        return jax.jit(decode, compiler_options=self._options)
+        return jit(decode)
 
     def ids(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """Model input of a batch of texts."""

@@ -19,7 +19,7 @@ from medm2g_jax.generate import Generated, Generator, Request, with_bridges
 from medm2g_jax.modality import MODALITIES, split_stream
 from medm2g_jax.model import build
 from medm2g_jax.train import checkpoint
-from medm2g_jax.train.device import compiler_options, use_compilation_cache
+from medm2g_jax.train.device import use_compilation_cache
 from medm2g_jax.train.results import group_fingerprint, tuples
 
 
@@ -86,7 +86,7 @@ def load(path: str, modalities: Sequence[str] | None = None) -> "Model":
         regex = re.compile(rounds.group_regex(some))
         params |= checkpoint.load_model(folder, names=lambda n, regex=regex: regex.match(n) is not None)
     tokenizers = Tokenizers.load(root.parent / "tokenizers")
-    generator = Generator(model, params, tokenizers, meta["lengths"], compiler_options())
+    generator = Generator(model, params, tokenizers, meta["lengths"])
     config = json.loads((root / "config.json").read_text())
     return Model(generator, meta, config["sample"])
 

@@ -208,7 +208,7 @@ def _single_flow(config: ConfigDict, model: MedM2G, stage: rounds.Stage, gpt2_pa
         eps, z_t = _noised(keys, z0, times)
         keep = _uniform(keys, "drop_prompt") >= config.drop_prompt
         given = {
-            m: (model.flows[m].prompt(frozen, batch["prompt"][m]).tokens, keep & batch["present"][m]) for m in prompts
+            m: (model.flows[m].prompt(frozen, batch["about"]["prompt"][m]).tokens, keep & batch["about"]["present"][m]) for m in prompts
         }
         return z_t[target], times, eps[target], prompt_context(frozen["null/tokens"], given), _stream(batch, target)
 
@@ -228,7 +228,7 @@ def _single_flow(config: ConfigDict, model: MedM2G, stage: rounds.Stage, gpt2_pa
 
 
 def _stream(batch: Mapping, m: str) -> Array | None:
-    return batch.get("stream", {}).get(m)
+    return batch.get("about", {}).get("stream", {}).get(m)
 
 
 # --- rounds (3.4, 3.5, Eq. 5-6) -------------------------------------------------------------------------------------

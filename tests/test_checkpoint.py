@@ -98,6 +98,7 @@ def test_fingerprint_equals_the_closed_form_on_every_mesh(dtype):
     words = x.astype(np.uint8) if dtype == "bool" else x.view(f"uint{8 * x.dtype.itemsize}")
     expected = sum((2 * i + 1) * int(w) for i, w in enumerate(words.ravel())) % 2**32
     assert int(fingerprint(jnp.asarray(x))) == expected
+    assert fingerprints({"here": jnp.asarray(x)}) == {"here": expected}
     for data, fsdp in ((2, 4), (2, 1)):
         for spec in (jax.P(), jax.P("data", "fsdp"), jax.P(None, ("data", "fsdp"))):
             sharded = jax.device_put(x, NamedSharding(mesh_of(data, fsdp), spec))

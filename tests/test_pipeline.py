@@ -100,9 +100,9 @@ def test_streams_are_stated_and_the_bare_one_is_drawn_for_one_row_in_five():
     for batch in take(batches(source, Rows(require=("mri",)), "train", 300, 1, size=4), 10):
         drawn = source.source_of(batch["mri"])
         streams = ("mri", "mri:t1", "mri:t2", "mri:pd", "mri:flair", "mri:t1ce")
-        assert [streams[i] for i in batch["stream"]["mri"]] == [stream for _, stream in drawn]
+        assert [streams[i] for i in batch["about"]["stream"]["mri"]] == [stream for _, stream in drawn]
         count.update(drawn)
-    assert batch["stream"]["mri"].dtype == np.int32
+    assert batch["about"]["stream"]["mri"].dtype == np.int32
     assert count[0, "mri"] / 1000 == pytest.approx(0.2, abs=0.04)
     assert count[0, "mri:t1"] / 1000 == pytest.approx(0.4, abs=0.05)
     assert count[1, "mri"] == 1000
@@ -115,15 +115,16 @@ def test_prompts_absent_ones_are_zero_and_marked(tokenizers):
     rows = Rows(require=("text",), prompts=("xray", "ct"))
     assert list(matching(source, rows, "train")) == [0, 1]
     batch = fixed(source, rows, "train", 9, 0, **options)
-    assert len(batch["present"]["ct"]) == 2 and batch["present"]["ct"].all() and "stream" not in batch
-    has = batch["present"]["xray"]
+    about = batch["about"]
+    assert len(about["present"]["ct"]) == 2 and about["present"]["ct"].all() and "stream" not in about
+    has = about["present"]["xray"]
     assert has.dtype == bool and sorted(has) == [False, True]
-    assert (batch["prompt"]["xray"][~has] == 0).all() and (batch["prompt"]["xray"][has] > 0).all()
+    assert (about["prompt"]["xray"][~has] == 0).all() and (about["prompt"]["xray"][has] > 0).all()
 
     batch = fixed(source, Rows(require=("ct",), prompts=("text", "xray")), "train", 9, 0, **options)
-    assert batch["present"]["text"].all()
+    assert batch["about"]["present"]["text"].all()
     batch = fixed(Fake(("xray",), ("xray", "ct")), Rows(("xray",), prompts=("text", "ct")), "train", 9, 0, **options)
-    same({name: ids[0] for name, ids in batch["prompt"]["text"].items()}, tokenizers.encode("", LENGTHS))
+    same({name: ids[0] for name, ids in batch["about"]["prompt"]["text"].items()}, tokenizers.encode("", LENGTHS))
 
 
 def test_a_prompt_of_the_target_is_another_stated_contrast():
@@ -132,9 +133,10 @@ def test_a_prompt_of_the_target_is_another_stated_contrast():
     assert list(matching(source, rows, "train")) == [0, 1, 2]  # a lone stated contrast has nothing to be prompted with
     seen = collections.Counter()
     for batch in take(batches(source, rows, "train", 60, 2, size=4), 10):
-        targets, prompts = source.source_of(batch["mri"]), source.source_of(batch["prompt"]["mri"])
+        about = batch["about"]
+        targets, prompts = source.source_of(batch["mri"]), source.source_of(about["prompt"]["mri"])
         for (record, target), (_, prompt), mri, ct in zip(
-            targets, prompts, batch["present"]["mri"], batch["present"]["ct"], strict=True
+            targets, prompts, about["present"]["mri"], about["present"]["ct"], strict=True
         ):
             assert mri == (target != "mri") and ct == (record > 0)
             assert not mri or {target, prompt} == {"mri:t1", "mri:t2"}

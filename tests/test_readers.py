@@ -170,7 +170,7 @@ def test_texts_needed_and_only_templates_there(folder):
 def test_a_manifest_feeds_the_pipeline(folder):
     source = Manifest(folder, 8)
     got = fixed(source, Rows(require=("ct",), prompts=("mri",)), "train", 4, 0, size=8)
-    assert got["ct"].shape == got["prompt"]["mri"].shape == (1, 8, 8, 1)
+    assert got["ct"].shape == got["about"]["prompt"]["mri"].shape == (1, 8, 8, 1)
     stream = batches(source, Rows(any_of=("ct", "xray", "mri"), merge="image"), "train", 4, 0, size=8)
     assert next(stream)["image"].shape == (4, 8, 8, 1)
     stream.close()
@@ -247,7 +247,7 @@ def test_tfds_gives_back_what_was_stored(prepared):
     stream = batches(source, Rows(require=("ct", "mri")), "train", 6, 0, size=8)
     got = next(stream)
     stream.close()
-    assert sorted(np.round(got["mri"][:, 0, 0, 0] * 10)) == list(range(6)) and (got["stream"]["mri"] == 2).all()
+    assert sorted(np.round(got["mri"][:, 0, 0, 0] * 10)) == list(range(6)) and (got["about"]["stream"]["mri"] == 2).all()
 
 
 def test_tfds_with_a_map_of_features(prepared):

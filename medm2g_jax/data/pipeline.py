@@ -12,8 +12,8 @@ A batch:
     {"ct": (b size size 1) float32 in [-1, 1], ...,             an image modality that is required
      "text": {"clip": (b n), "bert": (b m), "gpt2": (b k)} int32 ids,
      "image": (b size size 1)                                    under `Rows.merge`: one stream of any of several
-     "stream": {modality: (b,) int32}                            which stream, for modalities that have several
-     "prompt": {modality: as above}, "present": {modality: (b,) bool}}
+     "about": {"stream": {modality: (b,) int32},                 which stream, for modalities that have several
+               "prompt": {modality: as above}, "present": {modality: (b,) bool}}}
 """
 
 import functools
@@ -157,12 +157,12 @@ class _Reader:
         return _draw(_streams(record, modality), rng)
 
     def __call__(self, index: int, rng: np.random.Generator) -> Batch:
-        record, row = self.source.records[index], {}
+        record, row, about = self.source.records[index], {}, {}
         drawn = {modality: self._target(record, modality, rng) for modality in self.rows.require}
         for modality, stream in drawn.items():
             row[modality] = self._value(index, stream, rng)
             if len(streams := MODALITIES[modality].streams) > 1:
-                row.setdefault("stream", {})[modality] = np.int32(streams.index(stream))
+                about.setdefault("stream", {})[modality] = np.int32(streams.index(stream))
         if self.rows.merge:
             streams = [stream for modality in self.rows.any_of for stream in _streams(record, modality)]
             row[self.rows.merge] = self._value(index, str(rng.choice(streams)), rng)
@@ -175,9 +175,9 @@ class _Reader:
                 value = self._value(index, _draw(streams, rng), rng)
             else:
                 value = self.encode("") if MODALITIES[modality].kind == "text" else self.blank
-            row.setdefault("prompt", {})[modality] = value
-            row.setdefault("present", {})[modality] = np.bool_(bool(streams))
-        return row
+            about.setdefault("prompt", {})[modality] = value
+            about.setdefault("present", {})[modality] = np.bool_(bool(streams))
+        return row | ({"about": about} if about else {})
 
 
 def batches(

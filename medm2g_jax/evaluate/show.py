@@ -28,7 +28,7 @@ from medm2g_jax.evaluate.pictures import grid
 from medm2g_jax.generate import Generator, Request
 from medm2g_jax.modality import MODALITIES, centre
 from medm2g_jax.model import MedM2G
-from medm2g_jax.train.device import compiler_options
+from medm2g_jax.train.device import jit
 
 ROWS = 64  # held-out records that the numbers stand on
 
@@ -36,7 +36,7 @@ ROWS = 64  # held-out records that the numbers stand on
 def show(*, config: ConfigDict, folder: epath.Path, model: MedM2G, params: Params, data, meta: dict, log) -> dict:
     """Draw and measure the stage that has just been trained; returns its numbers by name."""
     stage = rounds.graph(config.listing, config.get("freeze", "paper")).stage(config.stage)
-    generator = Generator(model, params, data.tokenizers, data.lengths, compiler_options())
+    generator = Generator(model, params, data.tokenizers, data.lengths)
     draw = {"vae": _autoencoder, "align": _alignment, "ldm": _single_flow, "round": _round}[stage.verb]
     numbers = draw(config, folder, generator, data, stage, meta)
     log.write_scalars(config.steps, {f"result/{k}": v for k, v in numbers.items()})
@@ -94,7 +94,7 @@ def _autoencoder(config, folder, generator, data, stage, meta) -> dict:
 def _text_autoencoder(folder, generator, data, kind) -> dict:
     ids = data.fixed(Rows(require=(centre().name,)), "val", 2 * ROWS)[centre().name]
     model, params = generator.model, generator.params
-    encode = jax.jit(lambda p, x: model.encode(p, centre().name, x))
+    encode = jit(lambda p, x: model.encode(p, centre().name, x))
     z = encode(params, ids)
     real = [data.tokenizers.decode(row[1:]) for row in np.asarray(ids["gpt2"])]
     noise = jax.random.normal(jax.random.key(0), z.shape)
@@ -111,7 +111,7 @@ def _text_autoencoder(folder, generator, data, kind) -> dict:
 
 def _image_autoencoder(config, folder, generator, data, kind) -> dict:
     model, params = generator.model, generator.params
-    again = jax.jit(lambda p, x: model.decode_image(p, kind, model.posterior(p, kind, x)[0] * model.scales[kind]))
+    again = jit(lambda p, x: model.decode_image(p, kind, model.posterior(p, kind, x)[0] * model.scales[kind]))
     rows, numbers = [], {}
     for m in rounds.graph(config.listing).modalities:
         if MODALITIES[m].kind != kind:
@@ -140,7 +140,7 @@ def _psnr(x: np.ndarray, y: np.ndarray) -> float:
 def _alignment(config, folder, generator, data, stage, meta) -> dict:
     a, b = stage.subjects
     numbers = {}
-    pooled = {m: jax.jit(lambda p, x, m=m: generator.model.flows[m].prompt(p, x).pooled) for m in (a, b)}
+    pooled = {m: jit(lambda p, x, m=m: generator.model.flows[m].prompt(p, x).pooled) for m in (a, b)}
     for split in ("val", "train"):
         batch = data.fixed(Rows(require=(a, b)), split, 2 * ROWS)
         u = {m: np.asarray(pooled[m](generator.params, batch[m]), np.float32) for m in (a, b)}

@@ -3,6 +3,8 @@
 import functools
 import logging
 import os
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,41 @@ def compiler_options() -> dict[str, str] | None:
         logging.warning("compiler options %s refused by this jaxlib, going on without: %s", CPU_OPTIONS, error)
         return None
     return CPU_OPTIONS
+
+
+def jit(f: Callable, *, out_shardings: Any = None, **options: Any) -> Callable:
+    """`jax.jit` with this backend's compiler options, of a program that does not hold the names of its results.
+
+    jax writes each result's path ("trainable['ct/unet/...']") into the program, and with it into the key of the
+    compilation cache. Without them two flows that differ in the modality alone share one executable.
+
+    Args:
+      out_shardings: as `jax.jit` takes it; None leaves the part of the result that it stands for to the compiler.
+    """
+    structures = {}
+
+    def program(*args):
+        out = f(*args)
+        structures[jax.tree.structure(args)] = jax.tree.structure(out)
+        return _unnamed(out)
+
+    compiled = jax.jit(
+        program, out_shardings=_unnamed(out_shardings), compiler_options=compiler_options(), **options
+    )
+
+    @functools.wraps(f)
+    def call(*args):
+        leaves = jax.tree.leaves(compiled(*args))
+        return jax.tree.unflatten(structures[jax.tree.structure(args)], leaves)
+
+    return call
+
+
+def _unnamed(tree: Any) -> Any:
+    """Dicts as tuples of their values, in the order in which jax flattens them."""
+    if isinstance(tree, dict):
+        return tuple(_unnamed(tree[k]) for k in sorted(tree))
+    return tuple(map(_unnamed, tree)) if isinstance(tree, tuple | list) else tree
 
 
 def use_compilation_cache(folder) -> None:

@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 
 from medm2g_jax import rounds
 from medm2g_jax.arrays import Params
-from medm2g_jax.config import PRESETS
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES
 from medm2g_jax.model import MedM2G, build
@@ -53,12 +52,14 @@ def differences(before: Any, now: Any, path: str = "") -> list[tuple[str, Any, A
 
 
 def find(root: epath.Path, config: ConfigDict, name: str) -> epath.Path | None:
-    """The folder of a finished stage: in this run root, then in config.upstream_dirs; None where there is none.
+    """The folder of a finished stage: in this run root, then, but for the stage that config itself asks for, in
+    config.upstream_dirs; None where there is none.
 
     Raises:
       UserError: it was made with other shared fields; names the field, both values, and what to type.
     """
-    for place in (root, *(epath.Path(d) for d in config.upstream_dirs)):
+    elsewhere = () if name == config.stage else config.upstream_dirs
+    for place in (root, *(epath.Path(d) for d in elsewhere)):
         meta = checkpoint.read_meta(place / name)
         if meta is None:
             continue
@@ -81,7 +82,6 @@ def config_path(stage: str) -> str:
 def config_words(config: ConfigDict, stage: str) -> str:
     """What follows --config= to run a stage with this config's preset and variant."""
     words = [stage.split("_", 1)[1]] if stage.startswith(("align_", "ldm_")) else []
-    assert config.preset in PRESETS
     words += [config.preset] + ([config.variant] if config.variant else [])
     names = {listing: name for name, listing in rounds.LISTINGS.items()}
     words += [names[config.listing]] if names.get(config.listing, "default") != "default" else []
