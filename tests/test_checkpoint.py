@@ -118,9 +118,10 @@ def test_fingerprint_sees_every_single_bit_flip():
 # Round trips.
 
 
-def test_restores_bit_equal_on_other_meshes(tmp_path):
+def test_restores_bit_equal_on_other_meshes(tmp_path, monkeypatch):
     state = make_state(3, mesh_of(2, 4))
-    saves = Checkpoints(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    saves = Checkpoints("run")  # relative, as --workdir mostly is
     assert saves.restore(abstract(state)) is None and saves.best() is None
     saves.save(3, state, meta={"note": "x", "pair": (1, 2)})
     saves.close()
@@ -499,10 +500,11 @@ def test_two_processes_agree(tmp_path):
 # The result of a stage.
 
 
-def test_result_round_trip_partial_and_cast(tmp_path):
+def test_result_round_trip_partial_and_cast(tmp_path, monkeypatch):
     mesh = mesh_of(2, 4)
     params = make_state(5, mesh)["trainable"]
-    save_model(tmp_path / "ct", params, {"stage": "ct", "scales": {"image": 0.18}})
+    monkeypatch.chdir(tmp_path)
+    save_model("ct", params, {"stage": "ct", "scales": {"image": 0.18}})
     meta = read_meta(tmp_path / "ct")
     assert meta["format"] == 1 and meta["stage"] == "ct" and meta["fingerprints"] == fingerprints(params)
     assert meta["shapes"]["ct/unet/a/kernel"] == [8, 400] and meta["dtypes"]["ct/unet/a"] == "bfloat16"

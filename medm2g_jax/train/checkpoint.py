@@ -101,7 +101,7 @@ class Checkpoints:
     def __init__(self, folder: epath.PathLike, keep: int = 2):
         if keep < 1:
             raise UserError(f"config.keep: expected at least 1, found {keep}")
-        self.folder = epath.Path(folder)
+        self.folder = _absolute(folder)
         self._keep = keep
         self._saver = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(state=_arrays_handler(), meta=ocp.JsonCheckpointHandler())
@@ -294,7 +294,7 @@ def save_model(folder: epath.PathLike, params: Params, meta: Mapping[str, Any]) 
     Raises:
       UserError: it could not be written; then there is no model.json.
     """
-    folder = epath.Path(folder)
+    folder = _absolute(folder)
     path = folder / "model.json"
     text = json.dumps({**meta, "format": 1, **_describe(params, fingerprints(params))}, indent=1)
     try:
@@ -331,7 +331,7 @@ def load_model(
     Raises:
       UserError: there is no result, `names` chooses nothing of it, or what it chooses is damaged.
     """
-    folder = epath.Path(folder)
+    folder = _absolute(folder)
     meta = read_meta(folder)
     if meta is None:
         raise UserError(f"{folder / 'model.json'}: not found; the stage that writes it has not finished")
@@ -372,6 +372,12 @@ def read_meta(folder: epath.PathLike) -> dict[str, Any] | None:
     if found != 1:
         raise UserError(f"{path}: format {found}, this version reads format 1; install the version that wrote it")
     return meta
+
+
+def _absolute(folder: epath.PathLike) -> epath.Path:
+    """Orbax takes no relative paths."""
+    path = epath.Path(folder)
+    return path if "://" in os.fspath(path) else epath.Path(os.path.abspath(path))
 
 
 def _arrays_handler() -> ocp.PyTreeCheckpointHandler:
