@@ -247,7 +247,8 @@ def test_tfds_gives_back_what_was_stored(prepared):
     stream = batches(source, Rows(require=("ct", "mri")), "train", 6, 0, size=8)
     got = next(stream)
     stream.close()
-    assert sorted(np.round(got["mri"][:, 0, 0, 0] * 10)) == list(range(6)) and (got["about"]["stream"]["mri"] == 2).all()
+    assert sorted(np.round(got["mri"][:, 0, 0, 0] * 10)) == list(range(6))
+    assert (got["about"]["stream"]["mri"] == 2).all()
 
 
 def test_tfds_with_a_map_of_features(prepared):

@@ -6,7 +6,7 @@
     <pair>                each partner made from the other; for a round with text, the counterfactual row: same seed,
                           "left" turned to "right" in the report
 
-Numbers go to the stage's model.json and to the log, texts to texts.json, for the run's report.
+Numbers go to the stage's model.json, texts to texts.json, for the run's report; all of it to TensorBoard too.
 """
 
 import json
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
+from PIL import Image
 
 from medm2g_jax import rounds
 from medm2g_jax.align import info_nce, retrieval_at_1
@@ -42,6 +43,12 @@ def show(*, config: ConfigDict, folder: epath.Path, model: MedM2G, params: Param
     log.write_scalars(config.steps, {f"result/{k}": v for k, v in numbers.items()})
     for name, value in numbers.items():
         print(f"  {config.stage}: {name} {value:.3f}", flush=True)
+    # What of it may be shown was decided when it was written.
+    for path in sorted(folder.glob("*.png")):
+        with path.open("rb") as f:
+            log.write_images(config.steps, {path.stem: np.asarray(Image.open(f))[None, ..., None] / 255})
+    if (folder / "texts.json").exists():
+        log.write_texts(config.steps, json.loads((folder / "texts.json").read_text()))
     return numbers
 
 
