@@ -29,7 +29,9 @@ def main(argv: list[str]) -> None:
     import jax
 
     if _DISTRIBUTED.value or (_DISTRIBUTED.value is None and os.environ.get("JAX_COORDINATOR_ADDRESS")):
-        jax.distributed.initialize()
+        # jax reads the address itself; number and rank only from launchers that it knows (Slurm, Open MPI, Cloud TPU).
+        told = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+        jax.distributed.initialize(**{k: int(os.environ[v]) for k, v in told.items() if v in os.environ})
     from medm2g_jax.train import loop, run
 
     try:
