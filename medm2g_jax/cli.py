@@ -3,6 +3,7 @@
 import argparse
 import os
 import runpy
+import shlex
 import sys
 import time
 
@@ -57,6 +58,21 @@ def _evaluate(args: argparse.Namespace) -> None:
     measure(args.model, args.rows or config.rows, config.seed if args.seed is None else args.seed)
 
 
+def _plan(args: argparse.Namespace) -> None:
+    from medm2g_jax.main import read_config
+    from medm2g_jax.train import plan, run
+
+    config = read_config([f"--config={args.config}", *args.overrides])
+    workdir = args.workdir or run.default_workdir(config)
+    if args.commands:
+        for name, what, arguments in plan.commands(config, args.config, args.overrides, workdir):
+            print(f"# {name}: {what}")
+            if what != "done":
+                print(shlex.join(["python", "-m", "medm2g_jax.main", *arguments]))
+    else:
+        plan.show(config, workdir, args.topology, args.libtpu_python)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="medm2g", description="Medical any-to-any generation. Not for clinical use.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -87,12 +103,29 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--rows", type=int, help="test subjects with a lesion; default the config's")
     evaluate.add_argument("--seed", type=int)
     evaluate.set_defaults(run=_evaluate)
+
+    plan = verbs.add_parser(
+        "plan",
+        help="the stages of a config; does its step fit a TPU slice",
+        description="The stages of a config and what there is of them. With --topology: compile the train step with "
+        "the TPU compiler, on any Linux machine, and print its memory and cost. --config.FIELD=VALUE as for training.",
+    )
+    plan.add_argument("--config", required=True, help="as for the trainer: configs/NAME.py:WORDS")
+    plan.add_argument("--workdir", help="run root; default as the trainer's")
+    plan.add_argument("--topology", default="", help="a TPU slice: v5e:2x4, v6e:4x4, v4:2x2x2, v5p:2x2x1 ...")
+    plan.add_argument("--libtpu-python", default="", metavar="PATH", help="Python of an environment with libtpu; "
+                      "default MEDM2G_LIBTPU_PYTHON, else .venv-tpu/bin/python, made by `make plan-env`")  # fmt: skip
+    plan.add_argument("--commands", action="store_true", help="print the command of each stage that is not done")
+    plan.set_defaults(run=_plan)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry of the console script; an error a user can mend is one line and exit status 2."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, args.overrides = parser.parse_known_args(argv)
+    if unknown := [a for a in args.overrides if args.verb != "plan" or not a.startswith("--config.")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         args.run(args)
     except UserError as error:
