@@ -201,12 +201,9 @@ def compile_step(config: ConfigDict, vocab: Mapping[str, int], topology: str) ->
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", str(error))
-        if used is None:
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        scale = {"K": 2**10, "M": 2**20, "G": 2**30}
-        total, room = (float(used[i]) * scale[used[i + 1]] for i in (1, 3))
-        return out | {"fits": False, "total": total, "room": room, "compile": time.time() - began}
+        return out | _too_much(str(error)) | {"fits": False, "compile": time.time() - began}
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     sizes = {
         "arguments": memory.argument_size_in_bytes,
@@ -218,6 +215,16 @@ def compile_step(config: ConfigDict, vocab: Mapping[str, int], topology: str) ->
     total = sum(sizes.values()) - 2 * sizes["aliased"]  # a donated argument and its result are one buffer
     fits = total <= CHIPS[kind].hbm * GIB
     return out | sizes | {"fits": fits, "total": total, "flops": cost["flops"], "compile": time.time() - began}
+
+
+def _too_much(message: str) -> dict[str, float]:
+    """{"total": bytes asked for, "room": bytes there are} in the compiler's refusal, where it names them."""
+    forms = (r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", r"\(([\d.]+)([KMGT])\) exceeds.*?\(([\d.]+)([KMGT])\)")
+    found = next(filter(None, (re.search(form, message) for form in forms)), None)
+    if found is None:
+        return {}
+    total, room = (float(found[i]) * 2 ** (10 * (1 + "KMGT".index(found[i + 1]))) for i in (1, 3))
+    return {"total": total, "room": room}
 
 
 def child() -> None:
@@ -281,11 +288,12 @@ def report(config: ConfigDict, topology: str, answer: Mapping[str, Any]) -> str:
             f"memory a chip   arguments {size['arguments']}, outputs {size['outputs']} ({size['aliased']} of it in the "
             f"arguments' place), temporaries {size['temporaries']}, program {size['code']}"
         )
-    lines.append(f"total a chip    {size['total']} of {_bytes(answer.get('room', chip.hbm * GIB))}: {verdict}")
+    room = _bytes(answer.get("room", chip.hbm * GIB))
+    lines.append(f"total a chip    {size.get('total', 'more than there is')} of {room}: {verdict}")
     if not answer["fits"]:
         lines.append(
-            "                less: a larger slice, a smaller --config.batch (with --config.accumulate), --config.mesh.fsdp, "
-            "--config.remat=True"
+            "                less: a larger slice, a smaller --config.batch (with --config.accumulate), "
+            "--config.mesh.fsdp, --config.remat=True"
         )
     if "flops" in answer:
         flops = answer["flops"] * config.accumulate
