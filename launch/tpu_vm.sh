@@ -235,13 +235,13 @@ prepare_project() {
 
 # READY, PREEMPTED and so on; NONE where there is no such TPU, UNKNOWN where gcloud could not say.
 state() {
-  local answer
-  if answer=$(ask "${vm[@]}" describe "$name" "${at[@]}" --format="value(state)" 2>&1); then
+  local answer log=$folder/state.log
+  if answer=$(ask "${vm[@]}" describe "$name" "${at[@]}" --format="value(state)" 2>"$log"); then
     echo "${answer:-NONE}"
-  elif [[ $answer == *NOT_FOUND* || $answer == *"not found"* ]]; then
+  elif grep -qiE 'NOT_FOUND|not found' "$log"; then
     echo NONE
   else
-    echo "${answer##*$'\n'}" >&2
+    cat "$log" >&2
     echo UNKNOWN
   fi
 }
@@ -250,7 +250,8 @@ state() {
 create_tpu() {
   local flags=(--accelerator-type="$type" --version="$version" --scopes=cloud-platform) log=$folder/create.log
   [[ -z $spot ]] || flags+=(--spot)
-  until run "${vm[@]}" create "$name" "${at[@]}" "${flags[@]}" ${create[@]+"${create[@]}"} 2> >(tee "$log" >&2); do
+  until run "${vm[@]}" create "$name" "${at[@]}" "${flags[@]}" ${create[@]+"${create[@]}"} 2>"$log"; do
+    cat "$log" >&2
     if ! grep -qiE 'capacity|RESOURCE_EXHAUSTED|UNAVAILABLE|stockout|internal error' "$log"; then
       echo "error: the TPU was not created; gcloud says why above" >&2
       exit 1

@@ -56,11 +56,11 @@ def read_config(arguments: list[str]) -> ConfigDict:
     Raises:
       UserError: no such file, word or field, or a value of another type.
     """
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True)
+    values, argv = flags.FlagValues(), ["medm2g", *arguments]
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True, sys_argv=argv)
     _check(arguments)
     try:
-        values(["medm2g", *arguments])
+        values(argv)
     except flags.Error as error:
         raise UserError(str(error).splitlines()[0]) from error
     return values.config

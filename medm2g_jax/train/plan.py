@@ -280,7 +280,8 @@ def report(config: ConfigDict, topology: str, answer: Mapping[str, Any]) -> str:
     """The answer in words."""
     kind, grid = parse_topology(topology)
     chip, chips = CHIPS[kind], int(np.prod(grid))
-    size = {k: _bytes(v) for k, v in answer.items() if isinstance(v, int | float)}
+    names = ("arguments", "outputs", "aliased", "temporaries", "code", "total")
+    size = {k: _bytes(answer[k]) for k in names if k in answer}
     verdict = "fits" if answer["fits"] else "DOES NOT FIT"
     lines = []
     if "arguments" in answer:
@@ -311,11 +312,11 @@ def report(config: ConfigDict, topology: str, answer: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _bytes(n: float) -> str:
+def _bytes(n: float | int) -> str:
     return f"{n / GIB:.3g} GiB" if n >= GIB else f"{n / 2**20:.3g} MiB"
 
 
-def _si(x: float) -> str:
+def _si(x: float | int) -> str:
     for size, name in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
         if x >= size:
             return f"{x / size:.3g} {name}"
