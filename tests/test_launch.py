@@ -332,14 +332,14 @@ def test_two_processes_of_four_devices_train_as_one_of_eight(tmp_path):
         said = [p.communicate(timeout=300)[0] for p in running]
         assert [p.returncode for p in running] == [0] * processes, said
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
-    assert [r["step"] for r in two] == [1, 2, 3, 3]
+    assert [r["step"] for r in two] == [1, 2, 3, 3, 3]  # three steps, the held-out loss, the result's numbers
     for a, b in zip(one, two, strict=True):
         for name in set(a) - {"memory/host GB"}:
-            np.testing.assert_allclose(b[name], a[name], rtol=1e-5, err_msg=name)
+            rtol = 1e-3 if name.startswith("result/") else 1e-5
+            np.testing.assert_allclose(b[name], a[name], rtol=rtol, err_msg=name)
     assert "image_vae 3/3" in said[0] and "image_vae 3/3" not in said[1], "one of them speaks"
     meta = [json.loads((tmp_path / name / "image_vae" / "model.json").read_text()) for name in ("one", "two")]
     assert meta[0]["scales"]["image"] == pytest.approx(meta[1]["scales"]["image"], rel=1e-4)
-    assert meta[1]["numbers"] == pytest.approx(meta[0]["numbers"], rel=1e-3)
 
 
 @pytest.mark.full
@@ -357,4 +357,4 @@ def test_one_of_two_processes_is_told_to_stop_and_both_resume(tmp_path):
     running = several(tmp_path / "run", tmp_path / "xla", 2, 4, *own(steps=step + 2, checkpoint_every=100_000))
     said = [p.communicate(timeout=300)[0] for p in running]
     assert [p.returncode for p in running] == [0, 0], said
-    assert [r["step"] for r in rows(tmp_path / "run")][-3:] == [step + 1, step + 2, step + 2]
+    assert [r["step"] for r in rows(tmp_path / "run")][-4:-1] == [step + 1, step + 2, step + 2]
