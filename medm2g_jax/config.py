@@ -156,6 +156,7 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
         own |= dict(
             loss=dict(contrast=1.0, invariant=1.0 if not tiny else 0.3),
             barlow_lambda=0.0051,
+            crop=0.9 if tiny else 0.6,  # least area of a view: at 0.6 a lesion's level is learned last
         )
     elif verb == "ldm":
         text = name == "ldm_text"
