@@ -161,7 +161,7 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
     elif verb == "ldm":
         text = name == "ldm_text"
         own |= (
-            dict(steps=500 if text else 800, lr=3e-3 if text else 2e-3, batch=64 if text else 16)
+            dict(steps=500 if text else 1200, lr=3e-3 if text else 2e-3, batch=64 if text else 16)
             if tiny
             else dict(steps=200_000, lr=5e-5 if text else 2e-5, batch=1024 if text else 256)
         )
