@@ -207,8 +207,9 @@ def _single_flow(config: ConfigDict, model: MedM2G, stage: rounds.Stage, gpt2_pa
         times = _times(keys, t)
         eps, z_t = _noised(keys, z0, times)
         keep = _uniform(keys, "drop_prompt") >= config.drop_prompt
+        about = batch["about"]
         given = {
-            m: (model.flows[m].prompt(frozen, batch["about"]["prompt"][m]).tokens, keep & batch["about"]["present"][m]) for m in prompts
+            m: (model.flows[m].prompt(frozen, about["prompt"][m]).tokens, keep & about["present"][m]) for m in prompts
         }
         return z_t[target], times, eps[target], prompt_context(frozen["null/tokens"], given), _stream(batch, target)
 
