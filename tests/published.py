@@ -15,12 +15,14 @@ VOCAB = 600
 def unet(**changes):
     from test_unet import torch_unet
 
+    torch.manual_seed(0)
     return oracles.scramble(torch_unet(**(SIZES | changes)))
 
 
 def vae():
     from diffusers import AutoencoderKL
 
+    torch.manual_seed(1)
     return oracles.scramble(
         AutoencoderKL(
             block_out_channels=(8, 16),
@@ -37,6 +39,7 @@ def vae():
 def clip_text(cls="CLIPTextModel", vocab=VOCAB):
     import transformers
 
+    torch.manual_seed(2)
     config = transformers.CLIPTextConfig(**CLIP, vocab_size=vocab, eos_token_id=vocab - 1, bos_token_id=vocab - 2)
     return oracles.scramble(getattr(transformers, cls)(config), 2)
 
@@ -45,6 +48,7 @@ def clip(vocab=VOCAB):
     import transformers
 
     text = CLIP | dict(vocab_size=vocab, eos_token_id=vocab - 1, bos_token_id=vocab - 2)
+    torch.manual_seed(3)
     vision = CLIP | dict(image_size=16, patch_size=8)
     return oracles.scramble(
         transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)), 3

@@ -121,7 +121,7 @@ def write(
     made = outputs(steps)
     if len(made) != len(steps):
         raise ValueError(f"{part}: two steps of one name")
-    sources = sorted({step.tensor.file.name for step in steps})
+    sources = sorted({f"{step.tensor.file.parent.name}/{step.tensor.file.name}" for step in steps})
     with new_folder(Path(to) / part) as folder:
         prints = write_safetensors(folder / WEIGHTS, made, {"format": "pt", "medm2g": part})
         size = sum(step.tensor.nbytes for step in steps)

@@ -294,10 +294,10 @@ def write_safetensors(path: Path, outputs: Mapping[str, Output], metadata: Mappi
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
         for name, out in outputs.items():
-            values = np.ascontiguousarray(out.make())
+            values = out.make()
             if values.shape != out.shape or values.dtype != out.dtype:
                 raise ValueError(f"{name}: {values.dtype}{values.shape} where {out.dtype}{out.shape} was announced")
-            data = values.reshape(-1).view(np.uint8).data
+            data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
             prints[name] = zlib.crc32(data)
             file.write(data)
         file.flush()

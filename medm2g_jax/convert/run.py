@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from medm2g_jax.convert import clip, converted, stable_diffusion
+from medm2g_jax.convert import clip, converted, optimus, stable_diffusion
 from medm2g_jax.errors import UserError
 
 
@@ -30,6 +30,9 @@ def convert(
     made = {
         "sd15": lambda: stable_diffusion.convert(Path(path), Path(to), weights),
         "clip": lambda: clip.convert(Path(path), Path(to)),
+        "vd": lambda: optimus.convert_vd(Path(path), Path(to), context),
+        "optimus": lambda: optimus.convert_optimus(Path(path), Path(to), bert, gpt2),
+        "bert-gpt2": lambda: optimus.convert_bert_gpt2(Path(path), Path(to), gpt2),
     }[source]()
     print(made)
     if "OpenRAIL" in made.licence:

@@ -9,6 +9,7 @@ fully connected operators, in the three layouts they are published in.
 Tables are spelled out for `Sizes`, which `sizes_of` reads off the keys.
 """
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -79,6 +80,7 @@ class Sizes:
             del out["positions"], out["latent"]
         return out
 
+    @functools.lru_cache(maxsize=8)  # noqa: B019  a frozen value, and tracing takes a second
     def expected(self, prefix: str = "unet") -> dict[str, tuple[int, ...]]:
         """Names and shapes of our UNet of this size, without guide and stream."""
         own = dict(channels=self.channels, attention=self.attention, layers=self.layers, heads=1, groups=1)
@@ -173,6 +175,11 @@ def table(sizes: Sizes, layout: str, prefix: str = "unet") -> list[Rule]:
             inner = "op" if site.part == "down" and layout != "diffusers" else "conv"
             rules += layer(f"{site.theirs}.{inner}", ours, "conv")
     return rules
+
+
+def transformers(sizes: Sizes, layout: str) -> tuple[str, ...]:
+    """What the keys of transformers start with."""
+    return tuple(f"{site.theirs}." for site in _sites(sizes, layout) if site.part == "attn")
 
 
 def layout_of(found: Mapping[str, Tensor]) -> str | None:
