@@ -12,12 +12,14 @@ import numpy as np
 from etils import epath
 
 from medm2g_jax import rounds
+from medm2g_jax.arrays import Params
+from medm2g_jax.convert import weights
 from medm2g_jax.data import images
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.errors import UserError
 from medm2g_jax.generate import Generated, Generator, Request, with_bridges
 from medm2g_jax.modality import MODALITIES, split_stream
-from medm2g_jax.model import build
+from medm2g_jax.model import MedM2G, build, init_group
 from medm2g_jax.train import checkpoint
 from medm2g_jax.train.device import use_compilation_cache
 from medm2g_jax.train.results import group_fingerprint, tuples
@@ -66,10 +68,14 @@ def load(path: str, modalities: Sequence[str] | None = None) -> "Model":
     model = build(net, wanted, meta["vocab"], meta["scales"], meta["shared"]["image_size"])
     kinds = {f"{MODALITIES[m].kind}/vae" for m in wanted}
     groups: dict[str, list[str]] = {}
+    converted: list[str] = []
     for group, origin in meta["from"].items():
         # Every prompt encoder stays: any modality may be given, and the centre's makes the null prompt.
         if group.split("/")[0] in wanted or group in kinds or group.endswith("/clip"):
-            groups.setdefault(origin["stage"], []).append(group)
+            if "weights" in origin:
+                converted.append(group)
+            if "stage" in origin:
+                groups.setdefault(_plain_name(root, origin["stage"]), []).append(group)
     params: dict[str, Any] = {}
     for stage, some in groups.items():
         folder = root.parent / stage
@@ -77,7 +83,8 @@ def load(path: str, modalities: Sequence[str] | None = None) -> "Model":
         if found is None:
             raise UserError(f"{root} stands on {folder}, which is not there (or not finished); copy the whole run root")
         for group in some:
-            expected = meta["from"][group].get("fingerprint")
+            origin = meta["from"][group]
+            expected = None if "weights" in origin else origin.get("fingerprint")
             if expected is not None and expected != group_fingerprint(found["fingerprints"], group):
                 raise UserError(
                     f"{folder}: {group} has been trained again since {root} was; train {meta['stage']} again too "
@@ -85,10 +92,39 @@ def load(path: str, modalities: Sequence[str] | None = None) -> "Model":
                 )
         regex = re.compile(rounds.group_regex(some))
         params |= checkpoint.load_model(folder, names=lambda n, regex=regex: regex.match(n) is not None)
+    params |= _converted(root, meta, model, net, converted)
     tokenizers = Tokenizers.load(root.parent / "tokenizers")
     generator = Generator(model, params, tokenizers, meta["lengths"])
     config = json.loads((root / "config.json").read_text())
     return Model(generator, meta, config["sample"])
+
+
+def _plain_name(root: epath.Path, stage: str) -> str:
+    if not stage.isidentifier():
+        raise UserError(f"{root / 'model.json'}: names a stage {stage!r}, which is no name; not a file to trust")
+    return stage
+
+
+def _converted(root: epath.Path, meta: Mapping, model: MedM2G, net: Mapping, groups: Sequence[str]) -> Params:
+    """The groups of a model that no stage trained, from the converted weights that its run was started with."""
+    if not groups:
+        return {}
+    folder = meta["shared"]["weights"]
+    shapes = jax.eval_shape(lambda key: init_group(model, key, groups), jax.random.key(0))
+    local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    params: Params = {}
+    for group in groups:
+        regex = re.compile(rounds.group_regex((group,)))
+        mine = {n: x.shape for n, x in shapes.items() if regex.match(n)}
+        mine = {n: s for n, s in mine.items() if n not in meta["from"][group].get("fresh", ())}
+        found, origin = weights.load(folder, group, mine, net, lambda name, shape: local)
+        if origin["fingerprint"] != meta["from"][group]["fingerprint"]:
+            raise UserError(
+                f"{folder}/{origin['weights']} was converted again, from other files, since {root} was trained; bring "
+                f"back the weights that it stands on, or train {meta['stage']} again"
+            )
+        params |= found
+    return params
 
 
 class Model:

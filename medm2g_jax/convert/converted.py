@@ -14,8 +14,7 @@ import resource
 import shutil
 import sys
 import time
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,10 +74,6 @@ class Converted:
     folder: Path
     meta: dict[str, Any]
     tensors: dict[str, Tensor]
-
-    def fingerprint(self, names: Iterable[str]) -> int:
-        """One number for some of its tensors, from their CRCs."""
-        return zlib.crc32(";".join(f"{n}={self.meta['crc32'][n]}" for n in sorted(names)).encode())
 
 
 @dataclass(frozen=True)

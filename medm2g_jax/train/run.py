@@ -7,6 +7,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from medm2g_jax import rounds
+from medm2g_jax.convert import weights
 from medm2g_jax.data import pipeline
 from medm2g_jax.data.readers import open_source
 from medm2g_jax.data.text import Tokenizers
@@ -46,6 +47,12 @@ def open_data(config: ConfigDict, root: epath.Path) -> loop.Data:
         phantom=dict(train=d.train, val=d.val, test=d.test),
     )
     folder = root / "tokenizers"
+    if not (folder / "done").exists() and config.weights:
+        for name, path in weights.tokenizers(config.weights).items():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            for file in path.iterdir():
+                (folder / name / file.name).write_bytes(file.read_bytes())
+        (folder / "done").write_text("copied from converted weights\n")
     if not (folder / "done").exists():
         texts = pipeline.texts(source, "train", config.seed)
         Tokenizers.train(texts, folder, config.net.vocabulary)
