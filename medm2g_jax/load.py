@@ -2,6 +2,7 @@
 
 import json
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from etils import epath
 from medm2g_jax import rounds
 from medm2g_jax.arrays import Params
 from medm2g_jax.convert import weights
+from medm2g_jax.convert.files import open_tensors
 from medm2g_jax.data import images
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.errors import UserError
@@ -44,24 +46,29 @@ def newest_round(root: epath.Path) -> epath.Path:
     return max(done, key=lambda d: d[:2])[2]
 
 
+def locate(path: str) -> epath.Path:
+    """The folder that `load` reads: `path` where a result or an exported model is in it, else its newest round."""
+    root = epath.Path(path)
+    return root if checkpoint.read_meta(root) is not None else newest_round(root)
+
+
 def load(path: str, modalities: Sequence[str] | None = None) -> "Model":
     """A trained model.
 
     Args:
-      path: a run root (its newest finished round), or one round's folder in it.
+      path: a run root (its newest finished round), one round's folder in it, or an exported folder.
       modalities: read only these flows; all by default.
 
     Raises:
       UserError: nothing finished there, or a stage it stands on has been trained again since.
     """
-    root = epath.Path(path)
+    root = locate(path)
     meta = checkpoint.read_meta(root)
-    if meta is None:
-        root = newest_round(root)
-        meta = checkpoint.read_meta(root)
     if meta["stage"] not in meta["rounds"]:
         raise UserError(f"{root}: {meta['stage']} is not a round; generation needs the folder of a round or a run root")
-    use_compilation_cache(root.parent / "xla_cache")
+    exported = "crc32" in meta
+    if not exported:
+        use_compilation_cache(root.parent / "xla_cache")
     net = tuples(meta["shared"]["net"])
     trained = [m for m in meta["modalities"] if f"{m}/guide" in meta["from"]]
     wanted = trained if modalities is None else [m for m in trained if m in modalities]
@@ -69,12 +76,15 @@ def load(path: str, modalities: Sequence[str] | None = None) -> "Model":
     kinds = {f"{MODALITIES[m].kind}/vae" for m in wanted}
     groups: dict[str, list[str]] = {}
     converted: list[str] = []
+    chosen: list[str] = []
     for group, origin in meta["from"].items():
         # Every prompt encoder stays: any modality may be given, and the centre's makes the null prompt.
         if group.split("/")[0] in wanted or group in kinds or group.endswith("/clip"):
-            if "weights" in origin:
+            if exported:
+                chosen.append(group)
+            elif "weights" in origin:
                 converted.append(group)
-            if "stage" in origin:
+            if "stage" in origin and not exported:
                 groups.setdefault(_plain_name(root, origin["stage"]), []).append(group)
     params: dict[str, Any] = {}
     for stage, some in groups.items():
@@ -93,7 +103,8 @@ def load(path: str, modalities: Sequence[str] | None = None) -> "Model":
         regex = re.compile(rounds.group_regex(some))
         params |= checkpoint.load_model(folder, names=lambda n, regex=regex: regex.match(n) is not None)
     params |= _converted(root, meta, model, net, converted)
-    tokenizers = Tokenizers.load(root.parent / "tokenizers")
+    params |= _exported(root, meta, chosen)
+    tokenizers = Tokenizers.load((root if exported else root.parent) / "tokenizers")
     generator = Generator(model, params, tokenizers, meta["lengths"])
     config = json.loads((root / "config.json").read_text())
     return Model(generator, meta, config["sample"])
@@ -103,6 +114,24 @@ def _plain_name(root: epath.Path, stage: str) -> str:
     if not stage.isidentifier():
         raise UserError(f"{root / 'model.json'}: names a stage {stage!r}, which is no name; not a file to trust")
     return stage
+
+
+def _exported(root: epath.Path, meta: Mapping, groups: Sequence[str]) -> Params:
+    """Groups of a model that `medm2g convert export --as safetensors` wrote, compared with the CRCs in model.json."""
+    if not groups:
+        return {}
+    path = Path(root) / "weights.safetensors"
+    regex, params = re.compile(rounds.group_regex(groups)), {}
+    tensors = open_tensors(path)
+    if set(tensors) != set(meta["crc32"]):
+        raise UserError(f"{path}: model.json names other tensors; export the model again")
+    for name, tensor in tensors.items():
+        if regex.match(name):
+            value = tensor.read()
+            if zlib.crc32(value.tobytes()) != meta["crc32"][name]:
+                raise UserError(f"{path} is damaged: the CRC of {name} differs; export or download the model again")
+            params[name] = jnp.asarray(value)
+    return params
 
 
 def _converted(root: epath.Path, meta: Mapping, model: MedM2G, net: Mapping, groups: Sequence[str]) -> Params:

@@ -15,7 +15,7 @@ from test_convert_text import optimus_state
 from test_text_unet import torch_text_unet
 
 import medm2g_jax
-from medm2g_jax.convert import clip, converted, optimus, stable_diffusion, weights
+from medm2g_jax.convert import clip, converted, export, optimus, stable_diffusion, weights
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.errors import UserError
 from medm2g_jax.train import checkpoint, loop, results, run, sharding
@@ -123,10 +123,10 @@ def test_what_does_not_fit_is_told(folder, tmp_path):
     with pytest.raises(UserError, match="image_unet.heads is 2, config.net.image_unet.heads is 4"):
         results.stand_in(config, ("ct/flow",), place, jnp.float32, vocab)
     config = config_of(folder)
-    with pytest.raises(UserError, match=r"text/token/embedding \(expected \[9, 32\].*tokenizers|tokenizers: text/token"):
+    with pytest.raises(UserError, match=r"the tokenizers: text/token/embedding \(expected \[9, 32\]"):
         results.stand_in(config, ("text/clip",), place, jnp.float32, vocab | {"clip": 9})
     config.weights = str(tmp_path)
-    with pytest.raises(UserError, match=rf"no converted weights there.*\n  medm2g convert vd --from .* --to {tmp_path}"):
+    with pytest.raises(UserError, match=rf"no converted weights there.*\n  medm2g convert vd .* --to {tmp_path}"):
         results.stand_in(config, ("text/flow",), place, jnp.float32, vocab)
     with pytest.raises(UserError, match=r"no tokenizer there"):
         weights.tokenizers(str(tmp_path))
@@ -148,7 +148,7 @@ def test_converted_autoencoders_count_as_done(folder, tmp_path):
 
 @pytest.mark.full
 def test_a_round_stands_on_converted_weights(folder, tmp_path):
-    """upstream="init": V_CT, f_CT, theta_c of both train (the X-ray round is absent), the result loads and generates."""
+    """upstream="init": guides of both train, since the X-ray round is absent; the result loads, generates, exports."""
     config = config_of(folder)
     root = epath.Path(tmp_path / "run")
     data = run.open_data(config, root)
@@ -165,6 +165,24 @@ def test_a_round_stands_on_converted_weights(folder, tmp_path):
     assert out.samples["ct"].shape == (1, 16, 16) and np.isfinite(out.samples["ct"]).all()
     flat = values(folder, "sd15", "unet/")
     np.testing.assert_array_equal(model.generator.params["ct/unet/conv_in/kernel"], flat["unet/conv_in/kernel"])
+    # One folder that needs nothing else, and says the same to the last bit.
+    export.export(root, tmp_path / "model", "safetensors")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "medical advice" in card and "ldm_ct" in card
+    assert str(folder) not in (tmp_path / "model" / "model.json").read_text()
+    again = medm2g_jax.load(str(tmp_path / "model")).generate({"text": "no mass ."}, ["ct"], steps=1, seed=0)
+    np.testing.assert_array_equal(again.samples["ct"], out.samples["ct"])
+    # And its CT flow as Stable Diffusion.
+    from diffusers import StableDiffusionPipeline
+
+    export.export(root, tmp_path / "pipe", "diffusers", "ct")
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "pipe", local_files_only=True)
+    weight = pipe.unet.conv_in.weight.detach().numpy().transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(weight, flat["unet/conv_in/kernel"])
+    meta_path = root / "text_ct" / "model.json"
+    meta_path.write_text(meta_path.read_text().replace('"stage": "text_ct"', '"stage": "../text_ct"'))
+    with pytest.raises(UserError, match="not a file to trust|is not a round"):
+        medm2g_jax.load(str(root / "text_ct"))
 
 
 @pytest.mark.full

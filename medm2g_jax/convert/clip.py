@@ -16,6 +16,7 @@ from medm2g_jax.convert.rules import SAME, Rule, layer, match, parameters
 from medm2g_jax.errors import UserError
 from medm2g_jax.nn.clip import CLIPText, CLIPVision
 
+LOGIT_SCALE = [Rule("logit_scale", "logit_scale", SAME)]
 BUFFERS = r"position_ids$"
 _LAYER = (
     *((f"self_attn.{x}_proj", f"attn/{x}", "dense") for x in "qkv"),
@@ -131,7 +132,7 @@ def convert(source: Path, to: Path) -> converted.Summary:
     expected = text_expected(sizes, "text", width) | vision_expected(image, "vision", width) | {"logit_scale": ()}
     rules = table("text", sizes["layers"], text_front(found), "text")
     rules += table("vision", image["layers"], "vision_model.", "vision")
-    steps = match([*rules, Rule("logit_scale", "logit_scale", SAME)], found, expected, str(file), BUFFERS)
+    steps = match(rules + LOGIT_SCALE, found, expected, str(file), BUFFERS)
     vocab = sizes.pop("vocab")
     meta = dict(
         source="CLIP",
