@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from medm2g_jax.convert import clip, converted, export, optimus, stable_diffusion
+from medm2g_jax.convert import clip, converted, export, optimus, prompt_in, stable_diffusion
 from medm2g_jax.errors import UserError
 
 
@@ -23,6 +23,9 @@ def convert(
     Raises:
       UserError: anything wrong with the files or the arguments; nothing is written then.
     """
+    if source == "prompt_in":
+        _fit(Path(to))
+        return
     if path is None:
         raise UserError(f"medm2g convert {source} needs --from PATH, the file or folder to read")
     if not Path(path).exists():
@@ -40,3 +43,15 @@ def convert(
     print(made)
     if "OpenRAIL" in made.licence:
         print(f"\n{converted.RESTRICTIONS}\n")
+    if source in ("sd15", "clip") and prompt_in.ready(Path(to)):
+        _fit(Path(to))
+
+
+def _fit(to: Path) -> None:
+    print("prompt_in: fitting what Stable Diffusion reads to the shared space ...", flush=True)
+    found = prompt_in.fit(to)
+    print(
+        f"prompt_in: residual {found['residual']:.4f} on held-out captions ({found['residual_fitted']:.4f} on those "
+        f"fitted), lambda {found['lambda']:g}, condition of the text projection {found['condition']:.3g}; "
+        f"{found['surviving']:.3f} of the text-conditioned eps of raw Stable Diffusion survives at step 0"
+    )
