@@ -68,7 +68,8 @@ def both(tmp_path_factory):
 
 
 def test_converted_sd_answers_shared_prompts(both, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(prompt_in.fit, "__defaults__", (96, 16))
+    monkeypatch.setattr(prompt_in, "COUNT", 96)
+    monkeypatch.setattr(prompt_in, "HELD_OUT", 16)
     main(["convert", "sd15", "--from", str(both / "sd"), "--to", str(tmp_path)])
     assert "prompt_in" not in capsys.readouterr().out
     main(["convert", "clip", "--from", str(both / "clip"), "--to", str(tmp_path)])
@@ -79,7 +80,6 @@ def test_converted_sd_answers_shared_prompts(both, tmp_path, capsys, monkeypatch
     assert kernel.shape == (32, 32) and not np.allclose(kernel, np.eye(32), atol=0.1)
     with safe_open(tmp_path / "sd15" / weights.PROMPT_IN, "numpy") as file:
         told = json.loads(file.metadata()["fit"])
-    print(told)
     assert told["condition"] < 100 and told["residual"] < 0.2 and told["surviving"] > 0.8
     shapes = {"ct/prompt_in/kernel": (32, 32)}
     net = found.meta["net"]

@@ -45,7 +45,7 @@ def tokenizer_of(to: Path) -> Path | None:
     return next((f for f in folders if f.is_dir()), None)
 
 
-def fit(to: Path, count: int = COUNT, held_out: int = HELD_OUT) -> dict[str, float]:
+def fit(to: Path) -> dict[str, float]:
     """Fit the map, write it beside sd15's weights, and return what it is worth.
 
     Returns:
@@ -68,14 +68,14 @@ def fit(to: Path, count: int = COUNT, held_out: int = HELD_OUT) -> dict[str, flo
             f"{to}: sd15/ reads prompts of width {sd.meta['net']['width']}, clip/ makes {cl.meta['net']['width']}; "
             "bring SD-1.5's CLIP (ViT-L/14)"
         )
-    ids = _ids(folder, captions(count), shared["length"])
+    ids = _ids(folder, captions(COUNT), shared["length"])
     vocab = cl.meta["vocab"]["clip"]
     x, raw = _encode(cl, shared, vocab, ids)
     y = raw if _same_tower(sd, cl) else _encode(sd, own, vocab, ids)[1]
-    split = count - held_out
+    split = COUNT - HELD_OUT
     kernel, found = ridge(x[:split], y[:split], x[split:], y[split:])
     projection = cl.tensors["text/projection/kernel"].read().astype(np.float64)
-    found |= {"condition": float(np.linalg.cond(projection)), "captions": count}
+    found |= {"condition": float(np.linalg.cond(projection)), "captions": COUNT}
     found["surviving"] = surviving(sd, kernel, x[split : split + 2], y[split : split + 2], x[:1], y[:1])
     made = {"prompt_in/kernel": Output(kernel.shape, np.dtype(np.float32), lambda: kernel)}
     path = to / "sd15" / weights.PROMPT_IN

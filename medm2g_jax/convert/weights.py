@@ -113,8 +113,8 @@ def load(
         )
     if group.endswith("/flow") and source_of(group)[0] == "sd15" and "prompt_in/kernel" not in found.tensors:
         print(
-            f"warning: {found.folder / PROMPT_IN} is not there: {group} starts without what lets it read prompts of the "
-            f"shared space; fit it with medm2g convert prompt_in --to {weights}",
+            f"warning: {found.folder / PROMPT_IN} is not there: {group} starts without what lets it read prompts of "
+            f"the shared space; fit it with medm2g convert prompt_in --to {weights}",
             flush=True,
         )
     params = {name: put(found.tensors[there], place(name, shapes[name]), dtype) for name, there in taken.items()}
