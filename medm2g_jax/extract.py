@@ -31,16 +31,16 @@ def invariant_loss(z1: Float[Array, "b d"], z2: Float[Array, "b d"], lambda_1: f
     return (jnp.sum((1 - diagonal) ** 2) + lambda_1 * (jnp.sum(c**2) - jnp.sum(diagonal**2))) / d
 
 
-def view(key: Array, x: Image) -> Image:
-    """A random view of each image, in [-1, 1]: crop of 60-100 % of the area resized back, small rotation, contrast,
+def view(key: Array, x: Image, crop: float = 0.6) -> Image:
+    """A random view of each image, in [-1, 1]: `crop` to 1 of its area resized back, small rotation, contrast,
     brightness, gamma, light noise; no flip."""
-    return jax.vmap(_view)(row_keys(key, x.shape[0]), x)
+    return jax.vmap(_view, (0, 0, None))(row_keys(key, x.shape[0]), x, crop)
 
 
-def _view(key: Array, x: Float[Array, "h w 1"]) -> Float[Array, "h w 1"]:
+def _view(key: Array, x: Float[Array, "h w 1"], crop: float) -> Float[Array, "h w 1"]:
     k = jax.random.split(key, 7)
     h, w, _ = x.shape
-    side = jnp.sqrt(jax.random.uniform(k[0], minval=0.6, maxval=1.0))
+    side = jnp.sqrt(jax.random.uniform(k[0], minval=crop, maxval=1.0))
     angle = jax.random.uniform(k[1], minval=-1.0, maxval=1.0) * jnp.pi / 18
     shift = jax.random.uniform(k[2], (2,), minval=-1.0, maxval=1.0) * (1 - side)
     # One bilinear look-up does crop, shift and rotation; outside the image is the window's minimum.

@@ -129,9 +129,9 @@ def _alignment(config: ConfigDict, model: MedM2G, stage: rounds.Stage, gpt2_pad:
         first, second = dict(batch), {}
         for i, m in enumerate(stage.subjects):
             if MODALITIES[m].kind == "image":
-                first[m] = view(jax.random.fold_in(key, 2 * i), batch[m])
+                first[m] = view(jax.random.fold_in(key, 2 * i), batch[m], config.crop)
             if m in invariant:
-                second[m] = view(jax.random.fold_in(key, 2 * i + 1), batch[m])
+                second[m] = view(jax.random.fold_in(key, 2 * i + 1), batch[m], config.crop)
         return first, second
 
     def features(params: Params, prepared):
