@@ -136,6 +136,33 @@ def compvis_vae(state: dict, levels: int = 2) -> dict:
     return out
 
 
+FULL = dict(channels=(320, 640, 1280, 1280), attention=(True, True, True, False), layers=2, width=768, latent=4)
+
+
+def random_single_file(path: Path, **changes) -> None:
+    """A CompVis file of Stable Diffusion 1.5's size (or with other channels) and random weights, tensor by tensor."""
+    import numpy as np
+
+    from medm2g_jax.convert import clip, files, rules, stable_diffusion, unet
+
+    sizes = unet.Sizes(**(FULL | changes), positions=0)
+    vae = dict(channels=(128, 256, 512, 512), layers=2, latent=4, colours=3)
+    text = dict(width=768, layers=12, ff=3072, length=77, vocab=49408, heads=12)
+    encoder = clip.table("text", 12, "text_model.", "text", projection=False)
+    rng, outputs = np.random.default_rng(0), {}
+    for front, table, expected in (
+        (stable_diffusion.UNET, unet.table(sizes, "compvis"), sizes.expected()),
+        (stable_diffusion.VAE, stable_diffusion.vae_table(4, 2, "compvis"), stable_diffusion.vae_expected(vae)),
+        (stable_diffusion.TEXT, encoder, clip.text_expected(text, "text", None)),
+    ):
+        ours = {
+            n: files.Tensor(s, np.dtype("f4"), lambda s=s: rng.standard_normal(s, dtype=np.float32), path)
+            for n, s in expected.items()
+        }
+        outputs |= {front + step.name: step.output() for step in rules.back(table, ours, "random")}
+    files.write_safetensors(path, outputs, {"format": "pt"})
+
+
 def compvis_state(parts: dict, ema: bool = False) -> dict:
     """One flat state dict as CompVis wrote them, buffers included; EMA weights differ from the plain ones."""
     unet_ = compvis_unet(parts["unet"].state_dict())

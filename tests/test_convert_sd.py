@@ -2,6 +2,9 @@
 
 import ast
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -253,3 +256,38 @@ def test_errors_are_one_line_at_the_command(tmp_path, capsys):
             main(["convert", *arguments])
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+def converted_in_a_process_of_its_own(*arguments: str) -> tuple[float, float, float]:
+    """(GB, seconds, GB of peak resident memory) as the command prints them."""
+    line = [sys.executable, "-m", "medm2g_jax", "convert", *arguments]
+    done = subprocess.run(line, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    found = re.search(r"tensors, ([\d.]+) GB, ([\d.]+) s, peak resident memory ([\d.]+) GB", done.stdout)
+    return tuple(map(float, found.groups()))
+
+
+@pytest.mark.full
+def test_full_size_takes_seconds_and_little_memory(tmp_path):
+    """4.3 GB in at most 90 s and below 6 GB, either direction."""
+    published.random_single_file(tmp_path / "v1.safetensors")
+    weights, out = str(tmp_path / "w"), str(tmp_path / "out")
+    for arguments in (
+        ("sd15", "--from", str(tmp_path / "v1.safetensors"), "--to", weights),
+        ("export", "--from", weights, "--to", out, "--as", "diffusers"),
+    ):
+        size, seconds, peak = converted_in_a_process_of_its_own(*arguments)
+        assert size > 4.2 and seconds <= 90 and peak < 6
+
+
+def test_safetensors_need_no_torch(folder, tmp_path):
+    program = (
+        "import sys; sys.modules.update(torch=None, diffusers=None, transformers=None); from pathlib import Path; "
+        "from medm2g_jax.convert import export, stable_diffusion; "
+        f"stable_diffusion.convert(Path({str(folder[0])!r}), Path({str(tmp_path / 'w')!r})); "
+        f"export.export(Path({str(tmp_path / 'w')!r}), Path({str(tmp_path / 'out')!r}), 'diffusers')"
+    )
+    line = [sys.executable, "-c", program]
+    done = subprocess.run(line, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "out" / "model_index.json").is_file(), done.stderr

@@ -160,6 +160,15 @@ def test_both_pth_layouts(versatile, tmp_path, layout):
         folder, file = (values(tmp_path / n, "vd") for n in (f"folder_{which}", which))
         assert folder.keys() == file.keys()
         assert all(np.array_equal(folder[n], file[n]) for n in folder if not n.startswith("unet/time/"))
+    # CoDi: the text UNet alone, with its own time embedding and connectors that are not ours.
+    state = {f"model.diffusion_model.unet_text.{k}": v for k, v in (parts["text"] | time).items()}
+    state["model.diffusion_model.unet_text.connecters_out.0.weight"] = torch.zeros(2)
+    torch.save(state, tmp_path / "codi.pth")
+    optimus.convert_vd(tmp_path / "codi.pth", tmp_path / "codi", "text")
+    codi, folder = values(tmp_path / "codi", "vd"), values(tmp_path / "folder_text", "vd")
+    assert codi.keys() == folder.keys() and all(np.array_equal(codi[n], folder[n]) for n in folder)
+    with pytest.raises(UserError, match="no image-context transformers.*--context text"):
+        optimus.convert_vd(tmp_path / "codi.pth", tmp_path / "out")
     torch.save(state | {"surprise": torch.zeros(1)}, tmp_path / "vd.pth")
     with pytest.raises(UserError, match="1 left over: surprise"):
         optimus.convert_vd(tmp_path / "vd.pth", tmp_path / "out")

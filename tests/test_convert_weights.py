@@ -1,6 +1,7 @@
 """Converted weights in a run: the values end in their shards, autoencoders count as done, and a run stands on them."""
 
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -166,7 +167,7 @@ def test_a_round_stands_on_converted_weights(folder, tmp_path):
     flat = values(folder, "sd15", "unet/")
     np.testing.assert_array_equal(model.generator.params["ct/unet/conv_in/kernel"], flat["unet/conv_in/kernel"])
     # One folder that needs nothing else, and says the same to the last bit.
-    export.export(root, tmp_path / "model", "safetensors")
+    export.export(Path(root), tmp_path / "model", "safetensors")
     card = (tmp_path / "model" / "README.md").read_text()
     assert "medical advice" in card and "ldm_ct" in card
     assert str(folder) not in (tmp_path / "model" / "model.json").read_text()
@@ -175,13 +176,13 @@ def test_a_round_stands_on_converted_weights(folder, tmp_path):
     # And its CT flow as Stable Diffusion.
     from diffusers import StableDiffusionPipeline
 
-    export.export(root, tmp_path / "pipe", "diffusers", "ct")
+    export.export(Path(root), tmp_path / "pipe", "diffusers", "ct")
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "pipe", local_files_only=True)
     weight = pipe.unet.conv_in.weight.detach().numpy().transpose(2, 3, 1, 0)
     np.testing.assert_array_equal(weight, flat["unet/conv_in/kernel"])
-    meta_path = root / "text_ct" / "model.json"
-    meta_path.write_text(meta_path.read_text().replace('"stage": "text_ct"', '"stage": "../text_ct"'))
-    with pytest.raises(UserError, match="not a file to trust|is not a round"):
+    meta["from"]["ct/guide"]["stage"] = "../text_ct"
+    (root / "text_ct" / "model.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="names a stage '../text_ct'.*not a file to trust"):
         medm2g_jax.load(str(root / "text_ct"))
 
 

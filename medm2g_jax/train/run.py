@@ -79,6 +79,9 @@ def run(config: ConfigDict, workdir: str | None = None) -> epath.Path:
     width = max(len(name) for name, _ in todo)
     for i, (name, what) in enumerate(todo, 1):
         print(f"  {i:2d}. {name:{width}s}  {what}", flush=True)
+    never = [name.removeprefix("ldm_") for name, what in todo if name.startswith("ldm_") and what.startswith("init")]
+    for word in (MODALITIES[m].word for m in never):
+        print(f"  note: the {word} base has never seen a {word}; only guides train on it", flush=True)
     configs = loop.stage_configs(config, todo)
     if not configs:
         print(f"{config.stage} is done: {root / config.stage}")
