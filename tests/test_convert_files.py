@@ -175,6 +175,10 @@ def shards(folder: Path, names=("m-1.safetensors", "m-2.safetensors")) -> Path:
 
 def test_shards(tmp_path):
     assert set(open_tensors(shards(tmp_path))) == {"a", "b"} and weights_in(tmp_path, "model").name.endswith("json")
+    half = tmp_path / "half"
+    half.mkdir()
+    shards(half).rename(half / "model.safetensors.index.fp16.json")
+    assert set(open_tensors(weights_in(half, "model"))) == {"a", "b"}
     (tmp_path / "m-2.safetensors").unlink()
     with pytest.raises(UserError, match="shard m-2.safetensors of 2 is not there"):
         open_tensors(tmp_path / "model.safetensors.index.json")

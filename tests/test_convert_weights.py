@@ -17,6 +17,7 @@ from test_text_unet import torch_text_unet
 
 import medm2g_jax
 from medm2g_jax.convert import clip, converted, export, optimus, stable_diffusion, weights
+from medm2g_jax.convert.files import open_tensors
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.errors import UserError
 from medm2g_jax.train import checkpoint, loop, results, run, sharding
@@ -180,6 +181,9 @@ def test_a_round_stands_on_converted_weights(folder, tmp_path):
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "pipe", local_files_only=True)
     weight = pipe.unet.conv_in.weight.detach().numpy().transpose(2, 3, 1, 0)
     np.testing.assert_array_equal(weight, flat["unet/conv_in/kernel"])
+    for kind, part in (("clip", "text_model"), ("bert", "encoder"), ("gpt2", "transformer")):
+        export.export(Path(root), tmp_path / kind, kind, "ct")
+        assert any(k.startswith(part) for k in open_tensors(tmp_path / kind / "model.safetensors"))
     meta["from"]["ct/guide"]["stage"] = "../text_ct"
     (root / "text_ct" / "model.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match="names a stage '../text_ct'.*not a file to trust"):

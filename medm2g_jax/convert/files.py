@@ -89,7 +89,7 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    if path.name.endswith(".index.json"):
+    if re.search(r"\.index(\.\w+)?\.json$", path.name):
         return _open_shards(path)
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
