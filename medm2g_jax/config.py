@@ -195,7 +195,7 @@ def default_preset() -> tuple[str, str]:
     if missing:
         raise UserError(
             f"MEDM2G_SD_WEIGHTS={weights}: no folder {missing[0]}/ in it; expected {', '.join(WEIGHT_FOLDERS)}. "
-            f"Make it with `medm2g convert {missing[0]} --from PUBLISHED --to {weights}`, unset the variable, or name a "
+            f"Make it with `medm2g convert {missing[0]} --from FILE --to {weights}`, unset the variable, or name a "
             "preset after the colon"
         )
     return "sd15", f"MEDM2G_SD_WEIGHTS={weights}"

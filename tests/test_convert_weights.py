@@ -148,6 +148,12 @@ def test_converted_autoencoders_count_as_done(folder, tmp_path):
     assert dict(loop.plan_stages(config, root))["image_vae"] == "initialised"
 
 
+def test_load_stays_callable_once_its_module_is_imported(tmp_path):
+    for _ in range(2):
+        with pytest.raises(UserError, match="no finished round"):
+            medm2g_jax.load(str(tmp_path))
+
+
 @pytest.mark.full
 def test_a_round_stands_on_converted_weights(folder, tmp_path):
     """upstream="init": guides of both train, since the X-ray round is absent; the result loads, generates, exports."""
