@@ -104,7 +104,9 @@ def load(path: str, modalities: Sequence[str] | None = None) -> "Model":
                 )
         regex = re.compile(rounds.group_regex(some))
         params |= checkpoint.load_model(folder, names=lambda n, regex=regex: regex.match(n) is not None)
-    params |= _converted(root, meta, model, net, converted)
+    # Prompt encoders of flows that were not asked for as well: the recipe of all of them knows their shapes.
+    whole = build(net, tuple(meta["modalities"]), meta["vocab"], meta["scales"], meta["shared"]["image_size"])
+    params |= _converted(root, meta, whole, net, converted)
     params |= _exported(root, meta, chosen)
     tokenizers = Tokenizers.load((root if exported else root.parent) / "tokenizers")
     generator = Generator(model, params, tokenizers, meta["lengths"])

@@ -126,7 +126,7 @@ def _of_run(source: Path, format: str, flow: str | None) -> Source:
     images = of_kind("image")
     if format in ("diffusers", "clip") and flow not in images:
         raise UserError(f"--as {format} of a run needs --flow, one of {', '.join(images)}; found {flow!r}")
-    model = load(str(source), None if format == "clip" else [flow or centre().name])
+    model = load(str(source), [centre().name, flow or centre().name])
     params, meta = model.generator.params, model.meta
     net, text = meta["shared"]["net"], centre().name
     take = {
