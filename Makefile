@@ -1,18 +1,20 @@
 # make demo       train the Text-CT round at its tiny size on phantom data, with everything it builds on
 # make test       the test suite;  make test-full  the networks at their published size (slow)
-# make lint       ruff
-# make clean      remove .venv and caches; runs/ stays
+# make lint       ruff, and shellcheck on the launch scripts
+# make plan-env   .venv-tpu, with the TPU compiler, for `medm2g plan --topology=...` on a machine without a TPU
+# make clean      remove .venv, .venv-tpu and caches; runs/ stays
 #
 # Everything runs in .venv, made with $(PYTHON) where it is missing: make test PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
+TPU_VENV := .venv-tpu
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 # glibc otherwise gives every step's buffers back to the kernel and faults them in again; other systems ignore these.
 MALLOC := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 PYTEST := $(MALLOC) $(PY) -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-full lint clean
+.PHONY: demo test test-full lint plan-env clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/runtime.stamp
@@ -26,9 +28,13 @@ test-full: $(VENV)/dev.stamp
 
 lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check .
+	$(VENV)/bin/shellcheck launch/*.sh .ci/run
+
+# An environment of its own: where libtpu is installed, jax hangs on machines without a TPU.
+plan-env: $(TPU_VENV)/stamp
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(TPU_VENV) build dist *.egg-info .pytest_cache .ruff_cache
 	find configs medm2g_jax tests -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamps make a repeated call instant; a changed list of requirements installs again.
@@ -41,6 +47,11 @@ $(VENV)/runtime.stamp: requirements.txt setup.py pyproject.toml | $(VENV)/bin/pi
 $(VENV)/dev.stamp: requirements-dev.txt $(VENV)/runtime.stamp
 	$(PIP) install torch==2.13.0
 	$(PIP) install -r requirements-dev.txt
+	@touch $@
+
+$(TPU_VENV)/stamp: requirements.txt | $(VENV)/bin/pip
+	$(PY) -m venv $(TPU_VENV)
+	$(TPU_VENV)/bin/python -m pip --disable-pip-version-check install -r requirements.txt "jax[tpu]$$(sed -n 's/^jax\(==.*\)/\1/p' requirements.txt)"
 	@touch $@
 
 $(VENV)/bin/pip:

@@ -3,6 +3,7 @@
 import argparse
 import os
 import runpy
+import shlex
 import sys
 import time
 
@@ -73,6 +74,21 @@ def _convert(args: argparse.Namespace) -> None:
     )
 
 
+def _plan(args: argparse.Namespace) -> None:
+    from medm2g_jax.main import read_config
+    from medm2g_jax.train import plan, run
+
+    config = read_config([f"--config={args.config}", *args.overrides])
+    workdir = args.workdir or run.default_workdir(config)
+    if args.commands:
+        for name, what, arguments in plan.commands(config, args.config, args.overrides, workdir):
+            print(f"# {name}: {what}")
+            if what != "done":
+                print(shlex.join(["python", "-m", "medm2g_jax.main", *arguments]))
+    else:
+        plan.show(config, workdir, args.topology, args.libtpu_python)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="medm2g", description="Medical any-to-any generation. Not for clinical use.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -122,12 +138,29 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--as", dest="format", metavar="FORMAT", help="diffusers, clip, bert, gpt2, safetensors")
     convert.add_argument("--flow", help="export of a run: which modality's UNet or prompt encoder")
     convert.set_defaults(run=_convert)
+
+    plan = verbs.add_parser(
+        "plan",
+        help="the stages of a config; does its step fit a TPU slice",
+        description="The stages of a config and what there is of them. With --topology: compile the train step with "
+        "the TPU compiler, on any Linux machine, and print its memory and cost. --config.FIELD=VALUE as for training.",
+    )
+    plan.add_argument("--config", required=True, help="as for the trainer: configs/NAME.py:WORDS")
+    plan.add_argument("--workdir", help="run root; default as the trainer's")
+    plan.add_argument("--topology", default="", help="a TPU slice: v5e:2x4, v6e:4x4, v4:2x2x2, v5p:2x2x1 ...")
+    plan.add_argument("--libtpu-python", default="", metavar="PATH", help="Python of an environment with libtpu; "
+                      "default MEDM2G_LIBTPU_PYTHON, else .venv-tpu/bin/python, made by `make plan-env`")  # fmt: skip
+    plan.add_argument("--commands", action="store_true", help="print the command of each stage that is not done")
+    plan.set_defaults(run=_plan)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry of the console script; an error a user can mend is one line and exit status 2."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, args.overrides = parser.parse_known_args(argv)
+    if unknown := [a for a in args.overrides if args.verb != "plan" or not a.startswith("--config.")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         args.run(args)
     except UserError as error:

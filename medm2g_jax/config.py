@@ -296,7 +296,7 @@ def stage_config(config: ConfigDict, name: str) -> ConfigDict:
     out = config.copy_and_resolve_references()
     with out.unlocked():
         own = out.stages[name]
-        for field in _own_fields(config):
+        for field in stage_own_fields(config):
             del out[field]
         out.update(own)
         out.stage = name
@@ -305,5 +305,6 @@ def stage_config(config: ConfigDict, name: str) -> ConfigDict:
     return out
 
 
-def _own_fields(config: ConfigDict) -> list[str]:
+def stage_own_fields(config: ConfigDict) -> list[str]:
+    """The top-level fields that say something of config.stage alone."""
     return [f for f in _stage(config.stage, config.preset, config.variant, config.listing) if f in config]

@@ -29,7 +29,9 @@ def main(argv: list[str]) -> None:
     import jax
 
     if _DISTRIBUTED.value or (_DISTRIBUTED.value is None and os.environ.get("JAX_COORDINATOR_ADDRESS")):
-        jax.distributed.initialize()
+        # jax reads the address itself; number and rank only from launchers that it knows (Slurm, Open MPI, Cloud TPU).
+        told = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+        jax.distributed.initialize(**{k: int(os.environ[v]) for k, v in told.items() if v in os.environ})
     from medm2g_jax.train import loop, run
 
     try:
@@ -48,8 +50,29 @@ def console() -> None:
         sys.exit(2)
 
 
+def read_config(arguments: list[str]) -> ConfigDict:
+    """The config that the trainer makes of these arguments: --config=FILE:WORDS, --config.FIELD=VALUE.
+
+    Raises:
+      UserError: no such file, word or field, or a value of another type.
+    """
+    values, argv = flags.FlagValues(), ["medm2g", *arguments]
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True, sys_argv=argv)
+    _check(arguments)
+    try:
+        values(argv)
+    except flags.Error as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    return values.config
+
+
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser, with what config_flags says of a config in tracebacks turned into one line."""
+    _check(argv)
+    return app.parse_flags_with_usage(argv)
+
+
+def _check(argv: list[str]) -> None:
     given = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), "")
     path, _, words = given.partition(":")
     if given and not os.path.exists(path):
@@ -60,7 +83,6 @@ def _parse(argv: list[str]) -> list[str]:
         if argument.startswith("--config.") and known and field not in known:
             near = difflib.get_close_matches(field, known, n=1, cutoff=0.0)[0]
             raise UserError(f"--config={given}: no field config.{field}; did you mean --config.{near}?")
-    return app.parse_flags_with_usage(argv)
 
 
 def _fields(config: ConfigDict, prefix: str = "") -> list[str]:

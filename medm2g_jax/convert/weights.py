@@ -111,7 +111,8 @@ def load(
         raise UserError(
             f"{found.folder}: {len(wrong)} of {group} do not fit config.net or the tokenizers: {some(wrong, 3)}"
         )
-    if group.endswith("/flow") and source_of(group)[0] == "sd15" and "prompt_in/kernel" not in found.tensors:
+    unfitted = source_of(group)[0] == "sd15" and group.endswith("/flow") and "prompt_in/kernel" not in found.tensors
+    if unfitted and jax.process_index() == 0:
         print(
             f"warning: {found.folder / PROMPT_IN} is not there: {group} starts without what lets it read prompts of "
             f"the shared space; fit it with medm2g convert prompt_in --to {weights}",

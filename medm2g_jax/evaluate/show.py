@@ -166,7 +166,7 @@ def _alignment(config, folder, generator, data, stage, meta) -> dict:
 def _classes(batch, data) -> np.ndarray:
     """What retrieval can tell apart: reports of the same findings (phantom) or of the same words cannot be."""
     if centre().name not in batch:
-        return np.arange(len(next(iter(batch.values()))))
+        return np.arange(len(jax.tree.leaves(batch)[0]))
     texts = [data.tokenizers.decode(row[1:]) for row in np.asarray(batch[centre().name]["gpt2"])]
     keys = [str(parse(t)) if data.source.name == "phantom" else t for t in texts]
     return np.unique(keys, return_inverse=True)[1]

@@ -20,10 +20,10 @@ CPU_OPTIONS = {
 }
 
 
-def activation_dtype(name: str):
-    """ "auto": bfloat16 on accelerators, float32 on CPU; or the dtype of that name."""
+def activation_dtype(name: str, backend: str | None = None):
+    """ "auto": bfloat16 on accelerators, float32 on CPU; or the dtype of that name. `backend`: None for this one's."""
     if name == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        return jnp.float32 if (backend or jax.default_backend()) == "cpu" else jnp.bfloat16
     if name not in ("float32", "bfloat16"):
         raise UserError(f"config.dtype={name!r}: expected auto, float32 or bfloat16")
     return jnp.dtype(name).type

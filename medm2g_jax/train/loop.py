@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from medm2g_jax.arrays import Params
@@ -107,17 +108,28 @@ class Stopped(Exception):
 
 
 class _StopFlag:
-    """Turns SIGTERM into a flag that the loop reads between steps."""
+    """Turns SIGTERM into an answer that the loop asks for between steps.
+
+    Of several processes each may be signalled at another moment, or only one of them: there jax catches the signal, and
+    all agree on a step (`jax.distributed` must be running, which it is).
+    """
 
     def __init__(self):
-        self.set = False
-        self._old = signal.signal(signal.SIGTERM, self._raise_flag)
+        self._set = False
+        self._alone = jax.process_count() == 1
+        if self._alone:
+            self._old = signal.signal(signal.SIGTERM, self._raise_flag)
 
     def _raise_flag(self, *_):
-        self.set = True
+        self._set = True
+
+    def at(self, step: int) -> bool:
+        """Is this the step to stop at? Every process must ask after every step."""
+        return self._set if self._alone else multihost_utils.reached_preemption_sync_point(step)
 
     def close(self):
-        signal.signal(signal.SIGTERM, self._old)
+        if self._alone:
+            signal.signal(signal.SIGTERM, self._old)
 
 
 def run_stage(
@@ -183,8 +195,7 @@ def run_stage(
         trainable |= {k: jax.device_put(v, placed[k]) for k, v in drawn.items() if k in trainable}
         frozen |= jax.device_put(extra, sharding.replicated(mesh))
 
-    tx = optim.make(config, trainable)
-    state_shardings = _state_shardings(jax.eval_shape(lambda p: create(p, tx), trainable), placed, mesh)
+    tx, state_shardings = state_layout(config, trainable, placed, mesh)
     state = jit(lambda p: create(p, tx), out_shardings=state_shardings)(trainable)
     train_step = jit(make_train_step(spec, config, tx), out_shardings=(state_shardings, None), donate_argnums=0)
     norm = jit(optax.global_norm)
@@ -210,10 +221,12 @@ def run_stage(
             return loss
 
         batches = iter(loader(step)) if step < total else iter(())
+        stopping = False
         while step < total:
             batch = sharding.put_batch(next(batches), mesh)
             state, metrics = train_step(state, frozen, batch, key)
             step += 1
+            stopping = stopping or stop.at(step)
             if step % config.accumulate:
                 continue
             done = step // config.accumulate
@@ -235,7 +248,7 @@ def run_stage(
                 saves.save(done, _as_dict(state))
             if step % config.checkpoint_every == 0 or last:
                 log.sync()
-            if stop.set and not last:
+            if stopping and not last:
                 saves.save(done, _as_dict(state), force=True)
                 saves.wait()
                 raise Stopped(
@@ -261,15 +274,24 @@ def run_stage(
     meta["step"] = best
     meta["parameters"] = int(sum(v.size for v in kept.values()))
     if show is not None:
-        everything = {**frozen, **params}
-        meta["numbers"] = show(
-            config=config, folder=folder, model=model, params=everything, data=data, meta=meta, log=log
-        )
+        everything = _here({**frozen, **params})
+        if jax.process_index() == 0:
+            meta["numbers"] = show(
+                config=config, folder=folder, model=model, params=everything, data=data, meta=meta, log=log
+            )
     meta["finished"] = time.time()
     meta["seconds"] = round(meta["finished"] - began, 1)  # of this process: a resumed stage counts its last part
     checkpoint.save_model(folder, kept, meta)
     log.close()
     return checkpoint.read_meta(folder)
+
+
+def _here(params: Params) -> Params:
+    """Parameters that process 0 can use without the others: there on its first device, elsewhere on the host."""
+    if jax.process_count() == 1:
+        return params
+    whole = {k: multihost_utils.process_allgather(v, tiled=True) for k, v in params.items()}
+    return jax.device_put(whole, jax.local_devices()[0]) if jax.process_index() == 0 else whole
 
 
 def _as_dict(state: State) -> dict[str, Any]:
@@ -281,14 +303,23 @@ def _abstract(state: State, shardings: State) -> dict[str, Any]:
     return _as_dict(abstract)
 
 
-def _state_shardings(abstract: State, placed: Mapping[str, Any], mesh) -> State:
-    """Optimizer slots and EMA live where their parameter lives; counters everywhere."""
+def state_layout(
+    config: ConfigDict, trainable: Mapping[str, Any], placed: Mapping[str, Any], mesh
+) -> tuple[optax.GradientTransformation, State]:
+    """The optimizer of a stage and where its state lives: optimizer slots and EMA beside their parameter, counters
+    everywhere.
+
+    Args:
+      trainable: arrays, or their shapes.
+      placed: name -> sharding of each of them.
+    """
+    tx = optim.make(config, trainable)
 
     def where(path, leaf):
         names = [p.key for p in path if isinstance(p, jax.tree_util.DictKey)]
         return placed[names[-1]] if names and names[-1] in placed else sharding.replicated(mesh)
 
-    return jax.tree_util.tree_map_with_path(where, abstract)
+    return tx, jax.tree_util.tree_map_with_path(where, jax.eval_shape(lambda p: create(p, tx), trainable))
 
 
 def _held_out(data: Data, spec: Recipe, config: ConfigDict, mesh) -> Any:

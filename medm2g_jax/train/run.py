@@ -1,9 +1,11 @@
 """A whole run: resolve the run root and the data, print the plan, train what is missing, write the report."""
 
+import functools
 import time
 
 import jax
 from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from medm2g_jax import rounds
@@ -11,6 +13,7 @@ from medm2g_jax.convert import weights
 from medm2g_jax.data import pipeline
 from medm2g_jax.data.readers import open_source
 from medm2g_jax.data.text import Tokenizers
+from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.report import write_report
 from medm2g_jax.evaluate.show import data_picture, show
 from medm2g_jax.modality import MODALITIES
@@ -47,16 +50,23 @@ def open_data(config: ConfigDict, root: epath.Path) -> loop.Data:
         phantom=dict(train=d.train, val=d.val, test=d.test),
     )
     folder = root / "tokenizers"
-    if not (folder / "done").exists() and config.weights:
+    if not (folder / "done").exists() and config.weights and jax.process_index() == 0:
         for name, path in weights.tokenizers(config.weights).items():
             (folder / name).mkdir(parents=True, exist_ok=True)
             for file in path.iterdir():
                 (folder / name / file.name).write_bytes(file.read_bytes())
         (folder / "done").write_text("copied from converted weights\n")
-    if not (folder / "done").exists():
+    if not (folder / "done").exists() and jax.process_index() == 0:
         texts = pipeline.texts(source, "train", config.seed)
         Tokenizers.train(texts, folder, config.net.vocabulary)
         (folder / "done").write_text(f"trained on {len(texts)} texts of {source.name}\n")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("tokenizers")
+        if not (folder / "done").exists():
+            raise UserError(
+                f"process {jax.process_index()} of {jax.process_count()} does not see {folder}, which process 0 wrote; "
+                "--workdir must be a place that all processes share: a bucket (gs://...) or a mounted file system"
+            )
     tokenizers = Tokenizers.load(folder)
     lengths = dict(clip=config.net.clip_text.length, bert=config.net.bert_length, gpt2=config.net.gpt2_length)
     return loop.Data(source, tokenizers, lengths, config.image_size)
@@ -66,34 +76,34 @@ def run(config: ConfigDict, workdir: str | None = None) -> epath.Path:
     """Train config.stage and, before it, what it stands on (config.upstream). Returns the run root."""
     began = time.time()
     quiet()
+    first = jax.process_index() == 0
+    say = functools.partial(print, flush=True) if first else lambda *_: None
     root = epath.Path(workdir or default_workdir(config))
     use_compilation_cache(root / "xla_cache")
     words = config.preset + (f",{config.variant}" if config.variant else "")
-    print(f"medm2g_jax: {config.stage}, preset {words} ({config.preset_reason})")
-    print(
+    say(f"medm2g_jax: {config.stage}, preset {words} ({config.preset_reason})")
+    say(
         f"data {config.data.source} ({config.data_reason}); {len(jax.devices())} x {jax.devices()[0].device_kind}; "
         f"run root {root}",
-        flush=True,
     )
     todo = loop.plan_stages(config, root)
     width = max(len(name) for name, _ in todo)
     for i, (name, what) in enumerate(todo, 1):
-        print(f"  {i:2d}. {name:{width}s}  {what}", flush=True)
+        say(f"  {i:2d}. {name:{width}s}  {what}")
     never = [name.removeprefix("ldm_") for name, what in todo if name.startswith("ldm_") and what.startswith("init")]
     for word in (MODALITIES[m].word for m in never):
-        print(f"  note: the {word} base has never seen a {word}; only guides train on it", flush=True)
+        say(f"  note: the {word} base has never seen a {word}; only guides train on it")
     configs = loop.stage_configs(config, todo)
     if not configs:
-        print(f"{config.stage} is done: {root / config.stage}")
+        say(f"{config.stage} is done: {root / config.stage}")
         return root
     data = open_data(config, root)
     counts = {s: sum(r.split == s for r in data.source.records) for s in ("train", "val", "test")}
-    print(
+    say(
         f"data: {counts['train']} records to train on, {counts['val']} held out, {counts['test']} to test; "
         f"vocabularies {data.tokenizers.sizes}",
-        flush=True,
     )
-    if data.source.open:
+    if data.source.open and first:
         data_picture(data, root / f"{data.source.name}.png", rounds.graph(config.listing).modalities)
 
     guess = {name: _SECONDS[rounds.graph(config.listing).stages[name].verb] for name in configs}
@@ -101,18 +111,18 @@ def run(config: ConfigDict, workdir: str | None = None) -> epath.Path:
     for i, (name, stage) in enumerate(configs.items()):
         ratio = sum(spent.values()) / sum(guess[s] for s in spent) if spent else 1.0
         rest = ratio * sum(guess[s] for s in list(configs)[i + 1 :])
-        print(f"\n== {name} ({i + 1} of {len(configs)})", flush=True)
+        say(f"\n== {name} ({i + 1} of {len(configs)})")
         start = time.time()
         meta = loop.run_stage(stage, root, data, plan_eta=rest, show=show)
         spent[name] = time.time() - start
         size = meta["parameters"] / 1e6
-        print(f"  {name}: done in {spent[name]:.0f} s, {size:.2f} M parameters -> {root / name}", flush=True)
-    report = write_report(root, config.listing, data.source.name == "phantom")
-    print(f"\nwrote {report}")
+        say(f"  {name}: done in {spent[name]:.0f} s, {size:.2f} M parameters -> {root / name}")
+    if first:
+        say(f"\nwrote {write_report(root, config.listing, data.source.name == 'phantom')}")
     verb = rounds.graph(config.listing).stages[config.stage].verb
     if verb == "round":
-        print(f"next, any to any:\n  {_next_command(config, root)}")
-    print(f"{config.stage}: all done in {time.time() - began:.0f} s", flush=True)
+        say(f"next, any to any:\n  {_next_command(config, root)}")
+    say(f"{config.stage}: all done in {time.time() - began:.0f} s")
     return root
 
 

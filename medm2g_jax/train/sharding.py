@@ -26,27 +26,32 @@ RULES = (
 )
 
 
-def make_mesh(shape: Mapping[str, int] | ConfigDict, devices=None) -> Mesh:
-    """The mesh of a config's {"data": -1, "fsdp": 1, "tensor": 1}; one -1 takes what the others leave.
+def mesh_sizes(shape: Mapping[str, int] | ConfigDict, count: int) -> list[int]:
+    """Devices along each axis of a config's {"data": -1, "fsdp": 1, "tensor": 1}; one -1 takes what the others leave.
 
     Raises:
       UserError: the axes do not divide the devices.
     """
-    devices = jax.devices() if devices is None else devices
     sizes = [int(shape[axis]) for axis in AXES]
     fixed = int(np.prod([s for s in sizes if s != -1]))
     if (
         sizes.count(-1) > 1
-        or min(s for s in sizes if s != -1) < 1
-        or len(devices) % fixed
-        or (-1 not in sizes and fixed != len(devices))
+        or min((s for s in sizes if s != -1), default=1) < 1
+        or count % fixed
+        or (-1 not in sizes and fixed != count)
     ):
         asked = ", ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
         raise UserError(
-            f"config.mesh: {asked} does not fit {len(devices)} device{'s' * (len(devices) > 1)}; the product must be "
-            f"{len(devices)} (one axis may be -1), as in data=-1, fsdp=1, tensor=1"
+            f"config.mesh: {asked} does not fit {count} device{'s' * (count > 1)}; the product must be "
+            f"{count} (one axis may be -1), as in data=-1, fsdp=1, tensor=1"
         )
-    sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
+    return [count // fixed if s == -1 else s for s in sizes]
+
+
+def make_mesh(shape: Mapping[str, int] | ConfigDict, devices=None) -> Mesh:
+    """The mesh of a config's `mesh` on these devices, by default all there are."""
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(shape, len(devices))
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
 
 

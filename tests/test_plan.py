@@ -1,0 +1,190 @@
+"""`medm2g plan`: mistakes are one line before any compiler starts; what is compiled is what the trainer runs."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from micro import micro
+
+from medm2g_jax import rounds
+from medm2g_jax.config import get_config
+from medm2g_jax.errors import UserError
+from medm2g_jax.main import read_config
+from medm2g_jax.stages import recipe
+from medm2g_jax.train import loop, plan, results, run, sharding
+
+HERE = Path(__file__).parent
+LIBTPU = Path(os.environ.get("MEDM2G_LIBTPU_PYTHON") or plan.ROOT / ".venv-tpu" / "bin" / "python")
+STAGES = list(rounds.graph(rounds.LISTINGS["default"]).stages)
+
+
+def of(stage: str, **own):
+    subject = stage.split("_", 1)[1] if stage.startswith(("align_", "ldm_")) else ""
+    target = stage.split("_")[0] if subject else stage
+    return micro(target, f"{subject},tiny" if subject else "tiny", **own)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return run.open_data(of("ct_mri"), epath.Path(tmp_path_factory.mktemp("data")))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_abstract_batch_is_the_pipelines(stage, data):
+    config = of(stage)
+    model = results.build_model(config, data.tokenizers.sizes, {})
+    rows = recipe(config, model, gpt2_pad=0).rows
+    real = next(data.batches(rows, "train", 4, seed=0))
+    abstract = plan.abstract_batch(rows, 4, config.image_size, data.lengths)
+    assert jax.tree.structure(real) == jax.tree.structure(abstract)
+    for a, b in zip(jax.tree.leaves(real), jax.tree.leaves(abstract), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+@pytest.mark.parametrize("stage", ["image_vae", "align_text_ct", "ldm_mri", "text_ct"])
+def test_the_abstract_step_is_placed_on_the_mesh(stage, data):
+    """Every argument has a sharding, rows are split, the step gives back the state it took."""
+    config = of(stage)
+    config.mesh.fsdp = 2
+    mesh = sharding.make_mesh(config.mesh)
+    step, arguments = plan.abstract_step(config, data.tokenizers.sizes, mesh)
+    state, frozen, batch, _ = arguments
+    assert all(isinstance(x.sharding, jax.sharding.NamedSharding) for x in jax.tree.leaves(arguments))
+    assert {x.sharding.shard_shape(x.shape)[0] for x in jax.tree.leaves(batch)} == {config.batch // 8}
+    assert {x.dtype for k, x in frozen.items() if k != "null/tokens"} <= {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in state.trainable.values()} == {jnp.dtype("float32")}
+    stage_ = rounds.graph(config.listing).stage(stage)
+    kept = {k for k in state.trainable if results.trains(stage_, k)}
+    assert kept and not any(results.trains(stage_, k) for k in frozen)
+    out, metrics = jax.eval_shape(step, *arguments)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), out) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert metrics["loss"].shape == ()
+
+
+def test_the_abstract_step_takes_what_the_trainer_gives(data, tmp_path, monkeypatch):
+    """Names, shapes and dtypes of a real run's first step; on CPU, where both are float32."""
+    seen = []
+    make = loop.make_train_step
+
+    def record(*args):
+        step = make(*args)
+        return lambda *a: seen.append(jax.tree.map(lambda x: (x.shape, x.dtype), a)) or step(*a)
+
+    root = epath.Path(tmp_path)
+    monkeypatch.setattr(loop, "make_train_step", record)
+    config = micro("image_vae", steps=1)
+    loop.run_stage(config, root, data)
+    monkeypatch.undo()
+    _, arguments = plan.abstract_step(config, data.tokenizers.sizes, sharding.make_mesh(config.mesh), "cpu")
+    assert seen[0] == jax.tree.map(lambda x: (x.shape, x.dtype), arguments)
+
+
+def test_the_papers_sizes_are_placed_without_a_weight():
+    """sd15 in shapes only: 8 chips, parameters split, as many in the UNet as Stable Diffusion has."""
+    config = get_config("text_ct", "sd15")
+    config.mesh.fsdp = 8
+    config.mesh.data = 1
+    vocab = dict(clip=49408, bert=28996, gpt2=50260)
+    _, (state, frozen, _, _) = plan.abstract_step(config, vocab, sharding.make_mesh(config.mesh))
+    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
+    here = lambda tree: sum(int(np.prod(x.sharding.shard_shape(x.shape))) for x in jax.tree.leaves(tree))  # noqa: E731
+    (of_ct,) = [m for m in rounds.pair("text_ct") if m != "text"]
+    unet = {k: v for k, v in frozen.items() if k.startswith(f"{of_ct}/unet/")}
+    assert size(unet) / 1e6 == pytest.approx(859.5, abs=0.1)  # SD-1.5's UNet
+    assert here(frozen) < 0.14 * size(frozen)
+    assert all(k.startswith(f"{of_ct}/") for k in state.trainable)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology=v9:2x2"], "unknown topology 'v9:2x2'"),
+        (["--topology=v5e"], "as in v4:2x2x4, v5e:2x4"),
+        (["--topology=v5e:2x4x1"], "unknown topology"),
+        (["--topology=v4:2x2"], "unknown topology"),
+        (["--topology=v5e:2x4", "--config.mesh.data=3"], "config.mesh: data=3, fsdp=1, tensor=1 does not fit 8"),
+        (["--topology=v5e:2x4", "--config.batch=12"], "the nearest that fits is config.batch=16"),
+        (["--topology=v5e:2x4", "--libtpu-python=nowhere/python"], "`make plan-env` installs libtpu"),
+        (["--topology=v5e:2x4", f"--libtpu-python={sys.executable}"], "`make plan-env` makes one that has it"),
+        (["--config.bacth=3"], "did you mean --config.batch?"),
+        (["--config.batch=x"], "invalid literal"),
+        (["--config.upstream=require"], "configs/image_vae.py:tiny"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, message, tmp_path):
+    line = ["plan", "--config=configs/text_ct.py:tiny", f"--workdir={tmp_path}", *arguments]
+    env = dict(os.environ, JAX_PLATFORMS="cpu")
+    done = subprocess.run(
+        [sys.executable, "-m", "medm2g_jax", *line], cwd=HERE.parent, env=env, text=True, capture_output=True
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: " in done.stderr and message in done.stderr
+
+
+def test_commands_send_every_field_where_it_belongs(tmp_path):
+    overrides = [
+        "--config.net.width=32",
+        "--config.steps=3",
+        "--config.stages.ldm_text.steps=5",
+        "--config.stages.ldm_text.loss.eps=2.0",
+        "--config.upstream=require",
+        "--config.mesh.fsdp=2",
+        "--config.net.image_unet.channels=(16, 32)",
+    ]
+    config = read_config(["--config=configs/text_ct.py:tiny", *overrides])
+    found = {
+        name: arguments
+        for name, _, arguments in plan.commands(config, "configs/text_ct.py:tiny", overrides, str(tmp_path))
+    }
+    assert list(found) == list(rounds.graph(config.listing).plan("text_ct"))
+    for name, arguments in found.items():
+        again = read_config([a for a in arguments if a.startswith("--config")])  # the trainer accepts them
+        assert again.stage == name and again.upstream == "require" and again.preset == "tiny"
+        assert again.net.width == 32 and again.mesh.fsdp == 2 and again.net.image_unet.channels == (16, 32)
+        assert shlex.split(shlex.join(arguments)) == arguments
+        assert results.shared(again) == results.shared(config)
+    assert "--config.steps=3" in found["text_ct"] and "--config.steps=5" in found["ldm_text"]
+    assert "--config.loss.eps=2.0" in found["ldm_text"]
+    assert not any("steps" in a for name in ("image_vae", "ldm_xray", "text_xray") for a in found[name])
+
+
+@pytest.mark.parametrize(
+    ("message", "total", "room"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.50G of 15.75G hbm.", 18.5, 15.75),
+        ("temporaries (34.97G) exceeds available HBM (15.75G).", 34.97, 15.75),
+        ("RESOURCE_EXHAUSTED: something else", None, None),
+    ],
+)
+def test_a_refusal_of_the_compiler_is_read(message, total, room):
+    found = plan._too_much(message)
+    assert found == ({} if total is None else {"total": total * plan.GIB, "room": room * plan.GIB})
+    answer = dict(found, fits=False, trained=1, frozen=1, trace=0.0, compile=0.0)
+    assert "DOES NOT FIT" in plan.report(get_config("text_ct", "tiny"), "v5e:2x4", answer)
+
+
+@pytest.mark.skipif(not LIBTPU.exists(), reason="no environment with libtpu: make plan-env")
+def test_the_tpu_compiler_compiles_a_test_size_stage():
+    config = of("image_vae", batch=8)
+    answer = plan.ask(config, dict(clip=700, bert=300, gpt2=450), "v5e:2x4", LIBTPU)
+    assert answer["device"] == "TPU v5 lite" and answer["fits"] and answer["flops"] > 1e6
+    state = 4 * 4 * answer["trained"]  # parameters, EMA and two moments in float32, on every chip
+    assert state < answer["arguments"] < 40 * state
+    assert answer["total"] < plan.GIB
+    with pytest.raises(UserError, match=r"topology v5e:3x5.*not divisible"):
+        plan.ask(of("image_vae", batch=15), dict(clip=700, bert=300, gpt2=450), "v5e:3x5", LIBTPU)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not LIBTPU.exists(), reason="no environment with libtpu: make plan-env")
+def test_the_tiny_round_fits_a_v5e_slice(capsys, tmp_path):
+    plan.show(get_config("text_ct", "tiny"), str(tmp_path), "v5e:2x4", str(LIBTPU))
+    out = capsys.readouterr().out
+    assert "of 16 GiB: fits" in out and "TFLOP/s a chip (vendor's" in out and "16 rows a step, 2 a chip" in out
