@@ -256,7 +256,7 @@ def test_an_untied_output_layer_is_refused(bert_gpt2, tmp_path):
 def test_bert_and_gpt2(bert_gpt2, tmp_path):
     """Extra layers are initialised, three special words added; old spellings of keys give the same weights."""
     path, bert, gpt2 = bert_gpt2
-    arguments = ["--from", str(path / "bert"), "--gpt2", str(path / "gpt2"), "--to", str(tmp_path)]
+    arguments = ["--from", str(path / "bert"), "--gpt2", str(path / "gpt2"), "--to", str(tmp_path / "optimus")]
     main(["convert", "bert-gpt2", *arguments])
     flat = values(tmp_path, "optimus")
     wte = gpt2.transformer.wte.weight.detach().numpy()

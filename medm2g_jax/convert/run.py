@@ -23,6 +23,9 @@ def convert(
     Raises:
       UserError: anything wrong with the files or the arguments; nothing is written then.
     """
+    part = "optimus" if source == "bert-gpt2" else "sd15" if source == "prompt_in" else source
+    if Path(to).name == part:  # --to W/sd15 is --to W
+        to = str(Path(to).parent)
     if source == "prompt_in":
         _fit(Path(to))
         return

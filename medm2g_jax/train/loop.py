@@ -382,17 +382,15 @@ def plan_stages(config: ConfigDict, root: epath.Path) -> list[tuple[str, str]]:
         raise UserError(f"config.upstream={config.upstream!r}: expected train, init or require")
     out = []
     for name in results.graph_of(config, root).plan(config.stage):
-        if results.find(root, config, name) is not None:
+        if results.find(root, config, name) is not None or results.converted_stage(config, name):
             what = "done"
-        elif results.converted_stage(config, name):
-            what = "done (converted weights)"
         elif name != config.stage and config.upstream == "require":
             raise UserError(
                 f"{config.stage} needs the result of {name}, and there is none in {root}; make it with\n  "
                 f"python -m medm2g_jax.main --config={results.config_words(config, name)} --workdir={root}"
             )
         elif name != config.stage and config.upstream == "init":
-            what = "initialised" if not config.weights else "initialised (converted weights where there are some)"
+            what = "initialised"
         else:
             what = "resume" if (root / name / "checkpoints").exists() else "train"
         out.append((name, what))

@@ -17,7 +17,7 @@ from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.report import write_report
 from medm2g_jax.evaluate.show import data_picture, show
 from medm2g_jax.modality import MODALITIES
-from medm2g_jax.train import loop
+from medm2g_jax.train import loop, results
 from medm2g_jax.train.device import use_compilation_cache
 from medm2g_jax.train.log import quiet
 
@@ -90,7 +90,10 @@ def run(config: ConfigDict, workdir: str | None = None) -> epath.Path:
     width = max(len(name) for name, _ in todo)
     for i, (name, what) in enumerate(todo, 1):
         say(f"  {i:2d}. {name:{width}s}  {what}")
-    never = [name.removeprefix("ldm_") for name, what in todo if name.startswith("ldm_") and what.startswith("init")]
+    for name, what in todo:
+        if what == "done" and results.find(root, config, name) is None:
+            say(f"  note: {name} comes from the converted weights in {config.weights}")
+    never = [name.removeprefix("ldm_") for name, what in todo if name.startswith("ldm_") and what == "initialised"]
     for word in (MODALITIES[m].word for m in never):
         say(f"  note: the {word} base has never seen a {word}; only guides train on it")
     configs = loop.stage_configs(config, todo)
