@@ -29,6 +29,7 @@ setup(
         "jax>=0.10.2",
         "jaxtyping>=0.3.11",
         "ml_collections>=1.1",
+        "ml_dtypes>=0.5",
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",

@@ -58,6 +58,22 @@ def _evaluate(args: argparse.Namespace) -> None:
     measure(args.model, args.rows or config.rows, config.seed if args.seed is None else args.seed)
 
 
+def _convert(args: argparse.Namespace) -> None:
+    from medm2g_jax.convert import run
+
+    run.convert(
+        args.source,
+        args.source_path,
+        args.to,
+        weights=args.weights,
+        context=args.context,
+        bert=args.bert,
+        gpt2=args.gpt2,
+        format=args.format,
+        flow=args.flow,
+    )
+
+
 def _plan(args: argparse.Namespace) -> None:
     from medm2g_jax.main import read_config
     from medm2g_jax.train import plan, run
@@ -103,6 +119,25 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--rows", type=int, help="test subjects with a lesion; default the config's")
     evaluate.add_argument("--seed", type=int)
     evaluate.set_defaults(run=_evaluate)
+
+    convert = verbs.add_parser(
+        "convert",
+        help="published weights in, ours out",
+        description="Local files only. sd15, clip, vd, optimus, bert-gpt2: published weights -> DIR/<folder>, which "
+        "MEDM2G_SD_WEIGHTS=DIR then names. prompt_in: fit what lets SD-1.5 read shared prompts (sd15 and clip do it as "
+        "soon as both are there). export: a converted folder or a trained run -> other tools' formats.",
+    )
+    sources = ("sd15", "clip", "vd", "optimus", "bert-gpt2", "prompt_in", "export")
+    convert.add_argument("source", choices=sources, metavar="SOURCE", help=", ".join(sources))
+    convert.add_argument("--from", dest="source_path", metavar="PATH", help="file or folder to read")
+    convert.add_argument("--to", required=True, metavar="DIR", help="folder to write into")
+    convert.add_argument("--weights", default="", help="sd15, single file: ema (default where there) or plain")
+    convert.add_argument("--context", default="image", help="vd: whose transformers, image (for reports) or text")
+    convert.add_argument("--bert", metavar="DIR", help="optimus: the folder of BERT's tokenizer (bert-base-cased)")
+    convert.add_argument("--gpt2", metavar="DIR", help="optimus: that of GPT-2's; bert-gpt2: GPT-2's weights")
+    convert.add_argument("--as", dest="format", metavar="FORMAT", help="diffusers, clip, bert, gpt2, safetensors")
+    convert.add_argument("--flow", help="export of a run: which modality's UNet or prompt encoder")
+    convert.set_defaults(run=_convert)
 
     plan = verbs.add_parser(
         "plan",

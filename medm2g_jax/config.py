@@ -194,8 +194,9 @@ def default_preset() -> tuple[str, str]:
     missing = [f for f in WEIGHT_FOLDERS if not (Path(weights) / f).is_dir()]
     if missing:
         raise UserError(
-            f"MEDM2G_SD_WEIGHTS={weights}: no folder {missing[0]}/ in it; expected {', '.join(WEIGHT_FOLDERS)} as "
-            "`medm2g convert` writes them. Add it, unset the variable, or name a preset after the colon"
+            f"MEDM2G_SD_WEIGHTS={weights}: no folder {missing[0]}/ in it; expected {', '.join(WEIGHT_FOLDERS)}. "
+            f"Make it with `medm2g convert {missing[0]} --from FILE --to {weights}`, unset the variable, or name a "
+            "preset after the colon"
         )
     return "sd15", f"MEDM2G_SD_WEIGHTS={weights}"
 

@@ -2,6 +2,9 @@
 
 import json
 import re
+import sys
+import types
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,15 @@ import numpy as np
 from etils import epath
 
 from medm2g_jax import rounds
+from medm2g_jax.arrays import Params
+from medm2g_jax.convert import weights
+from medm2g_jax.convert.files import open_tensors
 from medm2g_jax.data import images
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.errors import UserError
 from medm2g_jax.generate import Generated, Generator, Request, with_bridges
 from medm2g_jax.modality import MODALITIES, split_stream
-from medm2g_jax.model import build
+from medm2g_jax.model import MedM2G, build, init_group
 from medm2g_jax.train import checkpoint
 from medm2g_jax.train.device import use_compilation_cache
 from medm2g_jax.train.results import group_fingerprint, tuples
@@ -42,34 +48,46 @@ def newest_round(root: epath.Path) -> epath.Path:
     return max(done, key=lambda d: d[:2])[2]
 
 
+def locate(path: str) -> epath.Path:
+    """The folder that `load` reads: `path` where a result or an exported model is in it, else its newest round."""
+    root = epath.Path(path)
+    return root if checkpoint.read_meta(root) is not None else newest_round(root)
+
+
 def load(path: str, modalities: Sequence[str] | None = None) -> "Model":
     """A trained model.
 
     Args:
-      path: a run root (its newest finished round), or one round's folder in it.
+      path: a run root (its newest finished round), one round's folder in it, or an exported folder.
       modalities: read only these flows; all by default.
 
     Raises:
       UserError: nothing finished there, or a stage it stands on has been trained again since.
     """
-    root = epath.Path(path)
+    root = locate(path)
     meta = checkpoint.read_meta(root)
-    if meta is None:
-        root = newest_round(root)
-        meta = checkpoint.read_meta(root)
     if meta["stage"] not in meta["rounds"]:
         raise UserError(f"{root}: {meta['stage']} is not a round; generation needs the folder of a round or a run root")
-    use_compilation_cache(root.parent / "xla_cache")
+    exported = "crc32" in meta
+    if not exported:
+        use_compilation_cache(root.parent / "xla_cache")
     net = tuples(meta["shared"]["net"])
     trained = [m for m in meta["modalities"] if f"{m}/guide" in meta["from"]]
     wanted = trained if modalities is None else [m for m in trained if m in modalities]
     model = build(net, wanted, meta["vocab"], meta["scales"], meta["shared"]["image_size"])
     kinds = {f"{MODALITIES[m].kind}/vae" for m in wanted}
     groups: dict[str, list[str]] = {}
+    converted: list[str] = []
+    chosen: list[str] = []
     for group, origin in meta["from"].items():
         # Every prompt encoder stays: any modality may be given, and the centre's makes the null prompt.
         if group.split("/")[0] in wanted or group in kinds or group.endswith("/clip"):
-            groups.setdefault(origin["stage"], []).append(group)
+            if exported:
+                chosen.append(group)
+            elif "weights" in origin:
+                converted.append(group)
+            if "stage" in origin and not exported:
+                groups.setdefault(_plain_name(root, origin["stage"]), []).append(group)
     params: dict[str, Any] = {}
     for stage, some in groups.items():
         folder = root.parent / stage
@@ -77,7 +95,8 @@ def load(path: str, modalities: Sequence[str] | None = None) -> "Model":
         if found is None:
             raise UserError(f"{root} stands on {folder}, which is not there (or not finished); copy the whole run root")
         for group in some:
-            expected = meta["from"][group].get("fingerprint")
+            origin = meta["from"][group]
+            expected = None if "weights" in origin else origin.get("fingerprint")
             if expected is not None and expected != group_fingerprint(found["fingerprints"], group):
                 raise UserError(
                     f"{folder}: {group} has been trained again since {root} was; train {meta['stage']} again too "
@@ -85,10 +104,60 @@ def load(path: str, modalities: Sequence[str] | None = None) -> "Model":
                 )
         regex = re.compile(rounds.group_regex(some))
         params |= checkpoint.load_model(folder, names=lambda n, regex=regex: regex.match(n) is not None)
-    tokenizers = Tokenizers.load(root.parent / "tokenizers")
+    # Prompt encoders of flows that were not asked for as well: the recipe of all of them knows their shapes.
+    whole = build(net, tuple(meta["modalities"]), meta["vocab"], meta["scales"], meta["shared"]["image_size"])
+    params |= _converted(root, meta, whole, net, converted)
+    params |= _exported(root, meta, chosen)
+    tokenizers = Tokenizers.load((root if exported else root.parent) / "tokenizers")
     generator = Generator(model, params, tokenizers, meta["lengths"])
     config = json.loads((root / "config.json").read_text())
     return Model(generator, meta, config["sample"])
+
+
+def _plain_name(root: epath.Path, stage: str) -> str:
+    if not stage.isidentifier():
+        raise UserError(f"{root / 'model.json'}: names a stage {stage!r}, which is no name; not a file to trust")
+    return stage
+
+
+def _exported(root: epath.Path, meta: Mapping, groups: Sequence[str]) -> Params:
+    """Groups of a model that `medm2g convert export --as safetensors` wrote, compared with the CRCs in model.json."""
+    if not groups:
+        return {}
+    path = Path(root) / "weights.safetensors"
+    regex, params = re.compile(rounds.group_regex(groups)), {}
+    tensors = open_tensors(path)
+    if set(tensors) != set(meta["crc32"]):
+        raise UserError(f"{path}: model.json names other tensors; export the model again")
+    for name, tensor in tensors.items():
+        if regex.match(name):
+            value = tensor.read()
+            if zlib.crc32(value.tobytes()) != meta["crc32"][name]:
+                raise UserError(f"{path} is damaged: the CRC of {name} differs; export or download the model again")
+            params[name] = jnp.asarray(value)
+    return params
+
+
+def _converted(root: epath.Path, meta: Mapping, model: MedM2G, net: Mapping, groups: Sequence[str]) -> Params:
+    """The groups of a model that no stage trained, from the converted weights that its run was started with."""
+    if not groups:
+        return {}
+    folder = meta["shared"]["weights"]
+    shapes = jax.eval_shape(lambda key: init_group(model, key, groups), jax.random.key(0))
+    local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    params: Params = {}
+    for group in groups:
+        regex = re.compile(rounds.group_regex((group,)))
+        mine = {n: x.shape for n, x in shapes.items() if regex.match(n)}
+        mine = {n: s for n, s in mine.items() if n not in meta["from"][group].get("fresh", ())}
+        found, origin = weights.load(folder, group, mine, net, lambda name, shape: local)
+        if origin["fingerprint"] != meta["from"][group]["fingerprint"]:
+            raise UserError(
+                f"{folder}/{origin['weights']} was converted again, from other files, since {root} was trained; bring "
+                f"back the weights that it stands on, or train {meta['stage']} again"
+            )
+        params |= found
+    return params
 
 
 class Model:
@@ -206,3 +275,13 @@ def _pairs(request: Request) -> dict[str, str]:
             if how:
                 out[f"{source} -> {target}"] = ", ".join(how)
     return out
+
+
+class _Module(types.ModuleType):
+    """Importing this module puts it where the function of its name was: `medm2g_jax.load(path)` works either way."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Model:
+        return load(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Module

@@ -89,11 +89,13 @@ class Graph:
     """All stages of a listing, in the order in which they can run.
 
     `freeze="paper"`: a modality's guide group trains in its first round only; "partner_open": the known partner of
-    a round trains on as well.
+    a round trains on as well. `absent`: rounds that were never run (upstream="init"): a modality whose earlier round is
+    absent counts as first appearing, so it trains; a new guide that is also frozen would give no gradient at all.
     """
 
     listing: tuple[str, ...]
     freeze: str = "paper"
+    absent: tuple[str, ...] = ()
 
     @cached_property
     def pairs(self) -> tuple[tuple[str, str], ...]:
@@ -128,7 +130,8 @@ class Graph:
             reads = (f"{MODALITIES[m].kind}/vae", *(f"{p}/clip" for p in prompts))
             out.append(Stage(f"ldm_{m}", "ldm", (m,), (f"{m}/flow",), reads, (m,)))
         for i, (name, ab) in enumerate(zip(self.listing, self.pairs, strict=True)):
-            new = tuple(m for m in ab if first[m] == i)
+            earlier = {m for r in self.listing[:i] if r not in self.absent for m in pair(r)}
+            new = tuple(m for m in ab if m not in earlier)
             open_ = ab if self.freeze == "partner_open" else new
             clips = dict.fromkeys((centre().name, *ab))
             reads = (
@@ -177,7 +180,7 @@ class Graph:
         return {"prompt": prompts, "guide": guides}
 
 
-def graph(listing: Sequence[str], freeze: str = "paper") -> Graph:
+def graph(listing: Sequence[str], freeze: str = "paper", absent: Sequence[str] = ()) -> Graph:
     if freeze not in ("paper", "partner_open"):
         raise UserError(f"config.freeze={freeze!r}: expected 'paper' or 'partner_open'")
-    return Graph(tuple(listing), freeze)
+    return Graph(tuple(listing), freeze, tuple(absent))

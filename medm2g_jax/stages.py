@@ -52,9 +52,9 @@ class Recipe:
     temporary: tuple[str, ...] = field(default=())  # prefixes of parameters that train and are then dropped
 
 
-def recipe(config: ConfigDict, model: MedM2G, gpt2_pad: int) -> Recipe:
-    """The recipe of config.stage."""
-    stage = rounds.graph(config.listing, config.get("freeze", "paper")).stage(config.stage)
+def recipe(config: ConfigDict, model: MedM2G, gpt2_pad: int, stage: rounds.Stage | None = None) -> Recipe:
+    """The recipe of config.stage; `stage`: as the run's own graph has it, where rounds are absent."""
+    stage = stage or rounds.graph(config.listing, config.get("freeze", "paper")).stage(config.stage)
     build = {"vae": _autoencoder, "align": _alignment, "ldm": _single_flow, "round": _round}[stage.verb]
     return build(config, model, stage, gpt2_pad)
 

@@ -193,6 +193,27 @@ class Tokenizers:
         return {name: self._cut[name] / seen for name, seen in self._seen.items()}
 
 
+def clip_ids(folder: epath.PathLike, texts: Sequence[str], length: int) -> Int32[np.ndarray, "texts n"]:
+    """C_T's ids of short texts by the CLIP tokenizer of one folder alone, in the format above.
+
+    Raises:
+      UserError: there is no CLIP tokenizer in the folder.
+    """
+    backend = _load(epath.Path(folder), "clip")
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    begin, end = (backend.token_to_id(token) for token in (CLIP_BOS, CLIP_EOS))
+    if None in (begin, end):
+        raise UserError(f"{folder}: not a clip tokenizer: expected {CLIP_BOS} and {CLIP_EOS} in its vocabulary")
+    out = np.full((len(texts), length), end, np.int32)
+    for row, text in zip(out, texts, strict=True):
+        ids = [i for w in normalise(text).split() for i in backend.encode(w, add_special_tokens=False).ids]
+        ids = [begin, *ids[: length - 2], end]
+        row[: len(ids)] = ids
+    return out
+
+
 def _load(folder: epath.Path, name: str) -> hf.Tokenizer:
     classic = {"clip": ("vocab.json", "merges.txt"), "bert": ("vocab.txt",), "gpt2": ("vocab.json", "merges.txt")}[name]
     if (file := folder / "tokenizer.json").exists():

@@ -30,7 +30,6 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from medm2g_jax import rounds
 from medm2g_jax.arrays import Params
 from medm2g_jax.config import stage_config
 from medm2g_jax.data import pipeline
@@ -151,7 +150,7 @@ def run_stage(
     began = time.time()
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch, mesh)
-    stage = rounds.graph(config.listing, config.get("freeze", "paper")).stage(config.stage)
+    stage = results.graph_of(config, root).stage(config.stage)
     if stage.verb == "align" and config.accumulate > 1:
         raise UserError(
             f"{config.stage}: config.accumulate={config.accumulate} would change the loss, whose negatives are the "
@@ -161,9 +160,10 @@ def run_stage(
 
     dtype = activation_dtype(config.dtype)
     place = lambda name, shape: sharding.param_sharding(name, shape, mesh)  # noqa: E731
-    upstream = results.load_upstream(config, root, place, None if dtype == jnp.float32 else dtype)
+    vocab = data.tokenizers.sizes
+    upstream = results.load_upstream(config, root, place, None if dtype == jnp.float32 else dtype, vocab)
     model = results.build_model(config, data.tokenizers.sizes, upstream.scales, dtype)
-    spec = recipe(config, model, gpt2_pad=data.tokenizers.sizes["gpt2"] - 3)
+    spec = recipe(config, model, gpt2_pad=vocab["gpt2"] - 3, stage=stage)
     key = jax.random.fold_in(jax.random.key(config.seed), salt(config.stage))
 
     frozen = {k: v for k, v in upstream.params.items() if not results.trains(stage, k)}
@@ -174,13 +174,21 @@ def run_stage(
     def loader(start: int):
         return data.batches(spec.rows, "train", config.batch, seed, start, host)
 
-    # Fresh parameters, then what earlier stages trained of them (an open partner), then what `start` draws from data.
+    # Converted weights, fresh parameters for the rest, then what earlier stages trained of them (an open partner), then
+    # what `start` draws from data.
     shapes = jax.eval_shape(spec.init, key)
     placed = {name: place(name, x.shape) for name, x in shapes.items()}
+    sizes = {name: x.shape for name, x in shapes.items()}
+    begun, _, _ = results.converted_params(config, stage.trains, sizes, place, jnp.float32)
+    fresh = [name for name in shapes if name not in begun]
     # The hardware generator: its program compiles in a third of the time, and initial values need no more.
     init_key = jax.random.key(jax.random.bits(key), impl="unsafe_rbg")
-    trainable = jit(spec.init, out_shardings=placed)(init_key)
+    program = jit(
+        lambda k: {n: v for n, v in spec.init(k).items() if n in fresh}, out_shardings={n: placed[n] for n in fresh}
+    )
+    trainable = {**begun, **program(init_key)}
     trainable |= {k: v.astype(jnp.float32) for k, v in upstream.params.items() if k in trainable}
+    del begun
     if spec.start is not None:
         first = sharding.put_batch(next(loader(0)), mesh)
         drawn, extra = spec.start(frozen, [first], key, empty)
@@ -256,6 +264,7 @@ def run_stage(
         saves.close()
 
     kept = {k: v for k, v in params.items() if not k.startswith(spec.temporary)}
+    kept |= {k: frozen[k].astype(jnp.float32) for k in upstream.own if k in frozen}
     meta = results.describe(config, stage, data, upstream, model)
     if spec.finish is not None:
         some = (sharding.put_batch(b, mesh) for b in islice(loader(0), FINISH_BATCHES))
@@ -372,8 +381,8 @@ def plan_stages(config: ConfigDict, root: epath.Path) -> list[tuple[str, str]]:
     if config.upstream not in ("train", "init", "require"):
         raise UserError(f"config.upstream={config.upstream!r}: expected train, init or require")
     out = []
-    for name in rounds.graph(config.listing).plan(config.stage):
-        if results.find(root, config, name) is not None:
+    for name in results.graph_of(config, root).plan(config.stage):
+        if results.find(root, config, name) is not None or results.converted_stage(config, name):
             what = "done"
         elif name != config.stage and config.upstream == "require":
             raise UserError(

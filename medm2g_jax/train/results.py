@@ -7,20 +7,23 @@ comes from. So ct_mri's result is the four-modality model, and nothing is stored
 import json
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
 from medm2g_jax import rounds
 from medm2g_jax.arrays import Params
+from medm2g_jax.convert import converted, weights
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES
-from medm2g_jax.model import MedM2G, build
+from medm2g_jax.model import MedM2G, build, init_group
 from medm2g_jax.train import checkpoint
+from medm2g_jax.train.device import jit
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,9 @@ class Upstream:
     scales: dict[str, float]
     lineage: dict[str, dict[str, Any]]
     standing_in: tuple[str, ...]  # stages whose result was initialised instead (upstream="init")
+    own: tuple[str, ...]  # names among params that no other result or folder holds: this one has to
+    rounds: tuple[str, ...]  # that its results stand on
+    licences: tuple[str, ...] = ()  # of converted weights, and of what its results stand on
 
 
 def trains(stage: rounds.Stage, name: str) -> bool:
@@ -88,27 +94,52 @@ def config_words(config: ConfigDict, stage: str) -> str:
     return f"{config_path(stage)}:{','.join(words)}"
 
 
-def load_upstream(config: ConfigDict, root: epath.Path, place: Callable, dtype=None) -> Upstream:
+def graph_of(config: ConfigDict, root: epath.Path) -> rounds.Graph:
+    """The stage graph of a run: with upstream="init", rounds before config.stage without a result are absent."""
+    before = config.listing[: config.listing.index(config.stage)] if config.stage in config.listing else ()
+    absent = [r for r in before if config.upstream == "init" and find(root, config, r) is None]
+    return rounds.graph(config.listing, config.get("freeze", "paper"), absent)
+
+
+def converted_stage(config: ConfigDict, name: str) -> bool:
+    """Does this stage count as done since converted weights hold its result? Autoencoders do, where a run has some."""
+    trains = rounds.graph(config.listing).stage(name).trains
+    return name != config.stage and all(g.endswith("/vae") and weights.offers(config.weights, g) for g in trains)
+
+
+def load_upstream(
+    config: ConfigDict, root: epath.Path, place: Callable, dtype=None, vocab: Mapping[str, int] | None = None
+) -> Upstream:
     """Every group that config.stage reads and does not train first itself, from the stages that own them.
+
+    What has no result comes from converted weights and, with upstream="init", starts fresh where these have nothing.
 
     Args:
       place: (name, shape) -> sharding.
       dtype: of frozen parameters, None to keep float32.
+      vocab: sizes of the tokenizers; what stands in for missing results is made with them.
     """
-    graph = rounds.graph(config.listing, config.get("freeze", "paper"))
+    graph = graph_of(config, root)
     params: Params = {}
     scales: dict[str, float] = {}
     lineage: dict[str, dict] = {}
-    missing = []
+    missing, standing_in, groups_in, done, licences = [], [], [], set(), set()
     owners = graph.owners(config.stage)
     for owner in dict.fromkeys(owners.values()):
         folder = find(root, config, owner)
-        if folder is None:
-            missing.append(owner)
-            continue
         groups = [g for g, s in owners.items() if s == owner]
+        if folder is None:
+            given = converted_stage(config, owner)
+            if given or config.upstream == "init":
+                groups_in += groups
+                standing_in += [] if given else [owner]
+            else:
+                missing.append(owner)
+            continue
         regex = re.compile(rounds.group_regex(groups))
         meta = checkpoint.read_meta(folder)
+        done |= set(meta["rounds"])
+        licences |= set(meta["licences"])
         params |= checkpoint.load_model(
             folder,
             names=lambda n, regex=regex: regex.match(n) is not None,
@@ -120,7 +151,57 @@ def load_upstream(config: ConfigDict, root: epath.Path, place: Callable, dtype=N
         lineage |= {g: dict(stage=owner, fingerprint=group_fingerprint(meta["fingerprints"], g)) for g in groups}
     if missing:
         raise UserError(f"{config.stage}: no result of {', '.join(missing)} in {root}")
-    return Upstream(params, scales, lineage, tuple(missing))
+    own: tuple[str, ...] = ()
+    if groups_in:
+        stood, origins, more, own = stand_in(config, groups_in, place, dtype or jnp.float32, vocab)
+        params |= stood
+        lineage |= origins
+        scales |= more
+    # A group that trains here may start from converted weights as well.
+    begun = (*groups_in, *graph.stage(config.stage).trains)
+    used = {weights.source_of(g)[0] for g in begun if weights.offers(config.weights, g)}
+    licences |= {converted.read(config.weights, part).meta["licence"] for part in used}
+    ordered = tuple(r for r in config.listing if r in done)
+    return Upstream(params, scales, lineage, tuple(standing_in), own, ordered, tuple(sorted(licences)))
+
+
+def stand_in(
+    config: ConfigDict, groups: Sequence[str], place: Callable, dtype: Any, vocab: Mapping[str, int]
+) -> tuple[Params, dict[str, dict], dict[str, float], tuple[str, ...]]:
+    """(parameters, lineage, latent scales, fresh names) of groups without a result: converted weights, else fresh."""
+    model = build_model(config, vocab, {})
+    key = jax.random.fold_in(jax.random.key(config.seed), 0x5EED)
+    shapes = {n: x.shape for n, x in jax.eval_shape(lambda k: init_group(model, k, groups), key).items()}
+    params, lineage, scales = converted_params(config, groups, shapes, place, dtype)
+    fresh = tuple(n for n in shapes if n not in params)
+    placed = {n: place(n, shapes[n]) for n in fresh}
+    made = jit(lambda k: {n: init_group(model, k, groups)[n].astype(dtype) for n in fresh}, out_shardings=placed)(key)
+    for group in groups:
+        regex = re.compile(rounds.group_regex((group,)))
+        names = [n for n in fresh if regex.match(n)]
+        if group not in lineage:
+            lineage[group] = dict(stage=config.stage)
+        elif names:
+            lineage[group] |= dict(stage=config.stage, fresh=names)
+    return params | made, lineage, scales, fresh
+
+
+def converted_params(
+    config: ConfigDict, groups: Sequence[str], shapes: Mapping[str, tuple], place: Callable, dtype: Any
+) -> tuple[Params, dict[str, dict], dict[str, float]]:
+    """What converted weights have of some groups, where it came from, and the latent scales that belong to it."""
+    net = json.loads(config.net.to_json_best_effort())
+    params, lineage, scales = {}, {}, {}
+    for group in groups:
+        if not weights.offers(config.weights, group):
+            continue
+        regex = re.compile(rounds.group_regex((group,)))
+        mine = {n: tuple(s) for n, s in shapes.items() if regex.match(n)}
+        found, lineage[group] = weights.load(config.weights, group, mine, net, place, dtype)
+        params |= found
+        if group.endswith("/vae"):
+            scales |= weights.folder_of(config.weights, group, net).meta["scales"]
+    return params, lineage, scales
 
 
 def build_model(config: ConfigDict, vocab: Mapping[str, int], scales: Mapping[str, float], dtype=jnp.float32) -> MedM2G:
@@ -139,8 +220,7 @@ def tuples(x: Any) -> Any:
 def describe(config: ConfigDict, stage: rounds.Stage, data, upstream: Upstream, model: MedM2G) -> dict[str, Any]:
     """model.json of a result, without what only the finished parameters tell."""
     graph = rounds.graph(config.listing, config.get("freeze", "paper"))
-    plan = graph.plan(config.stage)
-    done = [name for name in plan if graph.stages[name].verb == "round"]
+    done = [name for name in config.listing if name in (*upstream.rounds, config.stage)]
     return {
         "stage": config.stage,
         "shared": shared(config),
@@ -152,7 +232,7 @@ def describe(config: ConfigDict, stage: rounds.Stage, data, upstream: Upstream, 
         "lengths": dict(data.lengths),
         "scales": dict(upstream.scales),
         "modalities": {m: asdict(MODALITIES[m]) for m in graph.modalities},
-        "licences": sorted({r.licence for r in data.source.records if r.licence}),
+        "licences": sorted({r.licence for r in data.source.records if r.licence} | set(upstream.licences)),
         "standing_in": list(upstream.standing_in),
         "note": "Synthetic output. Not for clinical use.",
     }

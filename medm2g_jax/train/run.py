@@ -9,6 +9,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from medm2g_jax import rounds
+from medm2g_jax.convert import weights
 from medm2g_jax.data import pipeline
 from medm2g_jax.data.readers import open_source
 from medm2g_jax.data.text import Tokenizers
@@ -16,7 +17,7 @@ from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.report import write_report
 from medm2g_jax.evaluate.show import data_picture, show
 from medm2g_jax.modality import MODALITIES
-from medm2g_jax.train import loop
+from medm2g_jax.train import loop, results
 from medm2g_jax.train.device import use_compilation_cache
 from medm2g_jax.train.log import quiet
 
@@ -49,6 +50,12 @@ def open_data(config: ConfigDict, root: epath.Path) -> loop.Data:
         phantom=dict(train=d.train, val=d.val, test=d.test),
     )
     folder = root / "tokenizers"
+    if not (folder / "done").exists() and config.weights and jax.process_index() == 0:
+        for name, path in weights.tokenizers(config.weights).items():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            for file in path.iterdir():
+                (folder / name / file.name).write_bytes(file.read_bytes())
+        (folder / "done").write_text("copied from converted weights\n")
     if not (folder / "done").exists() and jax.process_index() == 0:
         texts = pipeline.texts(source, "train", config.seed)
         Tokenizers.train(texts, folder, config.net.vocabulary)
@@ -83,6 +90,12 @@ def run(config: ConfigDict, workdir: str | None = None) -> epath.Path:
     width = max(len(name) for name, _ in todo)
     for i, (name, what) in enumerate(todo, 1):
         say(f"  {i:2d}. {name:{width}s}  {what}")
+    for name, what in todo:
+        if what == "done" and results.find(root, config, name) is None:
+            say(f"  note: {name} comes from the converted weights in {config.weights}")
+    never = [name.removeprefix("ldm_") for name, what in todo if name.startswith("ldm_") and what == "initialised"]
+    for word in (MODALITIES[m].word for m in never):
+        say(f"  note: the {word} base has never seen a {word}; only guides train on it")
     configs = loop.stage_configs(config, todo)
     if not configs:
         say(f"{config.stage} is done: {root / config.stage}")

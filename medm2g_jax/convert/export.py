@@ -1,0 +1,402 @@
+"""From ours to what other tools read: a converted folder, or one flow of a trained run.
+
+    diffusers      what StableDiffusionPipeline loads: one image flow's UNet, the autoencoder, SD's text encoder
+    clip           a transformers CLIPModel: C_T and one imaging modality's C
+    bert, gpt2     the two halves of the text autoencoder, without Optimus's own layers
+    safetensors    a whole trained model in one folder that needs nothing else; `medm2g_jax.load` reads it
+
+What other tools have no place for stays behind (guides, contexts, streams, prompt_in, Optimus's layers), and the model
+card says so.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medm2g_jax.convert import clip, converted, optimus, stable_diffusion, unet
+from medm2g_jax.convert.converted import RESTRICTIONS, WEIGHTS, Summary
+from medm2g_jax.convert.files import Output, Tensor, new_folder, some, write_safetensors
+from medm2g_jax.convert.rules import Step, back, outputs
+from medm2g_jax.errors import UserError
+from medm2g_jax.modality import MODALITIES, centre, of_kind
+
+FORMATS = ("diffusers", "clip", "bert", "gpt2", "safetensors")
+VERSION = "0.42.0"  # of diffusers, whose configs these are
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: tensors under a converted folder's names, sizes as config.net, and what the card tells."""
+
+    tensors: dict[str, Tensor]
+    net: dict[str, Any]
+    vocab: dict[str, int]
+    scale: float
+    licences: tuple[str, ...]
+    tokenizers: dict[str, Path]
+    title: str
+    left: tuple[str, ...] = ()  # what has no place in the format
+
+
+def export(source: Path, to: Path, format: str, flow: str | None = None) -> Summary:
+    """Write `to` in one of FORMATS.
+
+    Args:
+      source: a folder of converted weights, or a run root, or a round's folder in it.
+      flow: the modality whose UNet or prompt encoder is wanted; of a run only.
+
+    Raises:
+      UserError: nothing there, or the format needs what it does not have; nothing is written then.
+    """
+    if format not in FORMATS:
+        raise UserError(f"--as {format}: expected one of {', '.join(FORMATS)}")
+    began = time.time()
+    if format == "safetensors":
+        count, size, licences = _whole(source, to)
+    else:
+        given = _of_converted(source, format) if _is_converted(source) else _of_run(source, format, flow)
+        write = {"diffusers": _diffusers, "clip": _clip, "bert": _bert, "gpt2": _gpt2}[format]
+        with new_folder(to) as folder:
+            count, size = write(given, folder)
+            (folder / "README.md").write_text(card(given.title, given.licences, given.left), encoding="utf-8")
+        licences = given.licences
+    return Summary(to, count, size, time.time() - began, "; ".join(licences))
+
+
+def card(title: str, licences: tuple[str, ...], left: tuple[str, ...] = (), more: str = "") -> str:
+    """README.md of an export: what it is, what it is not, licences and what they forbid."""
+    lines = [f"# {title}", "", "Made by `medm2g convert export`. Research software; all it generates is synthetic."]
+    lines += ["**Not for clinical use.**", "", "Licences of the weights and data it stands on:", ""]
+    lines += [f"- {licence}" for licence in licences] or ["- none recorded"]
+    if left:
+        lines += ["", f"Not in this format, and left out: {', '.join(left)}."]
+    if more:
+        lines += ["", more]
+    if any("OpenRAIL" in licence for licence in licences):
+        lines += ["", "## Use restrictions", "", RESTRICTIONS]
+    return "\n".join(lines) + "\n"
+
+
+# --- where it comes from --------------------------------------------------------------------------------------------
+
+_PARTS = {"diffusers": "sd15", "clip": "clip", "bert": "optimus", "gpt2": "optimus"}
+
+
+def _is_converted(source: Path) -> bool:
+    return (source / converted.META).is_file() or any(converted.exists(source, p) for p in _PARTS.values())
+
+
+def _of_converted(source: Path, format: str) -> Source:
+    part = _PARTS[format]
+    if (source / converted.META).is_file():
+        source, own = source.parent, source.name
+        if own != part:
+            raise UserError(f"{source / own}: --as {format} is made from {part}/; give --from {source / part}")
+    found = converted.read(source, part)
+    tokenizers = _tokenizers(source, part)
+    return Source(
+        found.tensors,
+        found.meta["net"],
+        found.meta["vocab"] if "vocab" in found.meta else {},
+        found.meta.get("scales", {}).get("image", 1.0),
+        (found.meta["licence"],),
+        tokenizers,
+        f"{found.meta['source']}, as medm2g_jax has it",
+        ("Optimus's latent layers",) if part == "optimus" else (),
+    )
+
+
+def _tokenizers(weights: Path, *parts: str) -> dict[str, Path]:
+    out = {}
+    for part in (*parts, "clip"):
+        for folder in (weights / part / "tokenizers").glob("*"):
+            out.setdefault(folder.name, folder)
+    return out
+
+
+def _of_run(source: Path, format: str, flow: str | None) -> Source:
+    from medm2g_jax.load import load
+
+    images = of_kind("image")
+    if format in ("diffusers", "clip") and flow not in images:
+        raise UserError(f"--as {format} of a run needs --flow, one of {', '.join(images)}; found {flow!r}")
+    model = load(str(source), [centre().name, flow or centre().name])
+    params, meta = model.generator.params, model.meta
+    net, text = meta["shared"]["net"], centre().name
+    take = {
+        "diffusers": {f"{flow}/unet": "unet", "image/vae": "vae"},
+        "clip": {f"{text}/clip": "text", f"{flow}/clip": "vision"},
+        "bert": {"text/vae": "vae"},
+        "gpt2": {"text/vae": "vae"},
+    }[format]
+    tensors = {}
+    for name, value in params.items():
+        owner, module, rest = name.split("/", 2)
+        if f"{owner}/{module}" in take and "/guide/" not in name and not rest.startswith("stream/"):
+            tensors[f"{take[f'{owner}/{module}']}/{rest}"] = _of_array(value, Path(source))
+    missing = [m for m in take.values() if not any(n.startswith(f"{m}/") for n in tensors)]
+    if missing:
+        raise UserError(f"{source}: this model has no {some(missing)} of {flow or text}; give another --flow")
+    vocab, left = meta["vocab"], ("Optimus's latent layers",)
+    if format == "diffusers":
+        weights = Path(meta["shared"]["weights"] or ".")
+        if not converted.exists(weights, "sd15"):
+            raise UserError(
+                f"{source}: a diffusers folder needs Stable Diffusion's own text encoder, and this run was not started "
+                "from converted weights; export it --as safetensors"
+            )
+        own = converted.read(weights, "sd15")
+        tensors |= {n: t for n, t in own.tensors.items() if n.startswith("text/")}
+        net, vocab = {**net, "clip_text": own.meta["net"]["clip_text"]}, own.meta["vocab"]
+        left = ("guides, contexts and adaptation", "the embedding of contrasts", "prompt_in (prompts are SD's own)")
+    if format == "clip":
+        tensors["logit_scale"] = _of_array(np.float32(np.log(1 / 0.07)), Path(source))
+        left = ("the other prompt encoders",)
+    root = Path(source) if (Path(source) / "tokenizers").is_dir() else Path(source).parent
+    folders = {p.name: p for p in (root / "tokenizers").glob("*") if p.is_dir()}
+    title = f"{MODALITIES[flow or text].word} flow of {meta['stage']} (MedM2G)"
+    return Source(tensors, net, vocab, meta["scales"]["image"], tuple(meta["licences"]), folders, title, left)
+
+
+def _of_array(value: Any, source: Path) -> Tensor:
+    return Tensor(tuple(value.shape), np.dtype(value.dtype), lambda: np.asarray(value), source)
+
+
+# --- what it becomes ------------------------------------------------------------------------------------------------
+
+
+def _write(folder: Path, file: str, steps: list[Step], config: Mapping[str, Any]) -> tuple[int, int]:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / file, outputs(steps), {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    return len(steps), sum(step.tensor.nbytes for step in steps)
+
+
+def _under(given: Source, prefix: str) -> dict[str, Tensor]:
+    out = {n: t for n, t in given.tensors.items() if n.startswith(f"{prefix}/")}
+    if not out:
+        raise UserError(f"{given.title}: no {prefix}/ in it")
+    return out
+
+
+def _diffusers(given: Source, folder: Path) -> tuple[int, int]:
+    net, width = given.net, given.net["width"]
+    u, v, text = net["image_unet"], net["image_vae"], net["clip_text"]
+    if v["patch"] != 1 or v["colours"] != 3 or not v["mid_attention"]:
+        raise UserError(f"{given.title}: its autoencoder is not Stable Diffusion's; diffusers has none like it")
+    latent = v["latent"]
+    sizes = unet.Sizes(tuple(u["channels"]), tuple(u["attention"]), u["layers"], width, latent, 0)
+    attention = ["CrossAttn" if a else "" for a in u["attention"]]
+    common = dict(_diffusers_version=VERSION, act_fn="silu")
+    configs = {
+        "unet": dict(
+            common,
+            _class_name="UNet2DConditionModel",
+            attention_head_dim=u["heads"],
+            block_out_channels=u["channels"],
+            center_input_sample=False,
+            cross_attention_dim=width,
+            down_block_types=[f"{a}DownBlock2D" for a in attention],
+            downsample_padding=1,
+            flip_sin_to_cos=True,
+            freq_shift=0,
+            in_channels=latent,
+            layers_per_block=u["layers"],
+            mid_block_scale_factor=1,
+            norm_eps=1e-5,
+            norm_num_groups=u["groups"],
+            out_channels=latent,
+            sample_size=64,
+            up_block_types=[f"{a}UpBlock2D" for a in reversed(attention)],
+        ),
+        "vae": dict(
+            common,
+            _class_name="AutoencoderKL",
+            block_out_channels=v["channels"],
+            down_block_types=["DownEncoderBlock2D"] * len(v["channels"]),
+            in_channels=3,
+            latent_channels=latent,
+            layers_per_block=v["layers"],
+            norm_num_groups=v["groups"],
+            out_channels=3,
+            sample_size=64 * 2 ** (len(v["channels"]) - 1),
+            scaling_factor=given.scale,
+            up_block_types=["UpDecoderBlock2D"] * len(v["channels"]),
+        ),
+        "text_encoder": dict(_clip_text_config(text, given.vocab["clip"], width), architectures=["CLIPTextModel"]),
+    }
+    rules = {
+        "unet": unet.table(sizes, "diffusers"),
+        "vae": stable_diffusion.vae_table(len(v["channels"]), v["layers"], "diffusers"),
+        "text_encoder": clip.table("text", text["layers"], "text_model.", "text", projection=False),
+    }
+    count = size = 0
+    for name, prefix in (("unet", "unet"), ("vae", "vae"), ("text_encoder", "text")):
+        file = "model.safetensors" if name == "text_encoder" else "diffusion_pytorch_model.safetensors"
+        steps = back(rules[name], _under(given, prefix), f"{given.title}: {name}")
+        n, bytes_ = _write(folder / name, file, steps, configs[name])
+        count, size = count + n, size + bytes_
+    scheduler = dict(
+        _class_name="DDIMScheduler",
+        _diffusers_version=VERSION,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        num_train_timesteps=1000,
+        prediction_type="epsilon",
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2))
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": VERSION,
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    if "clip" in given.tokenizers and converted.copy_tokenizer(given.tokenizers["clip"], folder / "tokenizer"):
+        index["tokenizer"] = ["transformers", "CLIPTokenizer"]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    return count, size
+
+
+def _clip_text_config(text: Mapping[str, Any], vocab: int, projection: int) -> dict[str, Any]:
+    return dict(
+        model_type="clip_text_model",
+        hidden_act="quick_gelu",
+        hidden_size=text["width"],
+        intermediate_size=text["ff"],
+        num_attention_heads=text["heads"],
+        num_hidden_layers=text["layers"],
+        max_position_embeddings=text["length"],
+        layer_norm_eps=1e-5,
+        vocab_size=vocab,
+        projection_dim=projection,
+        bos_token_id=vocab - 2,
+        eos_token_id=vocab - 1,
+        pad_token_id=vocab - 1,
+    )
+
+
+def _clip(given: Source, folder: Path) -> tuple[int, int]:
+    net, text, image = given.net, given.net["clip_text"], given.net["clip_image"]
+    vision = dict(
+        model_type="clip_vision_model",
+        hidden_act="quick_gelu",
+        hidden_size=image["width"],
+        intermediate_size=image["ff"],
+        num_attention_heads=image["heads"],
+        num_hidden_layers=image["layers"],
+        image_size=image["image"],
+        patch_size=image["patch"],
+        layer_norm_eps=1e-5,
+        projection_dim=net["width"],
+    )
+    config = dict(
+        architectures=["CLIPModel"],
+        model_type="clip",
+        projection_dim=net["width"],
+        text_config=_clip_text_config(text, given.vocab["clip"], net["width"]),
+        vision_config=vision,
+    )
+    rules = clip.table("text", text["layers"], "text_model.", "text")
+    rules += clip.table("vision", image["layers"], "vision_model.", "vision") + clip.LOGIT_SCALE
+    done = _write(folder, "model.safetensors", back(rules, given.tensors, given.title), config)
+    if "clip" in given.tokenizers:
+        converted.copy_tokenizer(given.tokenizers["clip"], folder)
+    return done
+
+
+def _bert(given: Source, folder: Path) -> tuple[int, int]:
+    t = given.net["text_vae"]
+    ours = {n: x for n, x in _under(given, "vae/encoder").items() if not n.startswith("vae/encoder/latent/")}
+    config = dict(
+        architectures=["BertModel"],
+        model_type="bert",
+        hidden_act="gelu",
+        hidden_size=t["width"],
+        intermediate_size=t["ff"],
+        layer_norm_eps=1e-12,
+        max_position_embeddings=t["bert_positions"],
+        num_attention_heads=t["heads"],
+        num_hidden_layers=t["layers"],
+        pad_token_id=0,
+        type_vocab_size=2,
+        vocab_size=given.vocab["bert"],
+    )
+    steps = back(optimus.bert_table(t["layers"], "", "vae/encoder"), ours, given.title)
+    done = _write(folder, "model.safetensors", steps, config)
+    if "bert" in given.tokenizers:
+        converted.copy_tokenizer(given.tokenizers["bert"], folder)
+    return done
+
+
+def _gpt2(given: Source, folder: Path) -> tuple[int, int]:
+    t, words = given.net["text_vae"], given.vocab["gpt2"]
+    own = ("vae/decoder/memory/", "vae/decoder/embed/")
+    ours = {n: x for n, x in _under(given, "vae/decoder").items() if not n.startswith(own)}
+    config = dict(
+        architectures=["GPT2LMHeadModel"],
+        model_type="gpt2",
+        activation_function="gelu_new",
+        layer_norm_epsilon=1e-5,
+        n_embd=t["width"],
+        n_head=t["heads"],
+        n_inner=t["ff"],
+        n_layer=t["layers"],
+        n_positions=t["gpt2_positions"],
+        vocab_size=words,
+        pad_token_id=words - 3,
+        bos_token_id=words - 2,
+        eos_token_id=words - 1,
+        tie_word_embeddings=True,
+    )
+    steps = back(optimus.gpt2_table(t["layers"], "transformer.", "vae/decoder"), ours, given.title)
+    done = _write(folder, "model.safetensors", steps, config)
+    if "gpt2" in given.tokenizers:
+        converted.copy_tokenizer(given.tokenizers["gpt2"], folder)
+    return done
+
+
+# --- a whole model --------------------------------------------------------------------------------------------------
+
+
+def _whole(source: Path, to: Path) -> tuple[int, int, tuple[str, ...]]:
+    """One folder with weights.safetensors, model.json, config.json, tokenizers and a card."""
+    from medm2g_jax.load import load, locate
+
+    root = Path(locate(str(source)))
+    model = load(str(root))
+    params = {n: v for n, v in model.generator.params.items() if not n.startswith("null/")}
+    made = {
+        n: Output(tuple(v.shape), np.dtype(v.dtype), lambda v=v: np.asarray(v)) for n, v in sorted(params.items())
+    }
+    meta = json.loads(json.dumps(model.meta))
+    meta["shared"]["weights"] = ""  # it needs none
+    licences = tuple(meta["licences"])
+    pairs = "; ".join(f"{k}: " + ", ".join(f"{a} -> {b}" for a, b in v) for k, v in meta["pairs"].items())
+    more = f"Flows: {', '.join(model.modalities)}. Trained pairs, {pairs}. Load it with `medm2g_jax.load(FOLDER)`."
+    if meta["standing_in"]:
+        more += f"\n\nNever trained, initialised instead: {', '.join(meta['standing_in'])}."
+    tokenizers = root / "tokenizers" if (root / "tokenizers").is_dir() else root.parent / "tokenizers"
+    with new_folder(to) as folder:
+        prints = write_safetensors(folder / WEIGHTS, made, {"format": "pt", "medm2g": "model"})
+        shutil.copytree(tokenizers, folder / "tokenizers")
+        shutil.copyfile(root / "config.json", folder / "config.json")
+        (folder / "README.md").write_text(card(f"MedM2G: {meta['stage']}", licences, (), more), encoding="utf-8")
+        (folder / "model.json").write_text(json.dumps(meta | {"crc32": prints}, indent=1), encoding="utf-8")
+    return len(made), sum(v.nbytes for v in params.values()), licences
