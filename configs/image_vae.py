@@ -3,6 +3,7 @@
     python -m medm2g_jax.main --config=configs/image_vae.py:tiny
 
 Needs no other stage; data: images of the folder MEDM2G_DATA names, else the phantom.
+tiny: 40 s on two CPU cores, phantom, held out: CT 26.9 dB, X-ray 32.1 dB, MRI 25.6 dB (mean image: 16.2, 21.9, 16.1).
 sd15: SD-1.5's autoencoder where MEDM2G_SD_WEIGHTS holds it. Result: not reproduced yet.
 """
 
