@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str):
     # Public names are imported on first use: `import medm2g_jax` alone starts neither JAX nor a device.
     if name == "load":
-        from medm2g_jax.load import load
+        from medm2g_jax.loading import load
 
         return load
     if name in ("MODALITIES", "Modality", "register"):

@@ -12,7 +12,7 @@ from medm2g_jax.errors import UserError
 
 def _generate(args: argparse.Namespace) -> None:
     from medm2g_jax.data.write import NOTE, write_samples
-    from medm2g_jax.load import load
+    from medm2g_jax.loading import load
 
     start = time.time()
     given: dict[str, list[str]] = {}

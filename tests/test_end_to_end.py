@@ -15,7 +15,7 @@ import medm2g_jax
 from medm2g_jax import rounds
 from medm2g_jax.errors import UserError
 from medm2g_jax.generate import with_bridges
-from medm2g_jax.load import load, newest_round
+from medm2g_jax.loading import load, newest_round
 from medm2g_jax.model import init_group
 from medm2g_jax.train import checkpoint, results
 

@@ -121,7 +121,7 @@ def _tokenizers(weights: Path, *parts: str) -> dict[str, Path]:
 
 
 def _of_run(source: Path, format: str, flow: str | None) -> Source:
-    from medm2g_jax.load import load
+    from medm2g_jax.loading import load
 
     images = of_kind("image")
     if format in ("diffusers", "clip") and flow not in images:
@@ -377,7 +377,7 @@ def _gpt2(given: Source, folder: Path) -> tuple[int, int]:
 
 def _whole(source: Path, to: Path) -> tuple[int, int, tuple[str, ...]]:
     """One folder with weights.safetensors, model.json, config.json, tokenizers and a card."""
-    from medm2g_jax.load import load, locate
+    from medm2g_jax.loading import load, locate
 
     root = Path(locate(str(source)))
     model = load(str(root))

@@ -31,7 +31,7 @@ from medm2g_jax.data.phantom_text import finding_f1, write
 from medm2g_jax.diffusion import add_noise, eps_loss
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.probes import as_indices, train_probe
-from medm2g_jax.load import Model, load
+from medm2g_jax.loading import Model, load
 from medm2g_jax.modality import MODALITIES, centre
 from medm2g_jax.model import prompt_context
 from medm2g_jax.nn.attention import mask

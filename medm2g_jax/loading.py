@@ -2,8 +2,6 @@
 
 import json
 import re
-import sys
-import types
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -275,13 +273,3 @@ def _pairs(request: Request) -> dict[str, str]:
             if how:
                 out[f"{source} -> {target}"] = ", ".join(how)
     return out
-
-
-class _Module(types.ModuleType):
-    """Importing this module puts it where the function of its name was: `medm2g_jax.load(path)` works either way."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Model:
-        return load(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Module
