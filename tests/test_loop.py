@@ -114,6 +114,7 @@ def test_a_terminated_run_saves_and_resumes(cache, tmp_path, uninterrupted):
     assert [p.name for p in (root / STAGE / "checkpoints").iterdir() if p.name.isdigit()]
 
 
+@pytest.mark.full  # three meshes of three stages to compile
 def test_from_eight_devices_to_two_to_one(uninterrupted, cache, tmp_path):
     """Killed on 8 devices, killed on 2, finished on 1: what an uninterrupted run on one device ends with."""
     root = tmp_path / "run"
