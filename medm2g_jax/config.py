@@ -305,6 +305,17 @@ def stage_config(config: ConfigDict, name: str) -> ConfigDict:
     return out
 
 
+def stage_graph(config: ConfigDict, absent: tuple[str, ...] = ()) -> rounds.Graph:
+    """The graph of the config's listing; only rounds say who of them is frozen. absent: see rounds.Graph."""
+    return rounds.graph(config.listing, config.get("freeze", "paper"), absent)
+
+
+def text_lengths(config: ConfigDict) -> dict[str, int]:
+    """Ids of a text in each tokenizer's format."""
+    net = config.net
+    return dict(clip=net.clip_text.length, bert=net.bert_length, gpt2=net.gpt2_length)
+
+
 def stage_own_fields(config: ConfigDict) -> list[str]:
     """The top-level fields that say something of config.stage alone."""
     return [f for f in _stage(config.stage, config.preset, config.variant, config.listing) if f in config]

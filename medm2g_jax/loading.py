@@ -106,7 +106,7 @@ def load(path: str, modalities: Sequence[str] | None = None) -> "Model":
     whole = build(net, tuple(meta["modalities"]), meta["vocab"], meta["scales"], meta["shared"]["image_size"])
     params |= _converted(root, meta, whole, net, converted)
     params |= _exported(root, meta, chosen)
-    tokenizers = Tokenizers.load((root if exported else root.parent) / "tokenizers")
+    tokenizers = Tokenizers.load((root if exported else root.parent) / "tokenizers", net["report_words"])
     generator = Generator(model, params, tokenizers, meta["lengths"])
     config = json.loads((root / "config.json").read_text())
     return Model(generator, meta, config["sample"])

@@ -27,6 +27,7 @@ from medm2g_jax import rounds
 from medm2g_jax.align import HIGHEST, LOG_SCALE_INIT, info_nce
 from medm2g_jax.arrays import Params
 from medm2g_jax.autoencode import kl_per_dimension, token_cross_entropy
+from medm2g_jax.config import stage_graph
 from medm2g_jax.data.pipeline import Rows
 from medm2g_jax.diffusion import T, add_noise, eps_loss, row_keys, row_normal
 from medm2g_jax.extract import invariant_loss, view
@@ -54,7 +55,7 @@ class Recipe:
 
 def recipe(config: ConfigDict, model: MedM2G, gpt2_pad: int, stage: rounds.Stage | None = None) -> Recipe:
     """The recipe of config.stage; `stage`: as the run's own graph has it, where rounds are absent."""
-    stage = stage or rounds.graph(config.listing, config.get("freeze", "paper")).stage(config.stage)
+    stage = stage or stage_graph(config).stage(config.stage)
     build = {"vae": _autoencoder, "align": _alignment, "ldm": _single_flow, "round": _round}[stage.verb]
     return build(config, model, stage, gpt2_pad)
 

@@ -2,7 +2,7 @@
 
     python tests/micro.py text_ct ROOT     # that stage and all it stands on
 
-`train` does so in a process of its own: one device and no checks of annotations compile in a third of the time.
+`train` does so in a process of its own: one device, and no checks of annotations, are sooner compiled.
 """
 
 import os

@@ -9,13 +9,14 @@ import pytest
 from micro import micro
 
 from medm2g_jax import rounds
+from medm2g_jax.config import text_lengths
 from medm2g_jax.data import pipeline
 from medm2g_jax.data.phantom import Phantom
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.model import init_group
 from medm2g_jax.nn.attention import context
 from medm2g_jax.stages import Recipe, recipe
-from medm2g_jax.train import optim, results, sharding
+from medm2g_jax.train import device, optim, results, sharding
 from medm2g_jax.train.loop import Data
 from medm2g_jax.train.state import create, make_eval_step, make_train_step
 
@@ -28,8 +29,7 @@ def data(tmp_path_factory) -> Data:
     texts = pipeline.texts(source, "train", 0)
     tokenizers = Tokenizers.train(texts, tmp_path_factory.mktemp("tokenizers"), 700)
     config = micro("text_ct")
-    lengths = dict(clip=config.net.clip_text.length, bert=config.net.bert_length, gpt2=config.net.gpt2_length)
-    return Data(source, tokenizers, lengths, 32)
+    return Data(source, tokenizers, text_lengths(config), 32)
 
 
 def fresh(init) -> dict[str, jax.Array]:
@@ -200,6 +200,18 @@ def test_a_term_of_weight_zero_is_not_traced(data):
     assert sorted(terms) == ["eps/text", "eps/xray"] and float(loss) == pytest.approx(
         float(sum(terms.values())), rel=1e-6
     )
+
+
+def test_flows_of_equal_sizes_are_one_program(data):
+    """To the compilation cache, whose key is the program: names of parameters and of the modality are not in it."""
+    texts = []
+    for words in ("ct,tiny", "xray,tiny"):
+        bench = Bench(data, "ldm", words)
+        tx = optim.make(bench.config, bench.trainable)
+        step = device.jit(make_train_step(bench.recipe, bench.config, tx), donate_argnums=0)
+        arguments = create(bench.trainable, tx), bench.frozen, bench.batch, jax.random.key(1)
+        texts += [step.lower(*arguments).as_text(), device.jit(bench.recipe.init).lower(jax.random.key(0)).as_text()]
+    assert texts[0] == texts[2] and texts[1] == texts[3]
 
 
 def test_accumulated_micro_steps_count_one_ema_step(data):

@@ -199,6 +199,15 @@ def test_cut_texts_keep_their_end_and_are_counted(folder):
     assert tokenizers.truncated == {"clip": 0.5, "bert": 0.5, "gpt2": 0.0}  # of four different texts
 
 
+def test_no_more_words_are_read_than_the_config_says(tmp_path):
+    Tokenizers.train(["alpha beta gamma"], tmp_path, 700)
+    lengths = {"clip": 16, "bert": 16, "gpt2": 16}
+    cut, whole = (Tokenizers.load(tmp_path, words) for words in (2, None))
+    for name, ids in cut.encode("alpha beta gamma", lengths).items():
+        np.testing.assert_array_equal(ids, whole.encode("alpha beta", lengths)[name])
+        assert not np.array_equal(ids, whole.encode("alpha beta gamma", lengths)[name])
+
+
 def test_cut_words():
     assert cut_words("a  b\nc d", 3) == "a b c" and cut_words("a b", 3) == "a b"
 

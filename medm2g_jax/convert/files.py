@@ -327,12 +327,6 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.partial")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
 def some(names: Iterable[str], count: int = 6) -> str:
     """A few of the names, and how many more there are."""
     names = list(names)

@@ -61,9 +61,13 @@ class Tokenizers:
 
     Attributes:
       sizes: vocabulary sizes, {"clip": v, "bert": v, "gpt2": v}.
+      report_words: words of a text that are read at all; None for all.
     """
 
-    def __init__(self, clip: hf.Tokenizer, bert: hf.Tokenizer, gpt2: hf.Tokenizer):
+    def __init__(
+        self, clip: hf.Tokenizer, bert: hf.Tokenizer, gpt2: hf.Tokenizer, report_words: int | None = None
+    ):
+        self.report_words = report_words
         self._backends = {"clip": clip, "bert": bert, "gpt2": gpt2}
         for backend in self._backends.values():
             backend.no_truncation()
@@ -107,13 +111,13 @@ class Tokenizers:
         return cls.load(folder)
 
     @classmethod
-    def load(cls, folder: epath.PathLike) -> "Tokenizers":
+    def load(cls, folder: epath.PathLike, report_words: int | None = None) -> "Tokenizers":
         """Read `folder`/{clip,bert,gpt2}: tokenizer.json, or vocab.json + merges.txt (bert: vocab.txt).
 
         Raises:
           UserError: a folder or file is missing, or what was read is not in the format above.
         """
-        found = cls(*(_load(epath.Path(folder) / name, name) for name in ("clip", "bert", "gpt2")))
+        found = cls(*(_load(epath.Path(folder) / name, name) for name in ("clip", "bert", "gpt2")), report_words)
         sizes, frame = found.sizes, found._frame
         rules = {
             "clip": (frame["clip"][1] == sizes["clip"] - 1, f"{CLIP_EOS} has the highest id"),
@@ -137,6 +141,8 @@ class Tokenizers:
         if (known := self._cache.get(key)) is not None:
             return known
         plain, result, cut = normalise(text), {}, []
+        if self.report_words is not None:
+            plain = cut_words(plain, self.report_words)
         for name, length in lengths.items():
             begin, end, pad = self._frame[name]
             ids = self._ids(name, plain)

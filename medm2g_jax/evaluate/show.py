@@ -22,6 +22,8 @@ from PIL import Image
 from medm2g_jax import rounds
 from medm2g_jax.align import info_nce, retrieval_at_1
 from medm2g_jax.arrays import Params
+from medm2g_jax.autoencode import psnr
+from medm2g_jax.config import stage_graph
 from medm2g_jax.data.phantom_text import finding_f1, parse, swap_side
 from medm2g_jax.data.pipeline import Rows
 from medm2g_jax.errors import UserError
@@ -36,7 +38,7 @@ ROWS = 64  # held-out records that the numbers stand on
 
 def show(*, config: ConfigDict, folder: epath.Path, model: MedM2G, params: Params, data, meta: dict, log) -> dict:
     """Draw and measure the stage that has just been trained; returns its numbers by name."""
-    stage = rounds.graph(config.listing, config.get("freeze", "paper")).stage(config.stage)
+    stage = stage_graph(config).stage(config.stage)
     generator = Generator(model, params, data.tokenizers, data.lengths)
     draw = {"vae": _autoencoder, "align": _alignment, "ldm": _single_flow, "round": _round}[stage.verb]
     numbers = draw(config, folder, generator, data, stage, meta)
@@ -138,7 +140,7 @@ def _image_autoencoder(config, folder, generator, data, kind) -> dict:
 
 
 def _psnr(x: np.ndarray, y: np.ndarray) -> float:
-    return float(10 * np.log10(4.0 / np.mean((np.asarray(x, np.float32) - y) ** 2)))
+    return float(psnr(jnp.asarray(x), jnp.asarray(y)))
 
 
 # --- alignment ------------------------------------------------------------------------------------------------------

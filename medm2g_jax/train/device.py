@@ -67,6 +67,7 @@ def jit(f: Callable, *, out_shardings: Any = None, **options: Any) -> Callable:
         leaves = jax.tree.leaves(compiled(*args))
         return jax.tree.unflatten(structures[jax.tree.structure(args)], leaves)
 
+    call.lower = compiled.lower
     return call
 
 

@@ -162,7 +162,7 @@ def run_stage(
     place = lambda name, shape: sharding.param_sharding(name, shape, mesh)  # noqa: E731
     vocab = data.tokenizers.sizes
     upstream = results.load_upstream(config, root, place, None if dtype == jnp.float32 else dtype, vocab)
-    model = results.build_model(config, data.tokenizers.sizes, upstream.scales, dtype)
+    model = results.build_model(config, vocab, upstream.scales, dtype)
     spec = recipe(config, model, gpt2_pad=vocab["gpt2"] - 3, stage=stage)
     key = jax.random.fold_in(jax.random.key(config.seed), salt(config.stage))
 
@@ -180,15 +180,10 @@ def run_stage(
     placed = {name: place(name, x.shape) for name, x in shapes.items()}
     sizes = {name: x.shape for name, x in shapes.items()}
     begun, _, _ = results.converted_params(config, stage.trains, sizes, place, jnp.float32)
-    fresh = [name for name in shapes if name not in begun]
-    # The hardware generator: its program compiles in a third of the time, and initial values need no more.
-    init_key = jax.random.key(jax.random.bits(key), impl="unsafe_rbg")
-    program = jit(
-        lambda k: {n: v for n, v in spec.init(k).items() if n in fresh}, out_shardings={n: placed[n] for n in fresh}
-    )
-    trainable = {**begun, **program(init_key)}
+    fresh = results.fresh_params(spec.init, key, {n: at for n, at in placed.items() if n not in begun})
+    trainable = {**begun, **fresh}
     trainable |= {k: v.astype(jnp.float32) for k, v in upstream.params.items() if k in trainable}
-    del begun
+    del begun, fresh
     if spec.start is not None:
         first = sharding.put_batch(next(loader(0)), mesh)
         drawn, extra = spec.start(frozen, [first], key, empty)
@@ -270,7 +265,7 @@ def run_stage(
         some = (sharding.put_batch(b, mesh) for b in islice(loader(0), FINISH_BATCHES))
         finished = spec.finish({**frozen, **kept}, some)
         meta["scales"] = meta["scales"] | finished.get("scales", {})
-        model = results.build_model(config, data.tokenizers.sizes, meta["scales"], dtype)
+        model = results.build_model(config, vocab, meta["scales"], dtype)
     meta["step"] = best
     meta["parameters"] = int(sum(v.size for v in kept.values()))
     if show is not None:

@@ -25,15 +25,14 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from medm2g_jax import rounds
-from medm2g_jax.config import stage_own_fields
+from medm2g_jax.config import stage_graph, stage_own_fields, text_lengths
 from medm2g_jax.data.pipeline import Rows
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES
 from medm2g_jax.model import init_group
 from medm2g_jax.stages import recipe
-from medm2g_jax.train import loop, results, sharding
+from medm2g_jax.train import loop, results, run, sharding
 from medm2g_jax.train.device import activation_dtype
 from medm2g_jax.train.state import create, make_train_step
 
@@ -139,17 +138,17 @@ def abstract_batch(rows: Rows, batch: int, size: int, lengths: Mapping[str, int]
 
 
 def abstract_step(
-    config: ConfigDict, vocab: Mapping[str, int], mesh: Mesh, backend: str = "tpu"
+    config: ConfigDict, vocab: Mapping[str, int], mesh: Mesh, backend: str = "tpu", absent: Sequence[str] = ()
 ) -> tuple[Callable, tuple]:
     """(jitted train step of config.stage, its arguments (state, frozen, batch, key) as shapes placed on the mesh): what
-    `loop.run_stage` calls, after everything upstream of it was trained."""
+    `loop.run_stage` calls. absent: rounds that were never run (rounds.Graph)."""
     sharding.check_batch(config.batch, mesh)
-    graph = rounds.graph(config.listing, config.get("freeze", "paper"))
+    graph = stage_graph(config, tuple(absent))
     stage = graph.stage(config.stage)
     dtype = activation_dtype(config.dtype, backend)
     model = results.build_model(config, vocab, {}, dtype)
-    spec = recipe(config, model, gpt2_pad=vocab["gpt2"] - 3)
-    lengths = dict(clip=config.net.clip_text.length, bert=config.net.bert_length, gpt2=config.net.gpt2_length)
+    spec = recipe(config, model, vocab["gpt2"] - 3, stage)
+    lengths = text_lengths(config)
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     upstream = jax.eval_shape(lambda k: init_group(model, k, tuple(graph.owners(stage.name))), key)
@@ -177,7 +176,9 @@ def abstract_step(
 # --- the child, beside libtpu ---------------------------------------------------------------------------------------
 
 
-def compile_step(config: ConfigDict, vocab: Mapping[str, int], topology: str) -> dict[str, Any]:
+def compile_step(
+    config: ConfigDict, vocab: Mapping[str, int], topology: str, absent: Sequence[str] = ()
+) -> dict[str, Any]:
     """What the TPU compiler says of the train step on a slice: bytes and FLOPs of one chip."""
     from jax.experimental import topologies
 
@@ -192,7 +193,7 @@ def compile_step(config: ConfigDict, vocab: Mapping[str, int], topology: str) ->
         raise UserError(f"topology {topology}: {str(error).splitlines()[0]}") from error
     mesh = sharding.make_mesh(config.mesh, devices)
     began = time.time()
-    step, arguments = abstract_step(config, vocab, mesh)
+    step, arguments = abstract_step(config, vocab, mesh, absent=absent)
     lowered = step.lower(*arguments)
     out = {"device": devices[0].device_kind, "trace": time.time() - began}
     out["frozen"] = sum(x.size for x in arguments[1].values())
@@ -233,7 +234,8 @@ def child() -> None:
         if importlib.util.find_spec("libtpu") is None:
             raise UserError(f"no libtpu in the environment of {sys.executable}; `make plan-env` makes one that has it")
         asked = json.load(sys.stdin)
-        answer = compile_step(ConfigDict(results.tuples(asked["config"])), asked["vocab"], asked["topology"])
+        asked["config"] = ConfigDict(results.tuples(asked["config"]))
+        answer = compile_step(**asked)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -259,12 +261,15 @@ def check(config: ConfigDict, topology: str, python: Path) -> None:
         )
 
 
-def ask(config: ConfigDict, vocab: Mapping[str, int], topology: str, python: Path) -> dict[str, Any]:
+def ask(
+    config: ConfigDict, vocab: Mapping[str, int], topology: str, python: Path, absent: Sequence[str] = ()
+) -> dict[str, Any]:
     """`compile_step` in the child."""
     # libtpu looks for the machine's own TPUs, and for other users of them, unless it is told not to.
     env = dict(os.environ, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
-    question = json.dumps({"config": json.loads(config.to_json_best_effort()), "vocab": vocab, "topology": topology})
+    plain = json.loads(config.to_json_best_effort())
+    question = json.dumps({"config": plain, "vocab": vocab, "topology": topology, "absent": list(absent)})
     line = [str(python), "-c", "from medm2g_jax.train import plan; plan.child()"]
     done = subprocess.run(line, input=question, env=env, text=True, capture_output=True)
     if done.returncode == 0:
@@ -326,12 +331,7 @@ def _si(x: float | int) -> str:
 def show(config: ConfigDict, workdir: str, topology: str = "", python: str = "") -> None:
     """Print the stages and what there is of them; with a topology, what the TPU compiler says of config.stage."""
     root = epath.Path(workdir)
-    words = config.preset + (f",{config.variant}" if config.variant else "")
-    print(f"medm2g_jax: {config.stage}, preset {words} ({config.preset_reason}); run root {root}")
-    todo = loop.plan_stages(config, root)
-    width = max(len(name) for name, _ in todo)
-    for i, (name, what) in enumerate(todo, 1):
-        print(f"  {i:2d}. {name:{width}s}  {what}")
+    print(run.described(config, root, loop.plan_stages(config, root)))
     if not topology:
         return
     where = Path(python or os.environ.get("MEDM2G_LIBTPU_PYTHON") or ROOT / ".venv-tpu" / "bin" / "python")
@@ -345,4 +345,5 @@ def show(config: ConfigDict, workdir: str, topology: str = "", python: str = "")
         f"{config.remat}; vocabularies {', '.join(f'{k} {n}' for k, n in vocab.items())} ({source})"
     )
     print("asking the TPU compiler: a minute for tiny, ten and more for sd15", flush=True)
-    print(report(config, topology, ask(config, vocab, topology, where)))
+    absent = results.graph_of(config, root).absent
+    print(report(config, topology, ask(config, vocab, topology, where, absent)))

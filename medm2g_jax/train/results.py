@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from medm2g_jax import rounds
 from medm2g_jax.arrays import Params
+from medm2g_jax.config import stage_graph
 from medm2g_jax.convert import converted, weights
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES
@@ -98,7 +99,7 @@ def graph_of(config: ConfigDict, root: epath.Path) -> rounds.Graph:
     """The stage graph of a run: with upstream="init", rounds before config.stage without a result are absent."""
     before = config.listing[: config.listing.index(config.stage)] if config.stage in config.listing else ()
     absent = [r for r in before if config.upstream == "init" and find(root, config, r) is None]
-    return rounds.graph(config.listing, config.get("freeze", "paper"), absent)
+    return stage_graph(config, tuple(absent))
 
 
 def converted_stage(config: ConfigDict, name: str) -> bool:
@@ -174,8 +175,7 @@ def stand_in(
     shapes = {n: x.shape for n, x in jax.eval_shape(lambda k: init_group(model, k, groups), key).items()}
     params, lineage, scales = converted_params(config, groups, shapes, place, dtype)
     fresh = tuple(n for n in shapes if n not in params)
-    placed = {n: place(n, shapes[n]) for n in fresh}
-    made = jit(lambda k: {n: init_group(model, k, groups)[n].astype(dtype) for n in fresh}, out_shardings=placed)(key)
+    made = fresh_params(lambda k: init_group(model, k, groups), key, {n: place(n, shapes[n]) for n in fresh}, dtype)
     for group in groups:
         regex = re.compile(rounds.group_regex((group,)))
         names = [n for n in fresh if regex.match(n)]
@@ -184,6 +184,17 @@ def stand_in(
         elif names:
             lineage[group] |= dict(stage=config.stage, fresh=names)
     return params | made, lineage, scales, fresh
+
+
+def fresh_params(init: Callable, key: Any, placed: Mapping[str, Any], dtype: Any = jnp.float32) -> Params:
+    """Those parameters that `placed` gives a sharding, of all that init(key) makes."""
+
+    def some(k):
+        made = init(k)
+        return {name: made[name].astype(dtype) for name in placed}
+
+    # The hardware generator: its program compiles in a third of the time, and initial values need no more.
+    return jit(some, out_shardings=dict(placed))(jax.random.key(jax.random.bits(key), impl="unsafe_rbg"))
 
 
 def converted_params(
@@ -219,7 +230,7 @@ def tuples(x: Any) -> Any:
 
 def describe(config: ConfigDict, stage: rounds.Stage, data, upstream: Upstream, model: MedM2G) -> dict[str, Any]:
     """model.json of a result, without what only the finished parameters tell."""
-    graph = rounds.graph(config.listing, config.get("freeze", "paper"))
+    graph = stage_graph(config)
     done = [name for name in config.listing if name in (*upstream.rounds, config.stage)]
     return {
         "stage": config.stage,

@@ -9,6 +9,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from medm2g_jax import rounds
+from medm2g_jax.config import text_lengths
 from medm2g_jax.convert import weights
 from medm2g_jax.data import pipeline
 from medm2g_jax.data.readers import open_source
@@ -67,9 +68,26 @@ def open_data(config: ConfigDict, root: epath.Path) -> loop.Data:
                 f"process {jax.process_index()} of {jax.process_count()} does not see {folder}, which process 0 wrote; "
                 "--workdir must be a place that all processes share: a bucket (gs://...) or a mounted file system"
             )
-    tokenizers = Tokenizers.load(folder)
-    lengths = dict(clip=config.net.clip_text.length, bert=config.net.bert_length, gpt2=config.net.gpt2_length)
-    return loop.Data(source, tokenizers, lengths, config.image_size)
+    tokenizers = Tokenizers.load(folder, config.net.report_words)
+    return loop.Data(source, tokenizers, text_lengths(config), config.image_size)
+
+
+def described(config: ConfigDict, root: epath.Path, todo: list[tuple[str, str]]) -> str:
+    """What was resolved, and the stages of the plan with what there is of them."""
+    words = config.preset + (f",{config.variant}" if config.variant else "")
+    lines = [
+        f"medm2g_jax: {config.stage}, preset {words} ({config.preset_reason})",
+        f"data {config.data.source} ({config.data_reason}); run root {root}",
+    ]
+    width = max(len(name) for name, _ in todo)
+    lines += [f"  {i:2d}. {name:{width}s}  {what}" for i, (name, what) in enumerate(todo, 1)]
+    for name, what in todo:
+        if what == "done" and results.find(root, config, name) is None:
+            lines.append(f"  note: {name} comes from the converted weights in {config.weights}")
+    never = [name.removeprefix("ldm_") for name, what in todo if name.startswith("ldm_") and what == "initialised"]
+    for word in (MODALITIES[m].word for m in never):
+        lines.append(f"  note: the {word} base has never seen a {word}; only guides train on it")
+    return "\n".join(lines)
 
 
 def run(config: ConfigDict, workdir: str | None = None) -> epath.Path:
@@ -80,22 +98,9 @@ def run(config: ConfigDict, workdir: str | None = None) -> epath.Path:
     say = functools.partial(print, flush=True) if first else lambda *_: None
     root = epath.Path(workdir or default_workdir(config))
     use_compilation_cache(root / "xla_cache")
-    words = config.preset + (f",{config.variant}" if config.variant else "")
-    say(f"medm2g_jax: {config.stage}, preset {words} ({config.preset_reason})")
-    say(
-        f"data {config.data.source} ({config.data_reason}); {len(jax.devices())} x {jax.devices()[0].device_kind}; "
-        f"run root {root}",
-    )
     todo = loop.plan_stages(config, root)
-    width = max(len(name) for name, _ in todo)
-    for i, (name, what) in enumerate(todo, 1):
-        say(f"  {i:2d}. {name:{width}s}  {what}")
-    for name, what in todo:
-        if what == "done" and results.find(root, config, name) is None:
-            say(f"  note: {name} comes from the converted weights in {config.weights}")
-    never = [name.removeprefix("ldm_") for name, what in todo if name.startswith("ldm_") and what == "initialised"]
-    for word in (MODALITIES[m].word for m in never):
-        say(f"  note: the {word} base has never seen a {word}; only guides train on it")
+    say(described(config, root, todo))
+    say(f"on {len(jax.devices())} x {jax.devices()[0].device_kind}")
     configs = loop.stage_configs(config, todo)
     if not configs:
         say(f"{config.stage} is done: {root / config.stage}")
@@ -120,6 +125,9 @@ def run(config: ConfigDict, workdir: str | None = None) -> epath.Path:
         spent[name] = time.time() - start
         size = meta["parameters"] / 1e6
         say(f"  {name}: done in {spent[name]:.0f} s, {size:.2f} M parameters -> {root / name}")
+    cut = ", ".join(f"{name} {share:.1%}" for name, share in data.tokenizers.truncated.items() if share)
+    if cut:
+        say(f"texts that were longer than the networks read, and were cut: {cut}")
     if first:
         say(f"\nwrote {write_report(root, config.listing, data.source.name == 'phantom')}")
     verb = rounds.graph(config.listing).stages[config.stage].verb
