@@ -90,3 +90,21 @@ def test_views_are_a_function_of_key_and_row(views):
     other = np.asarray(small(jax.random.key(1), phantom(3)))
     assert (np.abs(other - again).mean((1, 2, 3)) > 0.02).all()
     assert np.abs(again[0] - again[1]).mean() > 0.02
+
+
+def test_a_view_moves_the_centre_no_further_than_its_crop_allows():
+    """The centre of the image lands at -shift / side, |shift| <= 1 - side and side >= sqrt(crop)."""
+    g = np.linspace(-1, 1, 64)
+    blob = np.exp(-(g[:, None] ** 2 + g[None, :] ** 2) / 0.02)
+    images = jnp.asarray(np.repeat((2 * blob - 1)[None, ..., None], 256, 0), jnp.float32)
+    furthest = {}
+    for crop in (1.0, 0.9, 0.6):
+        light = np.asarray(view(jax.random.key(0), images, crop))[..., 0]
+        light = np.where(light > light.max((1, 2), keepdims=True) - 0.5, 1.0, 0.0)  # its brightest part
+        mass = light.sum((1, 2))
+        at = np.stack([(light * g[:, None]).sum((1, 2)) / mass, (light * g[None, :]).sum((1, 2)) / mass], -1)
+        furthest[crop] = np.abs(at).max()
+    pixel = 2 / 63
+    for crop, far in furthest.items():
+        most = (1 - crop**0.5) / crop**0.5
+        assert 0.6 * most - pixel / 2 <= far <= most + pixel
