@@ -52,7 +52,8 @@ def micro(target: str, words: str = "tiny", steps: int = 4, listing="default", *
     """The config of a stage at test size; `own` overrides top-level fields, in upstream stages as well."""
     config = get_config(target, words, listing)
     fields = {f"net.{k}": v for k, v in NET.items()}
-    fields |= {"image_size": 32, "data.train": 96, "data.val": 32, "data.test": 16, "sample.steps": 2}
+    fields |= {"image_size": 32, "data.train": 96, "data.val": 32, "data.test": 16}
+    fields |= {"sample.steps": 2, "sample.rows": 16}
     for path, value in fields.items():
         *parents, leaf = path.split(".")
         at = config

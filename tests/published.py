@@ -139,28 +139,115 @@ def compvis_vae(state: dict, levels: int = 2) -> dict:
 FULL = dict(channels=(320, 640, 1280, 1280), attention=(True, True, True, False), layers=2, width=768, latent=4)
 
 
-def random_single_file(path: Path, **changes) -> None:
-    """A CompVis file of Stable Diffusion 1.5's size (or with other channels) and random weights, tensor by tensor."""
+def random_file(path: Path, parts, suffix: str = "safetensors") -> None:
+    """A file in a published layout with random weights, tensor by tensor: the model itself is never in memory.
+
+    Args:
+      parts: (prefix of the keys, table of rules, our names and shapes) of each network in it.
+    """
     import numpy as np
 
-    from medm2g_jax.convert import clip, files, rules, stable_diffusion, unet
+    from medm2g_jax.convert import files, rules
+
+    rng = np.random.default_rng(0)
+
+    def draw(name, shape):
+        """Values with which activations keep their size on the way through."""
+        leaf, fan_in = name.rpartition("/")[2], np.prod(shape[:-1])
+        spread = {"kernel": fan_in**-0.5, "scale": 0.1}.get(leaf, 0.02)
+        values = rng.standard_normal(shape, dtype=np.float32)
+        values *= np.float32(spread)
+        return values + np.float32(1) if leaf == "scale" else values
+
+    outputs = {}
+    for front, table, expected in parts:
+        ours = {
+            n: files.Tensor(s, np.dtype("f4"), lambda n=n, s=s: draw(n, s), path) for n, s in expected.items()
+        }
+        outputs |= {front + step.name: step.output() for step in rules.back(table, ours, "random")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if suffix == "pth":
+        torch.save({name: torch.from_numpy(np.ascontiguousarray(out.make())) for name, out in outputs.items()}, path)
+    else:
+        files.write_safetensors(path, outputs, {"format": "pt"})
+
+
+def random_single_file(path: Path, **changes) -> None:
+    """A CompVis file of Stable Diffusion 1.5's size (or with other channels)."""
+    from medm2g_jax.convert import clip, stable_diffusion, unet
 
     sizes = unet.Sizes(**(FULL | changes), positions=0)
     vae = dict(channels=(128, 256, 512, 512), layers=2, latent=4, colours=3)
     text = dict(width=768, layers=12, ff=3072, length=77, vocab=49408, heads=12)
     encoder = clip.table("text", 12, "text_model.", "text", projection=False)
-    rng, outputs = np.random.default_rng(0), {}
-    for front, table, expected in (
+    parts = (
         (stable_diffusion.UNET, unet.table(sizes, "compvis"), sizes.expected()),
         (stable_diffusion.VAE, stable_diffusion.vae_table(4, 2, "compvis"), stable_diffusion.vae_expected(vae)),
         (stable_diffusion.TEXT, encoder, clip.text_expected(text, "text", None)),
-    ):
-        ours = {
-            n: files.Tensor(s, np.dtype("f4"), lambda s=s: rng.standard_normal(s, dtype=np.float32), path)
-            for n, s in expected.items()
-        }
-        outputs |= {front + step.name: step.output() for step in rules.back(table, ours, "random")}
-    files.write_safetensors(path, outputs, {"format": "pt"})
+    )
+    random_file(path, parts)
+
+
+def _tokenizers(folder: Path, sizes: dict[str, int]) -> None:
+    """The three tokenizers with vocabularies of exactly these sizes, of words that nobody says."""
+    import shutil
+
+    import numpy as np
+
+    from medm2g_jax.data.text import Tokenizers
+
+    rng = np.random.default_rng(0)
+    letters = np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
+    words = ["".join(rng.choice(letters, rng.integers(4, 10))) for _ in range(60_000)]
+    texts = [" ".join(words[i : i + 50] * 2) for i in range(0, len(words), 50)]
+    for name, size in sizes.items():
+        made = Tokenizers.train(texts, folder / "all", size)
+        if made.sizes[name] != size:
+            raise ValueError(f"{name}: {made.sizes[name]} words, expected {size}")
+        shutil.copytree(folder / "all" / name, folder / name)
+
+
+def full_weights(folder: Path) -> None:
+    """folder/weights: all four parts at the published size, converted by the command from random files in the
+    published layouts. 15 GB, and 16 GB of sources beside it."""
+    import shutil
+
+    from medm2g_jax.convert import clip, optimus, rules, unet
+    from medm2g_jax.convert.run import convert
+
+    vocab = dict(clip=49408, bert=28996, gpt2=50260)
+    _tokenizers(folder / "tokenizers", vocab)
+
+    random_single_file(folder / "v1-5.safetensors")
+    convert("sd15", str(folder / "v1-5.safetensors"), str(folder / "weights"))
+
+    text = dict(width=768, layers=12, ff=3072, length=77, vocab=vocab["clip"], heads=12)
+    vision = dict(width=1024, layers=24, ff=4096, patch=14, image=224, heads=16)
+    parts = (
+        ("", clip.table("text", 12, "text_model.", "text"), clip.text_expected(text, "text", 768)),
+        ("", clip.table("vision", 24, "vision_model.", "vision"), clip.vision_expected(vision, "vision", 768)),
+        ("", clip.LOGIT_SCALE, {"logit_scale": ()}),
+    )
+    shutil.copytree(folder / "tokenizers" / "clip", folder / "clip")
+    random_file(folder / "clip" / "model.safetensors", parts)
+    heads = {"text_config": {"num_attention_heads": 12}, "vision_config": {"num_attention_heads": 16}}
+    (folder / "clip" / "config.json").write_text(json.dumps({"model_type": "clip"} | heads))
+    convert("clip", str(folder / "clip"), str(folder / "weights"))
+
+    sizes = unet.Sizes(**FULL | dict(latent=768), positions=4)
+    file = "diffusion_pytorch_model.safetensors"
+    random_file(folder / "vd" / "text_unet" / file, [("", unet.table(sizes, "diffusers"), sizes.expected())])
+    image = unet.Sizes(**FULL, positions=0)
+    random_file(folder / "vd" / "image_unet" / file, [("", unet.table(image, "diffusers"), image.expected())])
+    convert("vd", str(folder / "vd"), str(folder / "weights"))
+
+    vae = dict(width=768, layers=12, ff=3072, latent=768, bert_positions=512, gpt2_positions=1024)
+    vae |= {f"{name}_vocab": vocab[name] for name in ("bert", "gpt2")}
+    module, args = optimus._vae(vae)
+    parts = [("", optimus.table(12), rules.parameters(module, "vae", *args))]
+    random_file(folder / "optimus-vae.pth", parts, "pth")
+    names = {name: str(folder / "tokenizers" / name) for name in ("bert", "gpt2")}
+    convert("optimus", str(folder / "optimus-vae.pth"), str(folder / "weights"), **names)
 
 
 def compvis_state(parts: dict, ema: bool = False) -> dict:
@@ -176,3 +263,9 @@ def compvis_state(parts: dict, ema: bool = False) -> dict:
         twins = {f"model_ema.diffusion_model{k.replace('.', '')}": v + 0.01 for k, v in unet_.items()}
         state |= twins | {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}
     return {k: v.contiguous().clone() for k, v in state.items()}
+
+
+if __name__ == "__main__":
+    import sys
+
+    full_weights(Path(sys.argv[1]))

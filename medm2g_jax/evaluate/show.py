@@ -26,6 +26,7 @@ from medm2g_jax.autoencode import psnr
 from medm2g_jax.config import stage_graph
 from medm2g_jax.data.phantom_text import finding_f1, parse, swap_side
 from medm2g_jax.data.pipeline import Rows
+from medm2g_jax.diffusion import row_keys
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.pictures import grid
 from medm2g_jax.generate import Generator, Request
@@ -33,7 +34,7 @@ from medm2g_jax.modality import MODALITIES, centre
 from medm2g_jax.model import MedM2G
 from medm2g_jax.train.device import jit
 
-ROWS = 64  # held-out records that the numbers stand on
+PICTURED = 8  # records in a picture
 
 
 def show(*, config: ConfigDict, folder: epath.Path, model: MedM2G, params: Params, data, meta: dict, log) -> dict:
@@ -84,6 +85,14 @@ def _picture(folder: epath.Path, name: str, *args, **kwargs) -> None:
     print(f"  wrote {folder / name}", flush=True)
 
 
+def _in_parts(config: ConfigDict, f: Any, batch: Any) -> Any:
+    """f of a batch's rows, so many at a time as a device has of a train step; a list, or arrays (n ...)."""
+    size = max(1, config.batch // jax.device_count())
+    count = len(jax.tree.leaves(batch)[0])
+    parts = [f(jax.tree.map(lambda x, i=i: x[i : i + size], batch)) for i in range(0, count, size)]
+    return sum(parts, []) if isinstance(parts[0], list) else np.concatenate(parts)
+
+
 def _images(x: Any) -> list[np.ndarray]:
     return list(np.asarray(x, np.float32))
 
@@ -94,14 +103,14 @@ def _images(x: Any) -> list[np.ndarray]:
 def _autoencoder(config, folder, generator, data, stage, meta) -> dict:
     (kind,) = stage.subjects
     return (
-        _text_autoencoder(folder, generator, data, kind)
+        _text_autoencoder(config, folder, generator, data, kind)
         if kind == "text"
         else _image_autoencoder(config, folder, generator, data, kind)
     )
 
 
-def _text_autoencoder(folder, generator, data, kind) -> dict:
-    ids = data.fixed(Rows(require=(centre().name,)), "val", 2 * ROWS)[centre().name]
+def _text_autoencoder(config, folder, generator, data, kind) -> dict:
+    ids = data.fixed(Rows(require=(centre().name,)), "val", 2 * config.sample.rows)[centre().name]
     model, params = generator.model, generator.params
     encode = jit(lambda p, x: model.encode(p, centre().name, x))
     z = encode(params, ids)
@@ -126,14 +135,14 @@ def _image_autoencoder(config, folder, generator, data, kind) -> dict:
         if MODALITIES[m].kind != kind:
             continue
         try:
-            x = data.fixed(Rows(require=(m,)), "val", ROWS)[m]
-            mean = data.fixed(Rows(require=(m,)), "train", 2 * ROWS)[m].mean(0, keepdims=True)
+            x = data.fixed(Rows(require=(m,)), "val", config.sample.rows)[m]
+            mean = data.fixed(Rows(require=(m,)), "train", 2 * config.sample.rows)[m].mean(0, keepdims=True)
         except UserError:
             continue  # this source holds no such images
-        y = np.asarray(again(params, x))
+        y = _in_parts(config, lambda part: again(params, part), x)
         numbers[f"{MODALITIES[m].word} PSNR dB"] = _psnr(x, y)
         numbers[f"{MODALITIES[m].word} PSNR dB of the mean image"] = _psnr(x, np.broadcast_to(mean, x.shape))
-        rows += [(f"{MODALITIES[m].word}, real", _images(x[:8])), ("reconstructed", _images(y[:8]))]
+        rows += [(f"{MODALITIES[m].word}, real", _images(x[:PICTURED])), ("reconstructed", _images(y[:PICTURED]))]
     if data.source.open:
         _picture(folder, "reconstructions.png", rows, title="Held-out images through the autoencoder")
     return numbers
@@ -151,7 +160,7 @@ def _alignment(config, folder, generator, data, stage, meta) -> dict:
     numbers = {}
     pooled = {m: jit(lambda p, x, m=m: generator.model.flows[m].prompt(p, x).pooled) for m in (a, b)}
     for split in ("val", "train"):
-        batch = data.fixed(Rows(require=(a, b)), split, 2 * ROWS)
+        batch = data.fixed(Rows(require=(a, b)), split, 2 * config.sample.rows)
         u = {m: np.asarray(pooled[m](generator.params, batch[m]), np.float32) for m in (a, b)}
         classes = _classes(batch, data)
         chance = float(np.mean([np.mean(classes == c) for c in classes]))
@@ -179,13 +188,14 @@ def _retrieved(folder, data, stage, batch, u) -> None:
     a, b = stage.subjects
     if MODALITIES[b].kind != "image" or not data.source.open:
         return
-    nearest = np.argmax(u[a] @ (u[b] / np.linalg.norm(u[b], axis=1, keepdims=True)).T, 1)[:8]
+    nearest = np.argmax(u[a] @ (u[b] / np.linalg.norm(u[b], axis=1, keepdims=True)).T, 1)[:PICTURED]
     captions = ()
-    rows = [(f"its own {MODALITIES[b].word}", _images(batch[b][:8])), ("the nearest", _images(batch[b][nearest]))]
+    word = MODALITIES[b].word
+    rows = [(f"its own {word}", _images(batch[b][:PICTURED])), ("the nearest", _images(batch[b][nearest]))]
     if MODALITIES[a].kind == "text":
-        captions = [data.tokenizers.decode(row[1:]) for row in np.asarray(batch[a]["gpt2"])[:8]]
+        captions = [data.tokenizers.decode(row[1:]) for row in np.asarray(batch[a]["gpt2"])[:PICTURED]]
     else:
-        rows.insert(0, (MODALITIES[a].word, _images(batch[a][:8])))
+        rows.insert(0, (MODALITIES[a].word, _images(batch[a][:PICTURED])))
     title = f"{MODALITIES[a].word} -> nearest {MODALITIES[b].word} in the shared space, held out"
     _picture(folder, "retrieval.png", rows, captions, title=title)
 
@@ -199,26 +209,33 @@ def _request(config, meta, given: tuple[str, ...], make: tuple[str, ...], **kwar
     return Request(given, make, s.steps, s.sampler, s.guide, **(pairs | kwargs))
 
 
-def _keys(seed: int, count: int):
-    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(count))
+def _sampled(config, generator, request: Request, given: dict) -> Any:
+    (target,) = request.make
+
+    def some(part):
+        z = generator.sample(request, *part, config.sample.guidance, config.sample.eta)
+        return generator.decode(target, z[target])
+
+    keys = row_keys(jax.random.key(0), len(jax.tree.leaves(given)[0]))
+    return _in_parts(config, some, (given, keys))
 
 
-def _sampled(config, generator, request: Request, given: dict, count: int, seed: int = 0) -> Any:
-    z = generator.sample(request, given, _keys(seed, count), config.sample.guidance, config.sample.eta)
-    return generator.decode(request.make[0], z[request.make[0]])
+def _count(config, target: str, most: int, rows: Any) -> int:
+    """Samples to draw: texts as many as there are rows, images `most`; of a batch of one, one."""
+    count = len(jax.tree.leaves(rows)[0])
+    return count if MODALITIES[target].kind == "text" else min(count, most, config.batch)
 
 
 def _single_flow(config, folder, generator, data, stage, meta) -> dict:
     (target,) = stage.subjects
     sources = [m for m in rounds.graph(config.listing).prompts(target) if m != target]
     source = sources[0]
-    batch = data.fixed(Rows(require=(target, source)), "val", ROWS)
-    n = 16 if MODALITIES[target].kind == "image" else ROWS
-    n = min(n, len(jax.tree.leaves(batch[source])[0]))
+    batch = data.fixed(Rows(require=(target, source)), "val", config.sample.rows)
+    n = _count(config, target, 2 * PICTURED, batch)
     given = jax.tree.map(lambda x: x[:n], batch[source])
     pairs = tuple((s, target) for s in rounds.graph(config.listing).prompts(target))
     request = _request(config, meta, (source,), (target,), guides="none", prompt_pairs=pairs)
-    made = _sampled(config, generator, request, {source: given}, n)
+    made = _sampled(config, generator, request, {source: given})
     return _compare(folder, data, source, target, given, batch[target], made, "samples.png")
 
 
@@ -235,12 +252,12 @@ def _compare(folder, data, source, target, given, real, made, name: str) -> dict
         if data.source.name == "phantom":
             numbers["finding F1"] = finding_f1(texts, made)
         return numbers
-    rows = [(f"{MODALITIES[target].word}, real", _images(real[:8])), ("generated", _images(made[:8]))]
+    rows = [(f"{MODALITIES[target].word}, real", _images(real[:PICTURED])), ("generated", _images(made[:PICTURED]))]
     captions = ()
     if MODALITIES[source].kind == "text":
-        captions = [data.tokenizers.decode(row[1:]) for row in np.asarray(given["gpt2"])[:8]]
+        captions = [data.tokenizers.decode(row[1:]) for row in np.asarray(given["gpt2"])[:PICTURED]]
     else:
-        rows.insert(0, (f"{MODALITIES[source].word}, given", _images(given[:8])))
+        rows.insert(0, (f"{MODALITIES[source].word}, given", _images(given[:PICTURED])))
     if not data.source.open:
         rows = rows[-1:]
         captions = ()
@@ -251,14 +268,13 @@ def _compare(folder, data, source, target, given, real, made, name: str) -> dict
 
 def _round(config, folder, generator, data, stage, meta) -> dict:
     a, b = stage.subjects
-    batch = data.fixed(Rows(require=(a, b)), "val", ROWS)
-    count = len(jax.tree.leaves(batch[a])[0])
+    batch = data.fixed(Rows(require=(a, b)), "val", config.sample.rows)
     numbers: dict = {}
     for source, target in ((b, a), (a, b)):
         request = _request(config, meta, (source,), (target,))
-        n = count if MODALITIES[target].kind == "text" else min(count, 8)
+        n = _count(config, target, PICTURED, batch)
         given = jax.tree.map(lambda x: x[:n], batch[source])  # noqa: B023
-        made = _sampled(config, generator, request, {source: given}, n)
+        made = _sampled(config, generator, request, {source: given})
         word = f"{MODALITIES[source].word} -> {MODALITIES[target].word}"
         if MODALITIES[source].kind == "text" and MODALITIES[target].kind == "image":
             _counterfactual(config, folder, generator, data, request, given, batch[target], made)
@@ -275,7 +291,7 @@ def _counterfactual(config, folder, generator, data, request, given, real, made)
     (source,), (target,) = request.given, request.make
     n = len(made)
     texts = [data.tokenizers.decode(row[1:]) for row in np.asarray(given["gpt2"])]
-    swapped = _sampled(config, generator, request, {source: generator.ids([swap_side(t) for t in texts])}, n)
+    swapped = _sampled(config, generator, request, {source: generator.ids([swap_side(t) for t in texts])})
     word = MODALITIES[target].word
     rows = [
         (f"{word} generated from the report below", _images(made)),

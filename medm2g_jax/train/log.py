@@ -110,8 +110,12 @@ class Log:
             after = self._plan_eta if plan_eta is None else plan_eta
             parts += [f"{steps / seconds:.3g} steps/s", f"{duration(left)} left"]
             parts += [f"{duration(left + after)} for the whole plan"] if after else []
+        self.say("  ".join(parts))
+
+    def say(self, line: str) -> None:
+        """Print one line."""
         if self._writes:
-            print("  ".join(parts), flush=True)
+            print(line, flush=True)
 
     def sync(self) -> None:
         """Copy the files to a remote run directory; a local one has them already."""

@@ -237,6 +237,9 @@ def run_stage(
                 log.write_scalars(done, values | memory())
                 shown = {k.replace("/", " "): v for k, v in values.items() if not k.startswith("norm/")}
                 log.progress(done, shown, plan_eta)
+                if last:
+                    norms = {k.removeprefix("norm/gradient/"): v for k, v in values.items() if k.count("/") > 2}
+                    log.say("  gradient norms: " + ", ".join(f"{k} {v:.3g}" for k, v in norms.items()))
             if last or (config.eval_every and done % config.eval_every == 0):
                 saves.save(done, _as_dict(state), metric=evaluate(state))
             elif done % config.checkpoint_every == 0:
@@ -254,6 +257,7 @@ def run_stage(
         if close:
             close()
         best, params = _best(saves, state, state_shardings)
+        del state  # its slots make room for the samples
     finally:
         stop.close()
         saves.close()
@@ -317,24 +321,25 @@ def state_layout(
     return tx, jax.tree_util.tree_map_with_path(where, jax.eval_shape(lambda p: create(p, tx), trainable))
 
 
-def _held_out(data: Data, spec: Recipe, config: ConfigDict, mesh) -> Any:
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    batch = data.fixed(spec.rows, "val", max(rows, config.eval_rows // rows * rows))
-    count = len(jax.tree.leaves(batch)[0])
-    if count % rows == 0:
-        return (
-            sharding.put_batch(batch, mesh)
-            if jax.process_count() == 1
-            else jax.device_put(batch, sharding.replicated(mesh))
-        )
-    return jax.device_put(batch, sharding.replicated(mesh))
+def _held_out(data: Data, spec: Recipe, config: ConfigDict, mesh) -> list[Any]:
+    """config.eval_rows held-out rows, no more than the stage trains on, in batches of config.batch at most: what fits
+    in memory for a train step fits here."""
+    whole = data.fixed(spec.rows, "val", min(config.eval_rows, config.batch * config.steps))
+    count, shards = len(jax.tree.leaves(whole)[0]), mesh.shape["data"] * mesh.shape["fsdp"]
+    size = min(config.batch, count)
+    size = size // shards * shards or size
+    parts = [jax.tree.map(lambda x, i=i: x[i : i + size], whole) for i in range(0, count - size + 1, size)]
+    if size % shards or jax.process_count() > 1:
+        return [jax.device_put(part, sharding.replicated(mesh)) for part in parts]
+    return [sharding.put_batch(part, mesh) for part in parts]
 
 
-def _evaluate(eval_step, spec: Recipe, params: Params, frozen: Params, batch, key) -> tuple[float, dict[str, float]]:
-    """Held-out loss and its terms: the mean over the recipe's fixed times, with fixed noise."""
+def _evaluate(eval_step, spec: Recipe, params: Params, frozen: Params, parts, key) -> tuple[float, dict[str, float]]:
+    """Held-out loss and its terms: the mean over the batches and the recipe's fixed times, with fixed noise."""
+    at = [(t, part) for part in parts for t in spec.times or (None,)]
     out = [
-        eval_step(params, frozen, batch, jax.random.fold_in(key, 2**30 + i), None if t is None else jnp.int32(t))
-        for i, t in enumerate(spec.times or (None,))
+        eval_step(params, frozen, part, jax.random.fold_in(key, 2**30 + i), None if t is None else jnp.int32(t))
+        for i, (t, part) in enumerate(at)
     ]
     loss = float(np.mean([float(value) for value, _ in out]))
     return loss, {k: float(np.mean([float(terms[k]) for _, terms in out])) for k in out[0][1]}

@@ -31,8 +31,14 @@ def create(trainable: Params, tx: optax.GradientTransformation) -> State:
     return State(jnp.int32(0), trainable, jax.tree.map(jnp.copy, trainable), tx.init(trainable))
 
 
+def _module(name: str) -> str:
+    """ "ct/unet/mid/..." -> "ct/unet"; of a round's UNets only theta_c trains."""
+    return "/".join(name.split("/")[:2])
+
+
 def make_train_step(recipe: Recipe, config: ConfigDict, tx: optax.GradientTransformation):
-    """step(state, frozen, batch, key) -> (state, metrics): loss, every term, gradient norm; for jit, state donated."""
+    """step(state, frozen, batch, key) -> (state, metrics): loss, every term, gradient norms of all that
+    trains and of each module; for jit, state donated."""
     weights = dict(config.loss)
 
     def loss(trainable: Params, frozen: Params, prepared: Any):
@@ -50,6 +56,9 @@ def make_train_step(recipe: Recipe, config: ConfigDict, tx: optax.GradientTransf
         ema = jax.tree.map(lambda e, p: e * decay + p * (1 - decay), state.ema, trainable)
         metrics = {"loss": total, **terms}
         metrics["norm/gradient"] = optax.global_norm(grads)
+        for module in sorted({_module(name) for name in grads}):
+            own = [g for name, g in grads.items() if _module(name) == module]
+            metrics[f"norm/gradient/{module}"] = optax.global_norm(own)
         return State(state.step + 1, trainable, ema, opt), metrics
 
     return train_step
