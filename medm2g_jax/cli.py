@@ -22,7 +22,7 @@ def _generate(args: argparse.Namespace) -> None:
             raise UserError(f"--given {item!r}: expected STREAM=VALUE, as in --given text='...' or --given ct=FILE.png")
         given.setdefault(stream, []).append(value)
     make = tuple(s.strip() for s in args.make.split(",") if s.strip())
-    model = load(args.model)
+    model = load(args.model, dtype=args.dtype)
     print(f"loaded {model.meta['stage']} from {args.model} in {time.time() - start:.1f} s", flush=True)
     out = model.generate(
         given,
@@ -109,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--steps", type=int, help="sampling steps; default the run's own")
     generate.add_argument("--eta", type=float, help="0 deterministic, 1 ancestral; default the run's own")
     generate.add_argument("--guidance", type=float, help="classifier-free guidance scale; default the run's own")
+    generate.add_argument("--dtype", default="float32", help="of stored parameters: float32, or bfloat16, half of it")
     generate.add_argument("--guides", default="trained", help="trained pairs, all, or none")
     generate.add_argument("--prompts", default="given", help="given, or none: only the guides then carry the sources")
     generate.set_defaults(run=_generate)

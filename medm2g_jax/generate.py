@@ -150,17 +150,21 @@ def build_sampler(model: MedM2G, request: Request) -> Callable[..., dict[str, Ar
         )
         z = {s: _noise(keys, model.flows[_modality(s)].latent_shape, s, "start") for s in make}
 
+        half = any(p.dtype == jnp.bfloat16 for p in jax.tree.leaves(params))
+
         def step(z: dict, row):
             i, at = row
+            # Without this XLA's CPU compiler keeps float32 copies of all bfloat16 parameters through the whole loop.
+            own, z = jax.lax.optimization_barrier((params, z)) if half else (params, z)
             t = at.t.astype(jnp.int32)
-            available = clean | contexts(params, z, t)
+            available = clean | contexts(own, z, t)
             out = {}
             for s in make:
                 m, index = split_stream(s)
                 guide = guide_of(s, available)
                 eps = _guided_eps(
                     model.flows[m],
-                    params,
+                    own,
                     z[s],
                     t,
                     index,
@@ -246,12 +250,13 @@ class Generator:
         lengths: Mapping[str, int],
     ):
         self.model, self.params, self.tokenizers, self.lengths = model, params, tokenizers, dict(lengths)
+        self.half = any(p.dtype == jnp.bfloat16 for p in params.values())
         self._jitted: dict = {}
 
     def sample(self, request: Request, given: Mapping[str, Any], keys: Array, guidance: float, eta: float) -> dict:
         """Latents of the wanted streams, from model inputs (see `build_sampler`)."""
         if request not in self._jitted:
-            self._jitted[request] = jit(build_sampler(self.model, request))
+            self._jitted[request] = jit(build_sampler(self.model, request), save_memory=self.half)
         empty = self.ids([""])
         return self._jitted[request](self.params, given, empty, keys, jnp.float32(guidance), jnp.float32(eta))
 

@@ -1,5 +1,6 @@
 """From a run's folder to a model that generates: `load`, and values in and out of it in their own units."""
 
+import functools
 import json
 import re
 import zlib
@@ -23,7 +24,7 @@ from medm2g_jax.generate import Generated, Generator, Request, with_bridges
 from medm2g_jax.modality import MODALITIES, split_stream
 from medm2g_jax.model import MedM2G, build, init_group
 from medm2g_jax.train import checkpoint
-from medm2g_jax.train.device import use_compilation_cache
+from medm2g_jax.train.device import activation_dtype, use_compilation_cache
 from medm2g_jax.train.results import group_fingerprint, tuples
 
 
@@ -52,12 +53,14 @@ def locate(path: str) -> epath.Path:
     return root if checkpoint.read_meta(root) is not None else newest_round(root)
 
 
-def load(path: str, modalities: Sequence[str] | None = None) -> "Model":
+def load(path: str, modalities: Sequence[str] | None = None, dtype: str = "float32") -> "Model":
     """A trained model.
 
     Args:
       path: a run root (its newest finished round), one round's folder in it, or an exported folder.
       modalities: read only these flows; all by default.
+      dtype: in which parameters are stored: "float32", or "bfloat16" for half the memory. Activations have it too, on
+        CPU, which has no bfloat16 arithmetic, float32.
 
     Raises:
       UserError: nothing finished there, or a stage it stands on has been trained again since.
@@ -72,7 +75,12 @@ def load(path: str, modalities: Sequence[str] | None = None) -> "Model":
     net = tuples(meta["shared"]["net"])
     trained = [m for m in meta["modalities"] if f"{m}/guide" in meta["from"]]
     wanted = trained if modalities is None else [m for m in trained if m in modalities]
-    model = build(net, wanted, meta["vocab"], meta["scales"], meta["shared"]["image_size"])
+    stored = activation_dtype(dtype)
+    active = jnp.float32 if jax.default_backend() == "cpu" else stored
+    recipe = functools.partial(
+        build, net, vocab=meta["vocab"], scales=meta["scales"], image_size=meta["shared"]["image_size"], dtype=active
+    )
+    model = recipe(wanted)
     kinds = {f"{MODALITIES[m].kind}/vae" for m in wanted}
     groups: dict[str, list[str]] = {}
     converted: list[str] = []
@@ -101,11 +109,10 @@ def load(path: str, modalities: Sequence[str] | None = None) -> "Model":
                     f"(delete {root} and run its command)"
                 )
         regex = re.compile(rounds.group_regex(some))
-        params |= checkpoint.load_model(folder, names=lambda n, regex=regex: regex.match(n) is not None)
+        params |= checkpoint.load_model(folder, names=lambda n, regex=regex: regex.match(n) is not None, dtype=stored)
     # Prompt encoders of flows that were not asked for as well: the recipe of all of them knows their shapes.
-    whole = build(net, tuple(meta["modalities"]), meta["vocab"], meta["scales"], meta["shared"]["image_size"])
-    params |= _converted(root, meta, whole, net, converted)
-    params |= _exported(root, meta, chosen)
+    params |= _converted(root, meta, recipe(tuple(meta["modalities"])), net, converted, stored)
+    params |= {name: jnp.asarray(value, stored) for name, value in _exported(root, meta, chosen).items()}
     tokenizers = Tokenizers.load((root if exported else root.parent) / "tokenizers", net["report_words"])
     generator = Generator(model, params, tokenizers, meta["lengths"])
     config = json.loads((root / "config.json").read_text())
@@ -132,11 +139,11 @@ def _exported(root: epath.Path, meta: Mapping, groups: Sequence[str]) -> Params:
             value = tensor.read()
             if zlib.crc32(value.tobytes()) != meta["crc32"][name]:
                 raise UserError(f"{path} is damaged: the CRC of {name} differs; export or download the model again")
-            params[name] = jnp.asarray(value)
+            params[name] = value
     return params
 
 
-def _converted(root: epath.Path, meta: Mapping, model: MedM2G, net: Mapping, groups: Sequence[str]) -> Params:
+def _converted(root: epath.Path, meta: Mapping, model: MedM2G, net: Mapping, groups: Sequence[str], dtype) -> Params:
     """The groups of a model that no stage trained, from the converted weights that its run was started with."""
     if not groups:
         return {}
@@ -148,7 +155,7 @@ def _converted(root: epath.Path, meta: Mapping, model: MedM2G, net: Mapping, gro
         regex = re.compile(rounds.group_regex((group,)))
         mine = {n: x.shape for n, x in shapes.items() if regex.match(n)}
         mine = {n: s for n, s in mine.items() if n not in meta["from"][group].get("fresh", ())}
-        found, origin = weights.load(folder, group, mine, net, lambda name, shape: local)
+        found, origin = weights.load(folder, group, mine, net, lambda name, shape: local, dtype)
         if origin["fingerprint"] != meta["from"][group]["fingerprint"]:
             raise UserError(
                 f"{folder}/{origin['weights']} was converted again, from other files, since {root} was trained; bring "

@@ -14,10 +14,11 @@ from micro import micro, train
 import medm2g_jax
 from medm2g_jax import rounds
 from medm2g_jax.errors import UserError
-from medm2g_jax.generate import with_bridges
+from medm2g_jax.generate import build_sampler, with_bridges
 from medm2g_jax.loading import load, newest_round
 from medm2g_jax.model import init_group
 from medm2g_jax.train import checkpoint, results
+from medm2g_jax.train.device import jit
 
 REPORT = "findings : large mass in the left upper lung . heart size is normal . impression : large left upper mass ."
 
@@ -110,6 +111,26 @@ def test_samples_are_a_function_of_seed_and_place(model):
     np.testing.assert_allclose(three[:2], two, atol=0.5)  # HU
     other = model.generate(given={"text": reports[:2]}, make=["ct"], seed=6).samples["ct"]
     assert not np.allclose(two, other, atol=0.5)
+
+
+def test_half_precision_storage_gives_nearly_the_same_from_half_the_memory(root, model):
+    """bfloat16 parameters, and in the compiled sampler no float32 copy of all of them."""
+    half = load(str(root / "text_ct"), dtype="bfloat16")
+    assert {p.dtype for p in half.generator.params.values()} == {jax.numpy.dtype("bfloat16")}
+    given = dict(given={"text": REPORT}, make=["ct"], eta=0.0, seed=3)
+    ours, exact = (m.generate(**given).samples["ct"] for m in (half, model))
+    assert 1e-4 < np.abs(ours - exact).mean() / exact.std() < 0.1
+    request = half.request(["text"], ["ct"], steps=20)
+    keys = jax.random.split(jax.random.key(0), 1)
+    inputs = half.model_input("text", [REPORT]), half.generator.ids([""]), keys
+    copies = 4 * sum(p.size for n, p in half.generator.params.items() if n.startswith("ct/unet"))
+
+    def temporaries(save_memory):
+        sample = jit(build_sampler(half.generator.model, request), save_memory=save_memory)
+        args = (half.generator.params, {"text": inputs[0]}, *inputs[1:], 2.0, 0.0)
+        return sample.lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(False) - temporaries(True) > 0.7 * copies
 
 
 def test_guidance_one_is_the_conditional_prediction_and_zero_ignores_what_is_given(model):

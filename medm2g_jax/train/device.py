@@ -18,6 +18,7 @@ CPU_OPTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
     "xla_backend_optimization_level": "1",
 }
+CPU_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 def activation_dtype(name: str, backend: str | None = None):
@@ -25,7 +26,7 @@ def activation_dtype(name: str, backend: str | None = None):
     if name == "auto":
         return jnp.float32 if (backend or jax.default_backend()) == "cpu" else jnp.bfloat16
     if name not in ("float32", "bfloat16"):
-        raise UserError(f"config.dtype={name!r}: expected auto, float32 or bfloat16")
+        raise UserError(f"dtype {name!r}: expected auto, float32 or bfloat16")
     return jnp.dtype(name).type
 
 
@@ -42,7 +43,7 @@ def compiler_options() -> dict[str, str] | None:
     return CPU_OPTIONS
 
 
-def jit(f: Callable, *, out_shardings: Any = None, **options: Any) -> Callable:
+def jit(f: Callable, *, out_shardings: Any = None, save_memory: bool = False, **options: Any) -> Callable:
     """`jax.jit` with this backend's compiler options, of a program that does not hold the names of its results.
 
     jax writes each result's path ("trainable['ct/unet/...']") into the program, and with it into the key of the
@@ -50,6 +51,7 @@ def jit(f: Callable, *, out_shardings: Any = None, **options: Any) -> Callable:
 
     Args:
       out_shardings: as `jax.jit` takes it; None leaves the part of the result that it stands for to the compiler.
+      save_memory: order operations on CPU so that casts of parameters stand beside their use.
     """
     structures = {}
 
@@ -58,9 +60,10 @@ def jit(f: Callable, *, out_shardings: Any = None, **options: Any) -> Callable:
         structures[jax.tree.structure(args)] = jax.tree.structure(out)
         return _unnamed(out)
 
-    compiled = jax.jit(
-        program, out_shardings=_unnamed(out_shardings), compiler_options=compiler_options(), **options
-    )
+    chosen = compiler_options()
+    if save_memory and chosen is not None:
+        chosen = chosen | CPU_MEMORY
+    compiled = jax.jit(program, out_shardings=_unnamed(out_shardings), compiler_options=chosen, **options)
 
     @functools.wraps(f)
     def call(*args):
