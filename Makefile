@@ -23,8 +23,9 @@ demo: $(VENV)/runtime.stamp
 test: $(VENV)/dev.stamp
 	$(PYTEST)
 
+# One at a time: the networks take up to 20 GB.
 test-full: $(VENV)/dev.stamp
-	$(PYTEST) -m full
+	$(PY) -m pytest -n 0 -s -m full
 
 lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check .

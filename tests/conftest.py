@@ -1,5 +1,6 @@
 """Tests run on 8 virtual CPU devices, with every jaxtyping annotation of the package checked at call time."""
 
+import functools
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -9,12 +10,57 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _FLAGS
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 flags.FLAGS.mark_as_parsed()  # grain asks for parsed flags
 install_import_hook("medm2g_jax", "beartype.beartype")
 
+import jax.numpy as jnp  # noqa: E402
+
 from medm2g_jax.train import device  # noqa: E402
 
+SHIPPED = device.CPU_OPTIONS
 device.CPU_OPTIONS = {}
+
+
+@pytest.fixture
+def jit(request, monkeypatch):
+    """jit that compiles fast; in a test marked `full`, there and in the package, the one users have."""
+    if request.node.get_closest_marker("full") is None:
+        import oracles  # and with it torch, which most tests do without
+
+        return oracles.fast_jit
+    monkeypatch.setattr(device, "compiler_options", lambda: SHIPPED)
+    return device.jit
+
+
+@pytest.fixture
+def agree(request, jit, record_property):
+    """agree(net, run, theirs, *args): run(net, *args), a dict of arrays, is torch's dict of tensors `theirs`.
+
+    Each within a relative error of `limit`, ten times that at full size. There the largest is printed and, with `half`,
+    the same in bfloat16.
+    """
+    import oracles
+
+    full = jit is device.jit
+
+    def agree(net, run, theirs, *args, limit=1e-5, half=True):
+        def largest(net):
+            ours = jit(functools.partial(run, net))(*args)
+            assert ours.keys() == theirs.keys()
+            return max((oracles.relative_error(ours[name], theirs[name]), name) for name in theirs)
+
+        errors = {"float32": largest(net)}
+        if full and half:
+            errors["bf16"] = largest(net.clone(dtype=jnp.bfloat16))
+        if full:
+            said = ", ".join(f"{dtype} {error:.1e} ({name})" for dtype, (error, name) in errors.items())
+            record_property("relative error", said)
+            print(f"\n{request.node.name}: relative error {said}")
+        assert errors["float32"][0] <= limit * (10 if full else 1), errors
+        assert "bf16" not in errors or errors["bf16"][0] < 0.1, errors
+
+    return agree

@@ -1,10 +1,12 @@
 """Torch references for tests: state dicts of diffusers models under the names and layouts of our parameters."""
 
+import gc
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -73,8 +75,9 @@ def shapes(tree) -> dict[str, tuple[int, ...]]:
 
 
 def variables(flat: dict[str, torch.Tensor]) -> dict:
-    """What `apply` takes."""
-    return {"params": nested({name: jnp.asarray(t.detach().numpy()) for name, t in flat.items()})}
+    """What `apply` takes; empties `flat`, so that of a large model only one tensor is there twice."""
+    gc.collect()
+    return {"params": nested({name: jnp.asarray(flat.pop(name).detach().numpy()) for name in list(flat)})}
 
 
 def nested(flat: dict) -> dict:
@@ -96,6 +99,25 @@ def scramble(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model.eval()
 
 
+def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Seeded values everywhere, so that no bias is zero and no norm the identity, and activations stay near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            table = re.search(r"embeddings|wte|wpe", name)
+            std = 0.1 if p.ndim == 1 else 0.5 if table else p[0].numel() ** -0.5
+            p.normal_(0, std, generator=generator)
+            if p.ndim == 1 and name.endswith("weight"):  # of a norm
+                p += 1
+    return model.eval()
+
+
+def at_both_sizes(tiny, full, seeds: int = 2):
+    """Run a test with `size, seed` as tiny, 0 and, marked `full`, with the published size and several seeds."""
+    large = (pytest.param(full, seed, marks=pytest.mark.full, id=f"full-{seed}") for seed in range(seeds))
+    return pytest.mark.parametrize("size, seed", [pytest.param(tiny, 0, id="tiny"), *large])
+
+
 def random_variables(module, *args, seed: int = 0, **kwargs) -> dict:
     """Parameters of one of our modules at random, without compiling its `init`."""
     rng = np.random.default_rng(seed)
@@ -115,4 +137,6 @@ def fast_jit(function):
 def relative_error(ours, theirs) -> float:
     """|ours - theirs| / |theirs|, Euclidean norms."""
     theirs = theirs.detach().numpy() if isinstance(theirs, torch.Tensor) else np.asarray(theirs)
-    return float(np.linalg.norm(np.asarray(ours) - theirs) / np.linalg.norm(theirs))
+    ours = np.asarray(ours)
+    assert ours.shape == theirs.shape
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))

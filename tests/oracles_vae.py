@@ -5,7 +5,6 @@ import re
 
 import jax
 import numpy as np
-import torch
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 IMAGE_VAE = [  # diffusers AutoencoderKL
@@ -78,22 +77,3 @@ def fill(module, flat, *args):
     own = flatten_dict(jax.eval_shape(module.init, jax.random.key(0), *args)["params"], sep="/")
     assert {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in flat.items()}
     return {"params": unflatten_dict(flat, sep="/")}
-
-
-def randomize(module, seed=0):
-    """Seeded values everywhere, so that no bias is zero and no norm is the identity."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            std = 0.1 if p.ndim == 1 else 0.5 if "embed" in name or "wpe" in name else p[0].numel() ** -0.5
-            p.copy_(std * torch.randn(p.shape, generator=generator))
-            if p.ndim == 1 and "norm" in name.lower() and name.endswith("weight"):
-                p += 1
-    return module.eval()
-
-
-def relative_error(ours, oracle):
-    """Largest error over the oracle's largest value."""
-    ours, oracle = np.asarray(ours), oracle.detach().numpy()
-    assert ours.shape == oracle.shape
-    return float(np.abs(ours - oracle).max() / np.abs(oracle).max())

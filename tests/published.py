@@ -20,20 +20,10 @@ def unet(**changes):
 
 
 def vae():
-    from diffusers import AutoencoderKL
+    from test_image_vae import torch_vae
 
     torch.manual_seed(1)
-    return oracles.scramble(
-        AutoencoderKL(
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            norm_num_groups=4,
-            latent_channels=4,
-        ),
-        1,
-    )
+    return oracles.scramble(torch_vae(channels=(8, 16), layers=1, groups=4), 1)
 
 
 def clip_text(cls="CLIPTextModel", vocab=VOCAB):

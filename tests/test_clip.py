@@ -3,71 +3,78 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 import torch
-from oracles_vae import CLIP, convert, fill, randomize, relative_error
+from oracles_vae import CLIP, convert, fill
 
 from medm2g_jax.nn.clip import CLIPText, CLIPVision, clip_pixels
 
 transformers = pytest.importorskip("transformers")
 
 
-def test_text_equals_transformers():
-    oracle = randomize(
-        transformers.CLIPTextModelWithProjection(
-            transformers.CLIPTextConfig(
-                vocab_size=60,
-                hidden_size=32,
-                intermediate_size=64,
-                projection_dim=24,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                max_position_embeddings=11,
-                eos_token_id=59,
-            )
-        )
+def text_config(vocab, width, layers, heads, ff, length, projection):
+    return transformers.CLIPTextConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=ff,
+        projection_dim=projection,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=length,
+        eos_token_id=vocab - 1,
     )
-    tower = CLIPText(vocab=60, width=32, layers=3, heads=4, ff=64, length=11, projection=24)
+
+
+TEXT_L = dict(vocab=49408, width=768, layers=12, heads=12, ff=3072, length=77, projection=768)
+VISION_L = dict(width=1024, layers=24, heads=16, ff=4096, patch=14, image=224, projection=768)
+
+
+def outputs(tower, params, x):
+    return tower.apply(params, x)._asdict()
+
+
+@oracles.at_both_sizes(dict(vocab=60, width=32, layers=3, heads=4, ff=64, length=11, projection=24), TEXT_L)
+def test_text_equals_transformers(agree, size, seed):
+    oracle = oracles.randomize(transformers.CLIPTextModelWithProjection(text_config(**size)), seed)
+    tower, end = CLIPText(**size), size["vocab"] - 1
     # CLIP pads with its end token: pooled is the first of them.
-    ids = np.array([[58, 4, 9, 59, 59, 59, 59, 59, 59], [58, 7, 3, 2, 1, 9, 30, 31, 59]], np.int32)
+    ids = np.random.default_rng(seed).integers(0, end, (2, size["length"]), np.int32)
+    ids[:, -1], ids[0, 3:] = end, end
     params = fill(tower, convert(oracle.state_dict(), CLIP), ids)
     with torch.no_grad():
         expected = oracle(torch.from_numpy(ids).long())
         tokens = oracle.text_projection(expected.last_hidden_state)
         tokens = tokens / expected.text_embeds.norm(dim=1)[:, None, None]
-    ours = jax.jit(tower.apply)(params, ids)
-    assert relative_error(ours.hidden, expected.last_hidden_state) < 1e-5
-    assert relative_error(ours.pooled, expected.text_embeds) < 1e-5
-    assert relative_error(ours.tokens, tokens) < 1e-5
-    np.testing.assert_allclose(jnp.linalg.norm(ours.tokens[0, 3]), 1, rtol=1e-5)
+    theirs = dict(hidden=expected.last_hidden_state, pooled=expected.text_embeds, tokens=tokens)
+    np.testing.assert_allclose(tokens[0, 3].norm(), 1, rtol=1e-5)
+    agree(tower, outputs, theirs, params, ids)
 
 
-def test_vision_equals_transformers():
-    oracle = randomize(
+@oracles.at_both_sizes(dict(width=32, layers=3, heads=4, ff=64, patch=5, image=20, projection=24), VISION_L)
+def test_vision_equals_transformers(agree, size, seed):
+    oracle = oracles.randomize(
         transformers.CLIPVisionModelWithProjection(
             transformers.CLIPVisionConfig(
-                hidden_size=32,
-                intermediate_size=64,
-                projection_dim=24,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                image_size=20,
-                patch_size=5,
+                hidden_size=size["width"],
+                intermediate_size=size["ff"],
+                projection_dim=size["projection"],
+                num_hidden_layers=size["layers"],
+                num_attention_heads=size["heads"],
+                image_size=size["image"],
+                patch_size=size["patch"],
             )
-        )
+        ),
+        seed,
     )
-    tower = CLIPVision(width=32, layers=3, heads=4, ff=64, patch=5, image=20, projection=24)
-    x = np.random.default_rng(0).normal(size=(2, 20, 20, 3)).astype(np.float32)
+    tower = CLIPVision(**size)
+    x = np.random.default_rng(seed).normal(size=(2, size["image"], size["image"], 3)).astype(np.float32)
     params = fill(tower, convert(oracle.state_dict(), CLIP), x)
     with torch.no_grad():
         expected = oracle(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()))
         hidden = oracle.vision_model.post_layernorm(expected.last_hidden_state)
         tokens = oracle.visual_projection(hidden) / expected.image_embeds.norm(dim=1)[:, None, None]
-    ours = jax.jit(tower.apply)(params, x)
-    assert ours.tokens.shape == (2, 17, 24)
-    assert relative_error(ours.hidden, hidden) < 1e-5
-    assert relative_error(ours.pooled, expected.image_embeds) < 1e-5
-    assert relative_error(ours.tokens, tokens) < 1e-5
+    agree(tower, outputs, dict(hidden=hidden, pooled=expected.image_embeds, tokens=tokens), params, x)
 
 
 def test_default_is_the_published_size():
@@ -85,7 +92,7 @@ def test_clip_pixels_equals_torch(side, size):
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.48145466, 0.4578275, 0.40821073],
                                                          [0.26862954, 0.26130258, 0.27577711]))
     expected = ((resized + 1) / 2 - mean) / std
-    assert relative_error(clip_pixels(jnp.asarray(x), size), expected.permute(0, 2, 3, 1)) < 1e-5
+    assert oracles.relative_error(clip_pixels(jnp.asarray(x), size), expected.permute(0, 2, 3, 1)) < 1e-5
 
 
 def test_clip_pixels_of_grey_images():

@@ -3,41 +3,48 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 import torch
-from oracles_vae import IMAGE_VAE, convert, fill, randomize, relative_error
+from oracles_vae import IMAGE_VAE, convert, fill
 
 from medm2g_jax.nn.image_vae import ImageVAE, _depth_to_space, _space_to_depth
 
 diffusers = pytest.importorskip("diffusers")
 
 
-def test_equals_diffusers():
-    channels, layers = (8, 16, 24, 24), 1
-    oracle = randomize(
-        diffusers.AutoencoderKL(
-            block_out_channels=channels,
-            layers_per_block=layers,
-            down_block_types=("DownEncoderBlock2D",) * len(channels),
-            up_block_types=("UpDecoderBlock2D",) * len(channels),
-            norm_num_groups=8,
-            latent_channels=4,
-        )
+def torch_vae(channels, layers, groups):
+    return diffusers.AutoencoderKL(
+        block_out_channels=channels,
+        layers_per_block=layers,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        norm_num_groups=groups,
+        latent_channels=4,
     )
-    vae = ImageVAE(channels=channels, layers=layers, groups=8)
-    x = np.random.default_rng(0).uniform(-1, 1, (2, 32, 48, 3)).astype(np.float32)  # not square: no swapped axes
+
+
+KL_F8 = dict(channels=(128, 256, 512, 512), layers=2, groups=32)
+TINY = dict(channels=(8, 16, 24, 24), layers=1, groups=8)
+
+
+@oracles.at_both_sizes(((2, 32, 48, 3), TINY), ((1, 512, 512, 3), KL_F8))  # 32 x 48: no swapped axes
+def test_equals_diffusers(agree, size, seed):
+    shape, sizes = size
+    oracle, vae = oracles.randomize(torch_vae(**sizes), seed), ImageVAE(**sizes)
+    x = np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
     params = fill(vae, convert(oracle.state_dict(), IMAGE_VAE), x)
-    nchw = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
     with torch.no_grad():
-        posterior = oracle.encode(nchw).latent_dist
+        posterior = oracle.encode(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).latent_dist
         image = oracle.decode(posterior.mean).sample
-    with jax.default_matmul_precision("highest"):
-        mean, logvar = jax.jit(lambda p, x: vae.apply(p, x, method="encode"))(params, x)
-        z = posterior.mean.permute(0, 2, 3, 1).numpy()
-        ours = jax.jit(lambda p, z: vae.apply(p, z, method="decode"))(params, z)
-    assert relative_error(mean, posterior.mean.permute(0, 2, 3, 1)) < 1e-5
-    assert relative_error(logvar, posterior.logvar.permute(0, 2, 3, 1)) < 1e-5
-    assert relative_error(ours, image.permute(0, 2, 3, 1)) < 1e-5
+    mean, logvar, image = (y.permute(0, 2, 3, 1) for y in (posterior.mean, posterior.logvar, image))
+
+    def encode(net, params, x):
+        return dict(zip(("mean", "logvar"), net.apply(params, x, method="encode"), strict=True))
+
+    agree(vae, encode, {"mean": mean, "logvar": logvar}, params, x)
+    z = mean.numpy()
+    agree(vae, lambda net, *args: {"image": net.apply(*args, method="decode")}, {"image": image}, params, z)
 
 
 def test_default_is_the_published_size():

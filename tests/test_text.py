@@ -24,7 +24,9 @@ ODD = [
     "it's <|endoftext|> [PAD] <EOS>!",
     "don't; 's 've (12.5mm) \u0301a e\u0301 ...-- a/b, x",
     "🙂",
+    "الرئة اليمنى 👨\u200d👩\u200d👧 zero\u200bwidth \ufeff\x07 \u00a0 İstanbul ﬁne ½ ² \ud7ff",
 ]
+LONG = " ".join(["Œdème 肺炎 🙂 it's 12.5mm", "x" * 500] * 40)
 LENGTHS = {"clip": 77, "bert": 96, "gpt2": 96}
 
 
@@ -40,23 +42,24 @@ def tokenizers(folder):
     return Tokenizers.load(folder)
 
 
-def reference(kind, folder, size, text):
-    """ids by transformers, the format's own frame around them."""
+def reference(kind, folder, size, text, length):
+    """ids by transformers, cut to `length`, the format's own frame around them."""
     import transformers
 
     tokenizer = getattr(transformers, kind).from_pretrained(str(folder))
     assert len(tokenizer) == size
     if tokenizer.eos_token == "<EOS>":
-        ids = tokenizer(f" {text}" if text else "")["input_ids"]
+        ids = tokenizer(f" {text}" if text else "", truncation=True, max_length=length - 2)["input_ids"]
         return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], tokenizer.pad_token_id
-    return tokenizer(text)["input_ids"], tokenizer.pad_token_id
+    return tokenizer(text, truncation=True, max_length=length)["input_ids"], tokenizer.pad_token_id
 
 
 @pytest.mark.parametrize("kind", ["AutoTokenizer", "own"])
 @pytest.mark.parametrize("name, own", [("clip", "CLIPTokenizer"), ("bert", "BertTokenizer"), ("gpt2", "GPT2Tokenizer")])
 def test_transformers_reads_the_folders_and_agrees_on_every_id(folder, tokenizers, name, own, kind):
-    for text in [*TEXTS[:6], *ODD[:4], *ODD[5:]]:
-        ids, pad = reference(own if kind == "own" else kind, folder / name, tokenizers.sizes[name], normalise(text))
+    cls = own if kind == "own" else kind
+    for text in [*TEXTS[:6], *ODD[:4], *ODD[5:], LONG]:
+        ids, pad = reference(cls, folder / name, tokenizers.sizes[name], normalise(text), 300)
         ours = tokenizers.encode(text, {name: 300})[name]
         assert ours.dtype == np.int32 and ours.shape == (300,)
         assert list(ours[: len(ids)]) == ids and (ours[len(ids) :] == pad).all(), text

@@ -7,6 +7,7 @@ import oracles
 import pytest
 import torch
 from flax.traverse_util import flatten_dict
+from test_unet import SD15
 
 from medm2g_jax.nn.attention import context
 from medm2g_jax.nn.text_unet import TextUNet
@@ -30,38 +31,47 @@ def torch_text_unet(channels, attention, layers, heads, groups, width, latent):
     )
 
 
-def both(**sizes):
-    """A text UNet in torch, ours with its parameters, and one input."""
-    theirs = oracles.scramble(torch_text_unet(**sizes))
-    rng = np.random.default_rng(0)
-    z, prompt = (rng.normal(size=s).astype(np.float32) for s in ((2, sizes["latent"]), (2, 5, sizes["width"])))
-    t = np.array([3, 871])
-    out = theirs(torch.tensor(z)[:, :, None, None], torch.tensor(t), torch.tensor(prompt)).sample[:, :, 0, 0]
-    params = oracles.variables(oracles.text_unet_params(theirs.state_dict()))
-    return theirs, out, TextUNet(**sizes), params, (jnp.asarray(z), jnp.asarray(t), context(jnp.asarray(prompt)))
+def both(rows, tokens, sizes, seed=0, gradients=False):
+    """{"eps"} of a text UNet in torch, or of sum(eps**2) the gradients by our names; ours, its parameters and the
+    input."""
+    theirs = oracles.randomize(torch_text_unet(**sizes), seed)
+    rng = np.random.default_rng(seed)
+    shapes = (rows, sizes["latent"]), (rows, tokens, sizes["width"])
+    z, prompt = (rng.normal(size=s).astype(np.float32) for s in shapes)
+    t = np.array([871, 3])[:rows]
+    with torch.set_grad_enabled(gradients):
+        eps = theirs(torch.tensor(z)[:, :, None, None], torch.tensor(t), torch.tensor(prompt)).sample[:, :, 0, 0]
+    out = {"eps": eps}
+    if gradients:
+        (eps**2).sum().backward()
+        out = oracles.text_unet_params(oracles.gradients(theirs))
+    flat = oracles.text_unet_params(theirs.state_dict())
+    del theirs
+    inputs = jnp.asarray(z), jnp.asarray(t), context(jnp.asarray(prompt))
+    return out, TextUNet(**sizes), oracles.variables(flat), inputs
 
 
-def test_names_shapes_and_eps_equal_diffusers():
-    theirs, out, ours, params, inputs = both(
-        channels=(24, 40, 56), attention=(True, True, False), layers=2, heads=4, groups=8, width=20, latent=36
-    )
-    converted = oracles.text_unet_params(theirs.state_dict())
-    assert len(converted) == len(theirs.state_dict())
+VERSATILE = SD15 | dict(latent=768)
+TINY = dict(channels=(24, 40, 56), attention=(True, True, False), layers=2, heads=4, groups=8, width=20, latent=36)
+
+
+@oracles.at_both_sizes((2, 5, TINY), (2, 77, VERSATILE))
+def test_names_shapes_and_eps_equal_diffusers(agree, size, seed):
+    theirs, ours, params, inputs = both(*size, seed)
     initial = jax.eval_shape(ours.init, jax.random.key(0), *inputs)
-    assert oracles.shapes(converted) == oracles.shapes(initial)
-    assert oracles.relative_error(oracles.fast_jit(ours.apply)(params, *inputs), out) <= 1e-5
+    assert oracles.shapes(params) == oracles.shapes(initial)
+    agree(ours, lambda net, *args: {"eps": net.apply(*args)}, theirs, params, *inputs)
 
 
-def test_gradients_equal_diffusers():
-    theirs, out, ours, params, inputs = both(
-        channels=(16, 24), attention=(True, False), layers=1, heads=2, groups=8, width=12, latent=10
-    )
-    weight = np.random.default_rng(1).normal(size=out.shape).astype(np.float32)
-    (out * torch.tensor(weight)).sum().backward()
-    grads = oracles.fast_jit(jax.grad(lambda p: jnp.sum(ours.apply(p, *inputs) * weight)))(params)
-    expected = oracles.text_unet_params(oracles.gradients(theirs))
-    for name, grad in flatten_dict(grads["params"], sep="/").items():
-        assert oracles.relative_error(grad, expected[name]) <= 1e-4, name
+def test_gradients_equal_diffusers(agree):
+    sizes = dict(channels=(16, 24), attention=(True, False), layers=1, heads=2, groups=8, width=12, latent=10)
+    theirs, ours, params, inputs = both(2, 5, sizes, gradients=True)
+
+    def run(net, params, *inputs):
+        grads = jax.grad(lambda p: jnp.sum(net.apply(p, *inputs) ** 2))(params)
+        return flatten_dict(grads["params"], sep="/")
+
+    agree(ours, run, theirs, params, *inputs, limit=1e-4)
 
 
 def test_full_size_is_versatile_diffusion():
@@ -69,7 +79,7 @@ def test_full_size_is_versatile_diffusion():
     ours = jax.eval_shape(TextUNet().init, jax.random.key(0), jnp.zeros((1, 768)), jnp.zeros(1), prompt)
     assert sum(leaf.size for leaf in jax.tree.leaves(ours)) == 1_708_848_448
     with torch.device("meta"):
-        theirs = torch_text_unet((320, 640, 1280, 1280), (True, True, True, False), 2, 8, 32, 768, 768)
+        theirs = torch_text_unet(**VERSATILE)
     assert oracles.shapes(oracles.text_unet_params(theirs.state_dict())) == oracles.shapes(ours)
 
 

@@ -32,39 +32,50 @@ def torch_unet(channels, attention, layers, heads, groups, width):
     )
 
 
-def both(**sizes):
-    """A UNet in torch, ours with its parameters, and one input."""
-    theirs = oracles.scramble(torch_unet(**sizes))
-    rng = np.random.default_rng(0)
-    z, prompt = (rng.normal(size=s).astype(np.float32) for s in ((2, 8, 12, 4), (2, 5, sizes["width"])))
-    t = np.array([3, 871])
-    out = theirs(torch.tensor(z).permute(0, 3, 1, 2), torch.tensor(t), torch.tensor(prompt)).sample
-    params = oracles.variables(oracles.unet_params(theirs.state_dict()))
-    inputs = jnp.asarray(z), jnp.asarray(t), context(jnp.asarray(prompt))
-    return theirs, out.permute(0, 2, 3, 1), UNet(**sizes), params, inputs
+def both(shape, tokens, sizes, seed=0, gradients=False):
+    """{"eps"} of a UNet in torch, or of sum(eps**2) the gradients by our names; ours, its parameters and the input."""
+    theirs = oracles.randomize(torch_unet(**sizes), seed)
+    rng = np.random.default_rng(seed)
+    z, prompt = (rng.normal(size=s).astype(np.float32) for s in (shape, (shape[0], tokens, sizes["width"])))
+    t = np.array([871, 3])[: shape[0]]
+    with torch.set_grad_enabled(gradients):
+        eps = theirs(torch.tensor(z).permute(0, 3, 1, 2), torch.tensor(t), torch.tensor(prompt)).sample
+    out = {"eps": eps.permute(0, 2, 3, 1)}
+    if gradients:
+        (eps**2).sum().backward()
+        out = oracles.unet_params(oracles.gradients(theirs))
+    flat = oracles.unet_params(theirs.state_dict())
+    del theirs, eps
+    return out, UNet(**sizes), oracles.variables(flat), (jnp.asarray(z), jnp.asarray(t), context(jnp.asarray(prompt)))
 
 
-def test_names_shapes_and_eps_equal_diffusers():
-    theirs, out, ours, params, inputs = both(
-        channels=(24, 40, 56), attention=(True, True, False), layers=2, heads=4, groups=8, width=20
-    )
-    converted = oracles.unet_params(theirs.state_dict())
-    assert len(converted) == len(theirs.state_dict())
+SD15 = dict(
+    channels=(320, 640, 1280, 1280), attention=(True, True, True, False), layers=2, heads=8, groups=32, width=768
+)
+FULL = (1, 64, 64, 4), 77, SD15
+TINY = (2, 8, 12, 4), 5, dict(
+    channels=(24, 40, 56), attention=(True, True, False), layers=2, heads=4, groups=8, width=20
+)
+TINIER = (2, 8, 12, 4), 5, dict(channels=(16, 24), attention=(True, False), layers=1, heads=2, groups=8, width=12)
+
+
+@oracles.at_both_sizes(TINY, FULL)
+def test_names_shapes_and_eps_equal_diffusers(agree, size, seed):
+    theirs, ours, params, inputs = both(*size, seed)
     initial = jax.eval_shape(ours.init, jax.random.key(0), *inputs)
-    assert oracles.shapes(converted) == oracles.shapes(initial)
-    assert oracles.relative_error(oracles.fast_jit(ours.apply)(params, *inputs), out) <= 1e-5
+    assert oracles.shapes(params) == oracles.shapes(initial)
+    agree(ours, lambda net, *args: {"eps": net.apply(*args)}, theirs, params, *inputs)
 
 
-def test_gradients_equal_diffusers():
-    theirs, out, ours, params, inputs = both(
-        channels=(16, 24), attention=(True, False), layers=1, heads=2, groups=8, width=12
-    )
-    weight = np.random.default_rng(1).normal(size=out.shape).astype(np.float32)
-    (out * torch.tensor(weight)).sum().backward()
-    grads = oracles.fast_jit(jax.grad(lambda p: jnp.sum(ours.apply(p, *inputs) * weight)))(params)
-    expected = oracles.unet_params(oracles.gradients(theirs))
-    for name, grad in flatten_dict(grads["params"], sep="/").items():
-        assert oracles.relative_error(grad, expected[name]) <= 1e-4, name
+@oracles.at_both_sizes(TINIER, FULL, seeds=1)
+def test_gradients_equal_diffusers(agree, size, seed):
+    theirs, ours, params, inputs = both(*size, seed, gradients=True)
+
+    def run(net, params, *inputs):
+        grads = jax.grad(lambda p: jnp.sum(net.apply(p, *inputs) ** 2))(params)
+        return flatten_dict(grads["params"], sep="/")
+
+    agree(ours.clone(remat=True), run, theirs, params, *inputs, limit=1e-4, half=False)
 
 
 def test_full_size_is_stable_diffusion():
@@ -72,7 +83,7 @@ def test_full_size_is_stable_diffusion():
     ours = jax.eval_shape(UNet().init, jax.random.key(0), jnp.zeros((1, 64, 64, 4)), jnp.zeros(1), prompt)
     assert sum(leaf.size for leaf in jax.tree.leaves(ours)) == 859_520_964
     with torch.device("meta"):
-        theirs = torch_unet((320, 640, 1280, 1280), (True, True, True, False), 2, 8, 32, 768)
+        theirs = torch_unet(**SD15)
     assert oracles.shapes(oracles.unet_params(theirs.state_dict())) == oracles.shapes(ours)
 
 
