@@ -1,6 +1,7 @@
 # make demo       train the Text-CT round at its tiny size on phantom data, with everything it builds on
 # make test       the test suite;  make test-full  the networks at their published size (slow)
 # make lint       ruff, and shellcheck on the launch scripts
+# make bench      speed and memory against the same networks in torch; half an hour on two quiet cores at most
 # make plan-env   .venv-tpu, with the TPU compiler, for `medm2g plan --topology=...` on a machine without a TPU
 # make clean      remove .venv, .venv-tpu and caches; runs/ stays
 #
@@ -14,7 +15,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 MALLOC := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 PYTEST := $(MALLOC) $(PY) -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-full lint plan-env clean
+.PHONY: demo test test-full lint bench plan-env clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/runtime.stamp
@@ -31,12 +32,15 @@ lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check .
 	$(VENV)/bin/shellcheck launch/*.sh .ci/run
 
+bench: $(VENV)/dev.stamp
+	$(PY) -m benchmarks.all
+
 # An environment of its own: where libtpu is installed, jax hangs on machines without a TPU.
 plan-env: $(TPU_VENV)/stamp
 
 clean:
 	rm -rf $(VENV) $(TPU_VENV) build dist *.egg-info .pytest_cache .ruff_cache
-	find configs medm2g_jax tests -name __pycache__ -prune -exec rm -rf {} +
+	find benchmarks configs medm2g_jax tests -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamps make a repeated call instant; a changed list of requirements installs again.
 $(VENV)/runtime.stamp: requirements.txt setup.py pyproject.toml | $(VENV)/bin/pip

@@ -1,0 +1,78 @@
+"""Guided sampling: 50 DDIM steps of a small UNet on one 16 x 16 x 4 latent, both halves of guidance as one batch.
+
+python -m benchmarks.ddim [--device=gpu --dtype=bfloat16]
+
+Ours is one program (`lax.scan` over `diffusion.sampler_table`), as `generate` runs it; torch's a loop in Python over
+diffusers' DDIMScheduler.
+"""
+
+from benchmarks.common import MEDIUM, TINY, Task, main
+
+GUIDANCE = 7.5
+
+
+def _sizes(options):
+    """Sizes, side of the latent, steps."""
+    return (TINY, 8, 5) if options.small else (MEDIUM, 16, 50)
+
+
+def ours(options):
+    import jax
+    import jax.numpy as jnp
+
+    from benchmarks.ours import call, normal, params
+    from medm2g_jax.diffusion import guide_eps, sampler_step, sampler_table
+    from medm2g_jax.nn.attention import context
+    from medm2g_jax.nn.unet import UNet
+    from medm2g_jax.train.device import activation_dtype
+
+    sizes, side, steps = _sizes(options)
+    net = UNet(**sizes, dtype=activation_dtype(options.dtype))
+    z, prompt = normal(1, side, side, 4), context(normal(2, 77, sizes["width"]))
+    weights = params(net, jnp.concatenate([z, z]), jnp.zeros(2), prompt, dtype=options.dtype)
+
+    def sample(weights, z, prompt):
+        def step(z, at):
+            eps = net.apply(weights, jnp.concatenate([z, z]), jnp.broadcast_to(at.t, 2), prompt)
+            eps = guide_eps(*jnp.split(eps, 2), GUIDANCE)
+            return sampler_step("ddim", at, z, eps, jnp.zeros_like(z), jnp.float32(0)), None
+
+        return jax.lax.scan(step, z, sampler_table(steps))[0]
+
+    return call(sample, weights, z, prompt)
+
+
+def torch(options, compiled):
+    import torch
+    from diffusers import DDIMScheduler
+
+    from benchmarks.originals import call, device, normal, placed, unet
+
+    sizes, side, steps = _sizes(options)
+    net = placed(unet(**sizes), options).eval()
+    net = torch.compile(net) if compiled else net
+    z_start, prompt = normal(options, 1, 4, side, side), normal(options, 2, 77, sizes["width"])
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    scheduler.set_timesteps(steps, device=device(options))
+
+    def sample():
+        z = z_start
+        for t in scheduler.timesteps:
+            unconditional, conditional = net(torch.cat([z, z]), t, prompt).sample.chunk(2)
+            eps = unconditional + GUIDANCE * (conditional - unconditional)
+            z = scheduler.step(eps, t, z).prev_sample
+
+    return call(sample, options)
+
+
+TASKS = [Task("ddim", "guided DDIM, small UNet, 50 steps", ours, torch, pairs=6, goals={"stock": 1.05})]
+
+if __name__ == "__main__":
+    main(TASKS)

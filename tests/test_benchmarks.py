@@ -1,0 +1,49 @@
+"""What the benchmarks count: shares of time, kinds of operations, rows of a table."""
+
+import argparse
+
+import pytest
+
+from benchmarks import common, profile
+
+HLO = """
+%fused_a (p: f32[2]) -> f32[2] {
+  %p = f32[2]{0} parameter(0)
+  ROOT %r = (f32[2]{0}, f32[2]{0}) reduce(%p, %p), dimensions={1}
+}
+
+ENTRY %main (x: f32[2]) -> f32[2] {
+  %c.1 = f32[2]{0} convolution(%x, %w), metadata={op_name="jit(f)/transpose(jvp(UNet))/conv"}
+  %f.1 = f32[2]{0} fusion(%c.1), kind=kLoop, calls=%fused_a, metadata={op_name="jit(f)/jvp(UNet)/norm"}
+  %copy.1 = f32[2]{0} copy(%f.1)
+  ROOT %m = f32[2]{0} multiply(%copy.1, %copy.1), metadata={op_name="jit(f)/mul"}
+}
+"""
+
+
+def test_kinds_of_hlo_instructions():
+    kinds = profile._hlo_kinds(HLO)
+    assert {name: kinds[name] for name in ("c.1", "f.1", "copy.1", "m")} == {
+        "c.1": "convolutions, backward",
+        "f.1": profile.REDUCTION,
+        "copy.1": profile.COPY,
+        "m": profile.OPTIMIZER,
+    }
+
+
+def test_an_instant_is_shared_between_what_is_under_way():
+    assert profile._shared([("a", 0, 4), ("b", 2, 4), ("b", 2, 6), ("a", 9, 10)]) == pytest.approx(
+        {"a": 2 + 2 / 3 + 1, "b": 4 / 3 + 2}
+    )
+
+
+def test_ratios_are_of_pairs_and_goals_of_full_sizes_on_cpu():
+    task = common.Task("x", "x", ours=None, torch=None, pairs=3, goals={"stock": 1.5})
+    timed = dict(seconds=dict(ours=[1.0, 4.0, 3.0], torch=[1.0, 2.0, 3.0]), first=dict(ours=9.0, torch=1.0))
+    timed |= dict(others=0.0, device="cpu")
+    options = argparse.Namespace(device="cpu", dtype="float32", small=False)
+    (row,) = common._rows(task, timed, options, "torch, stock MKL")
+    assert row["ratio"] == {"median": 1.0, "least": 1.0, "most": 2.0} and row["met"]
+    assert row["compile"] == {"ours": 6.0, "torch": 0.0}
+    options.small = True
+    assert "goal" not in common._rows(task, timed, options, "torch")[0]
