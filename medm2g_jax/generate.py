@@ -32,6 +32,7 @@ from medm2g_jax.train.device import jit
 
 PROMPTS = ("given", "none")
 GUIDES = ("trained", "all", "none")
+LARGE = 2**30  # bytes of parameters from which memory counts for more than the last bit of speed
 
 
 @dataclass(frozen=True)
@@ -250,13 +251,13 @@ class Generator:
         lengths: Mapping[str, int],
     ):
         self.model, self.params, self.tokenizers, self.lengths = model, params, tokenizers, dict(lengths)
-        self.half = any(p.dtype == jnp.bfloat16 for p in params.values())
+        self.large = sum(p.nbytes for p in params.values()) > LARGE
         self._jitted: dict = {}
 
     def sample(self, request: Request, given: Mapping[str, Any], keys: Array, guidance: float, eta: float) -> dict:
         """Latents of the wanted streams, from model inputs (see `build_sampler`)."""
         if request not in self._jitted:
-            self._jitted[request] = jit(build_sampler(self.model, request), save_memory=self.half)
+            self._jitted[request] = jit(build_sampler(self.model, request), save_memory=self.large)
         empty = self.ids([""])
         return self._jitted[request](self.params, given, empty, keys, jnp.float32(guidance), jnp.float32(eta))
 

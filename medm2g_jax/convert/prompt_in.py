@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -28,6 +27,7 @@ from medm2g_jax.model import under
 from medm2g_jax.nn.attention import context
 from medm2g_jax.nn.clip import CLIPText
 from medm2g_jax.nn.unet import UNet
+from medm2g_jax.train.device import jit
 
 COUNT, HELD_OUT = 320, 64
 LAMBDAS = tuple(10.0**k for k in range(-10, 3))  # times the mean of the diagonal of x'x
@@ -137,10 +137,11 @@ def surviving(sd: Converted, kernel: np.ndarray, x, y, x_null, y_null, side: int
     side = max(side, 2 ** (len(sizes["channels"]) - 1))
     z = jnp.asarray(np.random.default_rng(0).normal(size=(1, side, side, latent)), jnp.float32)
     z, times = jnp.broadcast_to(z, (b, *z.shape[1:])), jnp.full((b,), t)
-    eps = jax.jit(lambda tokens: unet.apply(params, z, times, context(tokens)))
+    run = jit(lambda params, tokens: unet.apply(params, z, times, context(tokens)))
 
     def change(prompt, null):
-        return np.asarray(eps(jnp.asarray(prompt, jnp.float32)) - eps(jnp.asarray(np.repeat(null, b, 0), jnp.float32)))
+        both = (jnp.asarray(tokens, jnp.float32) for tokens in (prompt, np.repeat(null, b, 0)))
+        return np.subtract(*(run(params, tokens) for tokens in both))
 
     raw, ours = change(y, y_null), change(x @ kernel, x_null @ kernel)
     return 1.0 - float(np.linalg.norm(ours - raw) / np.linalg.norm(raw))
@@ -165,11 +166,11 @@ def _encode(
     width = source.meta["net"]["width"]
     flat.setdefault("projection/kernel", jnp.zeros((sizes["width"], width)))  # SD has none
     tower, params = CLIPText(vocab=vocab, **sizes, projection=width), {"params": unflatten_dict(flat, sep="/")}
-    run = jax.jit(lambda i: tower.apply(params, i))
+    run = jit(tower.apply)
     out: tuple[list, list] = ([], [])
     for i in range(0, len(ids), BATCH):
         batch = np.resize(ids[i : i + BATCH], (BATCH, ids.shape[1]))  # one shape, one program
-        said, n = run(jnp.asarray(batch)), len(ids[i : i + BATCH])
+        said, n = run(params, jnp.asarray(batch)), len(ids[i : i + BATCH])
         out[0].append(np.asarray(said.tokens)[:n])
         out[1].append(np.asarray(said.hidden)[:n])
     return np.concatenate(out[0]), np.concatenate(out[1])

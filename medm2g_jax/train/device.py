@@ -51,7 +51,8 @@ def jit(f: Callable, *, out_shardings: Any = None, save_memory: bool = False, **
 
     Args:
       out_shardings: as `jax.jit` takes it; None leaves the part of the result that it stands for to the compiler.
-      save_memory: order operations on CPU so that casts of parameters stand beside their use.
+      save_memory: order operations on CPU for little memory instead of much at once. A full-size round's step then has
+        2.2 GB of temporaries, else 9.8 GB.
     """
     structures = {}
 

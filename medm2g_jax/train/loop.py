@@ -192,9 +192,12 @@ def run_stage(
 
     tx, state_shardings = state_layout(config, trainable, placed, mesh)
     state = jit(lambda p: create(p, tx), out_shardings=state_shardings)(trainable)
-    train_step = jit(make_train_step(spec, config, tx), out_shardings=(state_shardings, None), donate_argnums=0)
+    saving = dict(save_memory=config.remat)
+    train_step = jit(
+        make_train_step(spec, config, tx), out_shardings=(state_shardings, None), donate_argnums=0, **saving
+    )
     norm = jit(optax.global_norm)
-    eval_step = jit(make_eval_step(spec, config))
+    eval_step = jit(make_eval_step(spec, config), **saving)
 
     saves = checkpoint.Checkpoints(folder / "checkpoints", keep=config.keep)
     total = config.steps * config.accumulate
