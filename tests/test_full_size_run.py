@@ -48,7 +48,8 @@ def test_three_steps(weights, run_root):
     out, peak = run(line, weights)
     assert "preset sd15" in out and peak < 22
     norms = dict(pair.rsplit(" ", 1) for pair in out.partition("gradient norms: ")[2].split("\n")[0].split(", "))
-    assert set(norms) == {"ct/context", "ct/adapt", "ct/unet"} and all(float(v) > 0 for v in norms.values())
+    # theta_c of every flow that trains, V and f_B of CT through the text flow, which is frozen but for its guides.
+    assert norms.keys() >= {"ct/context", "ct/adapt", "ct/unet"} and all(float(v) > 0 for v in norms.values())
 
 
 def test_guided_samples(weights, run_root):

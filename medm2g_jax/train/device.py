@@ -1,6 +1,8 @@
 """What depends on the backend: the dtype of activations, compiler options, the compilation cache."""
 
+import ctypes
 import functools
+import gc
 import logging
 import os
 from collections.abc import Callable
@@ -66,13 +68,32 @@ def jit(f: Callable, *, out_shardings: Any = None, save_memory: bool = False, **
         chosen = chosen | CPU_MEMORY
     compiled = jax.jit(program, out_shardings=_unnamed(out_shardings), compiler_options=chosen, **options)
 
+    executables: dict = {}
+
+    def executable(args):
+        """Compiled ahead, so that what the compiler leaves behind is given back before the program runs."""
+        key = jax.tree.structure(args), tuple((x.shape, x.dtype) for x in jax.tree.leaves(args))
+        if key not in executables:
+            executables[key] = compiled.lower(*args).compile()
+            give_back_memory()
+        return executables[key]
+
     @functools.wraps(f)
     def call(*args):
-        leaves = jax.tree.leaves(compiled(*args))
+        leaves = jax.tree.leaves((executable(args) if save_memory else compiled)(*args))
         return jax.tree.unflatten(structures[jax.tree.structure(args)], leaves)
 
     call.lower = compiled.lower
     return call
+
+
+def give_back_memory() -> None:
+    """Return what this process has freed to the system, where glibc keeps it (a large program's compiler: 2 GB)."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # another C library
+        pass
 
 
 def _unnamed(tree: Any) -> Any:

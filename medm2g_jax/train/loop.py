@@ -192,6 +192,7 @@ def run_stage(
 
     tx, state_shardings = state_layout(config, trainable, placed, mesh)
     state = jit(lambda p: create(p, tx), out_shardings=state_shardings)(trainable)
+    del trainable
     saving = dict(save_memory=config.remat)
     train_step = jit(
         make_train_step(spec, config, tx), out_shardings=(state_shardings, None), donate_argnums=0, **saving
