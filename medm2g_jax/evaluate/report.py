@@ -21,6 +21,9 @@ vertical-align: top; } td.n { text-align: right; font-variant-numeric: tabular-n
 code { background: #f2f2f2; padding: .1em .3em; }
 """
 
+# A number of the same name with one of these behind it is the floor of the number without.
+FLOORS = (" by chance", " of the mean image", " of the best constant report")
+
 
 def write_report(root: epath.Path, listing: tuple[str, ...], phantom: bool) -> epath.Path:
     """Write root/report.html from what the finished stages left in their folders.
@@ -41,10 +44,11 @@ def write_report(root: epath.Path, listing: tuple[str, ...], phantom: bool) -> e
         )
     total = sum(meta["seconds"] for _, meta in done)
     parts.append(f"<tr><td>all</td><td></td><td></td><td class=n>{total:.0f}</td></tr></table>")
+    autoencoders = {k: v for stage, meta in done if stage.endswith("_vae") for k, v in meta.get("numbers", {}).items()}
     for stage, meta in reversed(done):  # the newest result first: it is what the run was for
         parts.append(f"<h2>{stage}</h2>")
         parts += [_image(p, stage) for p in sorted((root / stage).glob("*.png"))]
-        parts.append(_numbers(meta.get("numbers", {})))
+        parts.append(_numbers(stage, meta.get("numbers", {}), autoencoders))
         evaluation = root / stage / "evaluation.json"
         if evaluation.exists():
             parts.append("<h3>medm2g evaluate</h3>" + _evaluation(json.loads(evaluation.read_text())))
@@ -65,8 +69,24 @@ def _image(path: epath.Path, what: str) -> str:
     return f'<p><img alt="{html.escape(what)}: {html.escape(path.name)}" src="data:image/png;base64,{data}"></p>'
 
 
-def _numbers(numbers: dict) -> str:
-    rows = (f"<tr><td>{html.escape(k)}</td><td class=n>{v:.3f}</td></tr>" for k, v in numbers.items())
+def _numbers(stage: str, numbers: dict, autoencoders: dict) -> str:
+    """Each figure between its floor and its ceiling: generated images and reports cannot pass their autoencoder."""
+    rows = ["<tr><th></th><th>floor</th><th></th><th>ceiling</th></tr>"]
+    floors = {name: end for name in numbers for end in FLOORS if name.endswith(end)}
+    for name in (n for n in numbers if n not in floors):
+        end = next((e for e in FLOORS if name + e in numbers), "")
+        low, source, high = numbers.get(name + end) if end else None, end, None
+        if not stage.endswith("_vae") and name.endswith("finding F1"):
+            high = autoencoders.get("reconstruction, finding F1")
+        elif not stage.endswith("_vae") and "PSNR dB" in name:
+            target = name.rpartition("-> ")[2].partition(",")[0].partition(" PSNR")[0]
+            low, source = autoencoders.get(f"{target} PSNR dB of the mean image"), " of the mean image"
+            high = autoencoders.get(f"{target} PSNR dB")
+        cells = [html.escape(name)]
+        cells += ["" if low is None else f"{low:.3f}<br><small>{html.escape(source.strip())}</small>"]
+        cells += [f"<b>{numbers[name]:.3f}</b>"]
+        cells += ["" if high is None else f"{high:.3f}<br><small>of the autoencoder</small>"]
+        rows.append("<tr><td>" + "</td><td class=n>".join(cells) + "</td></tr>")
     return f"<table>{''.join(rows)}</table>"
 
 
