@@ -206,7 +206,7 @@ class Model:
         Args:
           given: stream -> one value or a list of them (a batch): a str, a path to an image, or a float array (h w) in
             the modality's unit (HU for CT). Empty: made from noise alone.
-          make: streams, "ct" or "mri:t2".
+          make: streams, "ct" or "mri:t2". Images come on the grid of those given, where these have one shape.
           count: samples; default one for each given value. A single given value is repeated.
           steps, eta, guidance: of the sampler; None for the run's own.
           seed: sample i's noise is a function of (seed, i, stream).
@@ -231,7 +231,8 @@ class Model:
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(n))
         scale = self.defaults["guidance"] if guidance is None else guidance
         latents = self.generator.sample(request, batch, keys, scale, self.defaults["eta"] if eta is None else eta)
-        samples = {s: self.in_units(s, self.generator.decode(s, latents[s])) for s in request.make}
+        grid = self._grid(values)
+        samples = {s: self.in_units(s, self.generator.decode(s, latents[s]), grid) for s in request.make}
         return Generated(samples, _pairs(request), seed)
 
     def model_input(self, stream: str, items: Sequence[Any]) -> Any:
@@ -253,13 +254,21 @@ class Model:
         low, high = window
         return images.square(np.clip(2 * (x - low) / (high - low) - 1, -1, 1), self.size)
 
-    def in_units(self, stream: str, value: Any) -> Any:
-        """[-1, 1] -> the modality's unit, (n h w); texts as they are."""
+    def _grid(self, given: Mapping[str, Sequence[Any]]) -> tuple[int, int]:
+        """(height, width) of the given images where all have the same: what is made of them comes on their grid."""
+        pictures = [x for s, items in given.items() if MODALITIES[split_stream(s)[0]].kind == "image" for x in items]
+        shapes = {images.read(x).shape if isinstance(x, (str, Path)) else np.shape(x) for x in pictures}
+        return shapes.pop() if len(shapes) == 1 else (self.size, self.size)
+
+    def in_units(self, stream: str, value: Any, grid: tuple[int, int] | None = None) -> Any:
+        """[-1, 1] -> the modality's unit, (n h w), on `grid` as `images.undo` brings it there; texts as they are."""
         modality = MODALITIES[split_stream(stream)[0]]
         if modality.kind == "text":
             return value
         low, high = modality.window
-        return (np.asarray(value, np.float32)[..., 0] + 1) / 2 * (high - low) + low
+        pixels = np.asarray(value, np.float32)[..., 0]
+        pixels = np.stack([images.undo(x, grid or x.shape) for x in pixels])
+        return (pixels + 1) / 2 * (high - low) + low
 
 
 def _pairs(request: Request) -> dict[str, str]:

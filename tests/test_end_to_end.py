@@ -92,7 +92,8 @@ def test_joint_generation_of_every_image_from_one_checkpoint(root):
 
 
 def test_a_never_paired_source_uses_its_pooled_token(model):
-    out = model.generate(given={"xray": np.full((32, 32), 0.5)}, make=["ct"])
+    out = model.generate(given={"xray": np.full((40, 30), 0.5)}, make=["ct"])
+    assert out.samples["ct"].shape == (1, 40, 30)  # on the grid of what was given
     assert out.pairs == {"xray -> ct": "prompt pooled"}
     out = model.generate(given={"xray": np.full((32, 32), 0.5)}, make=["ct"], guides="all")
     assert out.pairs == {"xray -> ct": "prompt pooled, guide pooled"}
