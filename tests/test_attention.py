@@ -14,21 +14,29 @@ def draw(*shape, seed=0, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
+@pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
-def test_attend_equals_torch(biased, causal):
+def test_attend_and_its_gradients_equal_torch(biased, causal, long, monkeypatch):
+    """All heads at once, and head by head, as many tokens are taken on CPU."""
+    monkeypatch.setattr(attention, "LONG", 0 if long else 2**40)
     n, m = 5, 5 if causal else 7
     q, k, v = draw(2, n, 3, 8, seed=1), draw(2, m, 3, 8, seed=2), draw(2, m, 3, 8, seed=3)
-    bias = draw(2, m, seed=4) if biased else None
+    bias = 3 * draw(2, m, seed=4) if biased else None
     logit_bias = torch.zeros(2, 1, n, m)
     if biased:
         logit_bias += torch.tensor(np.asarray(bias))[:, None, None]
     if causal:
         logit_bias += torch.full((n, m), -torch.inf).triu(1)
+    theirs = [torch.tensor(np.asarray(x), requires_grad=True) for x in (q, k, v)]
     expected = torch.nn.functional.scaled_dot_product_attention(
-        *(torch.tensor(np.asarray(x)).transpose(1, 2) for x in (q, k, v)), attn_mask=logit_bias
+        *(x.transpose(1, 2) for x in theirs), attn_mask=logit_bias
     ).transpose(1, 2)
-    np.testing.assert_allclose(attend(q, k, v, bias, causal), expected, atol=1e-6)
+    np.testing.assert_allclose(attend(q, k, v, bias, causal), expected.detach(), atol=1e-6)
+    (expected**2).sum().backward()
+    grads = jax.grad(lambda *x: jnp.sum(attend(*x, bias, causal) ** 2), argnums=(0, 1, 2))(q, k, v)
+    for ours, x in zip(grads, theirs, strict=True):
+        np.testing.assert_allclose(ours, x.grad, atol=1e-5)
 
 
 def test_sources_of_different_length_weigh_the_same():

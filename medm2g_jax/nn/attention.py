@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+LONG = 2**19  # scores of a head from which they are computed head by head on CPU
 MASKED = -1e9  # finite: a row without any token stays a number (its output is multiplied by `present`)
 
 
@@ -57,8 +58,9 @@ def attend(
 ) -> Float[Array, "b n k e"]:
     """softmax(q k / sqrt(e) + bias) v per head, the softmax in float32; causal: query i sees keys 0 .. i.
 
-    cuDNN's fused kernel on GPUs in half precision, two einsums elsewhere: on CPU 1.5 times faster, forward and
-    backward, than `jax.nn.dot_product_attention` (b 32, n 16, m 48, 4 heads of 24), which lowers to the same on TPU.
+    cuDNN's fused kernel on GPUs in half precision; on CPU head by head where many tokens see many; else two einsums, on
+    CPU 1.5 times faster, forward and backward, than `jax.nn.dot_product_attention` (b 32, n 16, m 48, 4 heads of 24),
+    which lowers to the same on TPU.
     """
     if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
         folded = fold_bias(q, k, v, bias)
@@ -67,14 +69,34 @@ def attend(
                 *folded, scale=q.shape[-1] ** -0.5, is_causal=causal, implementation="cudnn"
             )
             return out[..., : q.shape[-1]]
+    if jax.default_backend() == "cpu" and q.shape[1] * k.shape[1] >= LONG:
+        return _head_by_head(q, k, v, bias, causal)
     logits = jnp.einsum("bnke,bmke->bknm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if bias is not None:
         logits += bias[:, None, None, :]
     if causal:
-        n, m = logits.shape[-2:]
-        logits = jnp.where(jnp.tri(n, m, dtype=bool), logits, MASKED)
+        logits = jnp.where(jnp.tri(*logits.shape[-2:], dtype=bool), logits, MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("bknm,bmke->bnke", weights, v)
+
+
+def _head_by_head(q, k, v, bias, causal):
+    """`attend`, one head of one row after the other, as plain matrix products: with 4096 tokens and 8 heads three
+    times as fast on CPU as the batched ones (2.4 times with gradient), and the scores of one head in memory, not of all."""
+    b, n, heads, e = q.shape
+
+    def one(head):
+        q, k, v, bias = head
+        logits = jnp.matmul(q, k.T, preferred_element_type=jnp.float32) * e**-0.5 + bias
+        if causal:
+            logits = jnp.where(jnp.tri(*logits.shape, dtype=bool), logits, MASKED)
+        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+        # Divided at last: (n e) numbers instead of (n m).
+        return (weights.astype(v.dtype) @ v / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
+
+    q, k, v = (x.transpose(0, 2, 1, 3).reshape(b * heads, -1, e) for x in (q, k, v))
+    bias = jnp.zeros((b * heads, 1)) if bias is None else jnp.repeat(bias, heads, axis=0)
+    return jax.lax.map(one, (q, k, v, bias)).reshape(b, heads, n, e).transpose(0, 2, 1, 3)
 
 
 def fold_bias(
