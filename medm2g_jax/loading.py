@@ -19,6 +19,7 @@ from medm2g_jax.convert import weights
 from medm2g_jax.convert.files import open_tensors
 from medm2g_jax.data import images
 from medm2g_jax.data.text import Tokenizers
+from medm2g_jax.diffusion import row_keys
 from medm2g_jax.errors import UserError
 from medm2g_jax.generate import Generated, Generator, Request, with_bridges
 from medm2g_jax.modality import MODALITIES, split_stream
@@ -228,7 +229,7 @@ class Model:
         if steps is not None:
             options["steps"] = steps
         request = self.request(tuple(values), tuple(make), **options)
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(n))
+        keys = row_keys(jax.random.key(seed), n)
         scale = self.defaults["guidance"] if guidance is None else guidance
         latents = self.generator.sample(request, batch, keys, scale, self.defaults["eta"] if eta is None else eta)
         grid = self._grid(values)

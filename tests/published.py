@@ -13,7 +13,7 @@ VOCAB = 600
 
 
 def unet(**changes):
-    from test_unet import torch_unet
+    from benchmarks.originals import unet as torch_unet
 
     torch.manual_seed(0)
     return oracles.scramble(torch_unet(**(SIZES | changes)))

@@ -11,8 +11,9 @@ import torch
 from test_clip import TEXT_L, text_config
 from test_convert_sd import values
 from test_image_vae import KL_F8, torch_vae
-from test_unet import SD15, torch_unet
+from test_unet import SD15
 
+from benchmarks import originals
 from medm2g_jax.config import get_config
 from medm2g_jax.convert import converted, stable_diffusion
 from medm2g_jax.data.text import Tokenizers
@@ -44,7 +45,7 @@ def torch_pipeline(size, tokenizer, seed):
     from diffusers import StableDiffusionPipeline
 
     parts = dict(
-        unet=torch_unet(**size["unet"]),
+        unet=originals.unet(**size["unet"]),
         vae=torch_vae(**size["vae"]),
         text_encoder=transformers.CLIPTextModel(text_config(**size["text"])),
     )

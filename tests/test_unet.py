@@ -11,25 +11,10 @@ import pytest
 import torch
 from flax.traverse_util import flatten_dict
 
+from benchmarks.originals import unet as torch_unet
 from medm2g_jax.errors import UserError
 from medm2g_jax.nn.attention import MASKED, Context, context, mask
 from medm2g_jax.nn.unet import UNet
-
-
-def torch_unet(channels, attention, layers, heads, groups, width):
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        in_channels=4,
-        out_channels=4,
-        down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention],
-        up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)],
-        block_out_channels=channels,
-        layers_per_block=layers,
-        attention_head_dim=heads,  # diffusers' name for the number of heads, in models of SD-1.x's age
-        norm_num_groups=groups,
-        cross_attention_dim=width,
-    )
 
 
 def both(shape, tokens, sizes, seed=0, gradients=False):
