@@ -49,6 +49,21 @@ def test_feed_forward_equals_diffusers():
     assert oracles.relative_error(out, theirs(torch.tensor(x))) < 1e-6
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("side", [(1, 1), (2, 2), (2, 5), (4, 4)])
+def test_a_convolution_and_its_gradients_equal_torch(side, stride):
+    """On maps smaller than the kernel as well, which take another way."""
+    x, kernel, bias = draw(3, *side, 6), draw(3, 3, 6, 5, seed=1), draw(5, seed=2)
+    theirs = [torch.tensor(a, requires_grad=True) for a in (np.moveaxis(x, -1, 1), kernel.transpose(3, 2, 0, 1), bias)]
+    expected = torch.nn.functional.conv2d(*theirs, stride=stride, padding=1)
+    net = layers.conv(5, "conv", jnp.float32, stride)
+    out, back = jax.vjp(lambda x, k, b: net.apply({"params": {"kernel": k, "bias": b}}, x), x, kernel, bias)
+    assert oracles.relative_error(out, expected.movedim(1, -1)) < 1e-6
+    (expected**2).sum().backward()
+    for ours, x, axes in zip(back(2 * out), theirs, ((0, 2, 3, 1), (2, 3, 1, 0), (0,)), strict=True):
+        assert oracles.relative_error(ours, x.grad.permute(axes)) < 1e-5
+
+
 def test_upsample_equals_torch():
     x = draw(2, 3, 4, 5)
     expected = torch.nn.functional.interpolate(torch.tensor(x).permute(0, 3, 1, 2), scale_factor=2.0, mode="nearest")

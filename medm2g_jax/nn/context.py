@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from medm2g_jax.arrays import Times
-from medm2g_jax.nn.layers import Attention, GroupNorm, ResBlock, conv, layer_norm, time_embedding
+from medm2g_jax.nn.layers import Attention, GroupNorm, ResBlock, conv, gelu, layer_norm, time_embedding
 
 Guide = tuple[Float[Array, "b m d"], Float[Array, "b d"]]
 
@@ -37,7 +37,7 @@ class Mix(nn.Module):
         x = jnp.concatenate([tokens, jnp.broadcast_to(f.astype(tokens.dtype), (b, *f.shape))], axis=1)
         x += Attention(self.heads, dtype=self.dtype, name="self")(layer_norm("self_norm", self.dtype)(x))
         h = nn.Dense(4 * d, dtype=self.dtype, name="fc_1")(layer_norm("fc_norm", self.dtype)(x))
-        x += nn.Dense(d, dtype=self.dtype, name="fc_2")(jax.nn.gelu(h, approximate=False))
+        x += nn.Dense(d, dtype=self.dtype, name="fc_2")(gelu(h))
         x = layer_norm("norm_out", self.dtype)(x)
         mean = jnp.mean(x[:, :n].astype(jnp.float32), axis=1)
         return x, mean * jax.lax.rsqrt(jnp.sum(jnp.square(mean), axis=-1, keepdims=True) + 1e-12)

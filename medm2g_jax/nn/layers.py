@@ -96,7 +96,12 @@ class FeedForward(nn.Module):
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         c = x.shape[-1]
         value, gate = jnp.split(nn.Dense(8 * c, dtype=self.dtype, name="proj")(x), 2, axis=-1)
-        return nn.Dense(c, dtype=self.dtype, name="out")(value * jax.nn.gelu(gate, approximate=False))
+        return nn.Dense(c, dtype=self.dtype, name="out")(value * gelu(gate))
+
+
+def gelu(x: Array) -> Array:
+    """x Phi(x), exact, by erf as torch has it: `jax.nn.gelu` takes erfc, which on CPU costs twice the time or more."""
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
 def layer_norm(name: str, dtype: Any, eps: float = 1e-5) -> nn.LayerNorm:
@@ -162,7 +167,19 @@ class ResBlock(nn.Module):
 
 def conv(features: int, name: str, dtype: Any, stride: int = 1, **kwargs: Any) -> nn.Conv:
     """A 3x3 convolution, padded by 1 on every side (torch's padding=1, also where it strides)."""
-    return nn.Conv(features, (3, 3), strides=stride, padding=1, dtype=dtype, name=name, **kwargs)
+    options = kwargs | {"conv_general_dilated_cls": lambda: _convolve}
+    return nn.Conv(features, (3, 3), strides=stride, padding=1, dtype=dtype, name=name, **options)
+
+
+def _convolve(x, kernel, strides, padding, **options):
+    """`jax.lax.conv_general_dilated`; on maps smaller than the kernel one matrix product, since XLA's CPU compiler has
+    only a plain loop for those (16 maps of 2 x 2 x 512 to 256: 36 ms instead of 2, with gradients 83 instead of 4)."""
+    _, h, w, c = x.shape
+    if min(h, w) >= 3:
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    patches = [x[:, i : i + h : strides[0], j : j + w : strides[1]] for i in range(3) for j in range(3)]
+    return jnp.concatenate(patches, axis=-1) @ kernel.reshape(9 * c, -1)
 
 
 def upsample(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:

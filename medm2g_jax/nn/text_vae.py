@@ -19,7 +19,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from medm2g_jax.nn.attention import MASKED, attend
-from medm2g_jax.nn.layers import Attention, layer_norm
+from medm2g_jax.nn.layers import Attention, gelu, layer_norm
 
 BERT_EPS = 1e-12
 Cache = tuple[tuple[Array, Array], ...]  # per layer keys and values (b 1+length heads e); slot 0 is the memory
@@ -62,7 +62,7 @@ class _BertLayer(nn.Module):
     def __call__(self, x, bias):
         attention = Attention(self.heads, qkv_bias=True, dtype=self.dtype, name="attn")
         x = layer_norm("attn_norm", self.dtype, BERT_EPS)(x + attention(x, bias=bias))
-        h = nn.gelu(nn.Dense(self.ff, dtype=self.dtype, name="fc_1")(x), approximate=False)
+        h = gelu(nn.Dense(self.ff, dtype=self.dtype, name="fc_1")(x))
         h = nn.Dense(x.shape[-1], dtype=self.dtype, name="fc_2")(h)
         return layer_norm("ff_norm", self.dtype, BERT_EPS)(x + h)
 

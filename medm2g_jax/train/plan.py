@@ -31,6 +31,7 @@ from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES
 from medm2g_jax.model import init_group
+from medm2g_jax.nn import attention
 from medm2g_jax.stages import recipe
 from medm2g_jax.train import loop, results, run, sharding
 from medm2g_jax.train.device import activation_dtype
@@ -194,7 +195,8 @@ def compile_step(
     mesh = sharding.make_mesh(config.mesh, devices)
     began = time.time()
     step, arguments = abstract_step(config, vocab, mesh, absent=absent)
-    lowered = step.lower(*arguments)
+    with attention.traced_for("tpu"):
+        lowered = step.lower(*arguments)
     out = {"device": devices[0].device_kind, "trace": time.time() - began}
     out["frozen"] = sum(x.size for x in arguments[1].values())
     out["trained"] = sum(x.size for x in arguments[0].trainable.values())
