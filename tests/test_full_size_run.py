@@ -54,12 +54,13 @@ def test_three_steps(weights, run_root):
 
 def test_guided_samples(weights, run_root):
     """Text to X-ray as it is; text, CT and X-ray together from parameters stored in half precision."""
-    first = ["--config=configs/text_xray.py", "--config.steps=1", f"--workdir={run_root}"]
-    run(["medm2g_jax.main", *first, *FEW], weights)
-    make = ["medm2g_jax", "generate", "--out", str(run_root / "out"), "--model"]
+    root = run_root.with_name("two_rounds")
+    for name in ("text_xray", "text_ct"):
+        run(["medm2g_jax.main", f"--config=configs/{name}.py", "--config.steps=1", f"--workdir={root}", *FEW], weights)
+    make = ["medm2g_jax", "generate", "--out", str(root / "out"), "--model"]
     one = ["--given", "text=large mass in the left upper lung .", "--make", "xray", "--steps", "50"]
-    out, peak = run([*make, str(run_root / "text_xray"), *one], weights)
+    out, peak = run([*make, str(root / "text_xray"), *one], weights)
     assert "text -> xray: prompt tokens, guide tokens" in out and peak < 20
     both = ["--make", "text,ct,xray", "--steps", "4", "--dtype", "bfloat16"]
-    out, peak = run([*make, str(run_root), *both], weights)
+    out, peak = run([*make, str(root), *both], weights)
     assert "ct -> text: guide tokens" in out and peak < 20
