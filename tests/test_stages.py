@@ -98,7 +98,8 @@ class Bench:
     ],
 )
 def test_every_trainable_parameter_changes_and_the_loss_falls(data, target, words):
-    bench = Bench(data, target, words, lr=1e-2, warmup=0.0, steps=100, weight_decay=0.0)
+    lr = 3e-3 if target == "align" else 1e-2  # at 1e-2 alignment's loss wanders: 2.45, 2.56, 2.38, 2.49
+    bench = Bench(data, target, words, lr=lr, warmup=0.0, steps=100, weight_decay=0.0)
     first = bench.train(1)[1]["loss"]
     # V, f and the guides' keys get their first gradient once theta_c's output layer has left zero.
     state, metrics = bench.train(12)
