@@ -43,6 +43,16 @@ def test_attend_and_its_gradients_equal_torch(biased, causal, long, monkeypatch)
         assert oracles.relative_error(ours, x.grad) < 1e-5
 
 
+@pytest.mark.parametrize("long", [False, True])
+def test_large_scores_do_not_overflow(long, monkeypatch):
+    """Each query's greatest score, wherever it stands, is taken off before the exponential: exp(89) is infinite."""
+    monkeypatch.setattr(attention, "SCORES", 0 if long else 2**40)
+    q, k, v = 60 * draw(1, 256, 1, 8, seed=1), draw(1, 256, 1, 8, seed=2), draw(1, 256, 1, 8, seed=3)
+    theirs = (torch.tensor(np.asarray(x)).double().transpose(1, 2) for x in (q, k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(*theirs).transpose(1, 2)
+    np.testing.assert_allclose(attend(q, k, v), expected, atol=1e-4)
+
+
 def test_sources_of_different_length_weigh_the_same():
     """With equal keys, 4 text tokens get the attention mass of 16 image tokens: half each."""
     both = concat([context(jnp.zeros((1, 4, 8))), context(jnp.zeros((1, 16, 8)))])
