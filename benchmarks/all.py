@@ -3,6 +3,7 @@
 python -m benchmarks.all [--device=gpu --dtype=bfloat16] [--results=DIR]
 """
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -36,20 +37,31 @@ def report(results: dict) -> str:
     """The results in Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     malloc = " ".join(f"{name}={value}" for name, value in MALLOC.items())
-    return "\n\n".join(
-        [
-            f"# Benchmarks: {results['device']}, {results['dtype']}",
-            f"{results['date']}, {results['minutes']:.0f} minutes. {results['machine']}.\n{versions}.",
-            "`make bench` wrote this; `benchmarks/common.py` says what the columns are. Medians [least, most]; ratio: "
-            f"ours / torch, of interleaved pairs. Both run with `{malloc}`.",
-            table(results["tasks"]),
-            "## Start to first step",
-            startup.table(results["startup"]),
+    parts = [
+        f"# Benchmarks: {results['device']}, {results['dtype']}",
+        f"{results['date']}, {results['minutes']:.0f} minutes. {results['machine']}.\n{versions}.",
+        "`make bench` wrote this; `benchmarks/common.py` says what the columns are. Medians [least, most]; ratio: "
+        f"ours / torch, of interleaved pairs. Both run with `{malloc}`.",
+        table(results["tasks"]),
+    ]
+    if "startup" in results:
+        parts += ["## Start to first step", startup.table(results["startup"])]
+    if "where" in results:
+        parts += [
             "## Where the training step's time goes",
             "`benchmarks/profile.py` says how it is counted. torch is as installed, without the fast MKL.",
             profile.table(**results["where"]),
         ]
-    )
+    return "\n\n".join(parts)
+
+
+def write(results: dict, options: argparse.Namespace, begun: float) -> None:
+    """What there is so far: a run that is cut short keeps it."""
+    results["minutes"] = (time.monotonic() - begun) / 60
+    options.results.mkdir(parents=True, exist_ok=True)
+    name = f"{options.device}-{options.dtype}" + "-small" * options.small  # never in the place of real results
+    (options.results / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (options.results / f"{name}.md").write_text(report(results) + "\n")
 
 
 if __name__ == "__main__":
@@ -64,13 +76,13 @@ if __name__ == "__main__":
         "machine": machine(options.device),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in PACKAGES},
-        "tasks": [row for task in TASKS for row in measure(task, options)],
-        "startup": startup.measure(options),
-        "where": train_step.where(options),
+        "tasks": [],
     }
-    results["minutes"] = (time.monotonic() - begun) / 60
-    options.results.mkdir(parents=True, exist_ok=True)
-    name = f"{options.device}-{options.dtype}" + "-small" * options.small  # never in the place of real results
-    (options.results / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (options.results / f"{name}.md").write_text(report(results) + "\n")
+    for task in TASKS:
+        results["tasks"] += measure(task, options)
+        write(results, options, begun)
+    results["startup"] = startup.measure(options)
+    write(results, options, begun)
+    results["where"] = train_step.where(options)
+    write(results, options, begun)
     print(report(results))

@@ -90,7 +90,7 @@ def main(tasks: Sequence[Task], options: argparse.Namespace | None = None) -> No
 
 def environment(device: str, preload: str = "") -> dict[str, str]:
     """Of a process that is measured."""
-    env = os.environ | MALLOC | {"JAX_PLATFORMS": "cpu" if device == "cpu" else "cuda"}
+    env = os.environ | MALLOC | {"JAX_PLATFORMS": "cpu" if device == "cpu" else "cuda,cpu"}
     env["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.45"  # on a GPU jax otherwise leaves torch next to nothing
     env.pop("JAX_COMPILATION_CACHE_DIR", None)  # compile times are those without it
     return env | ({"LD_PRELOAD": preload} if preload else {})

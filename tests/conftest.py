@@ -1,12 +1,19 @@
-"""Tests run on 8 virtual CPU devices, with every jaxtyping annotation of the package checked at call time."""
+"""Tests run on 8 virtual CPU devices, with every jaxtyping annotation of the package checked at call time.
+
+MEDM2G_TEST_PLATFORM=cuda: on a GPU, for what is marked `gpu` and, in float32 that is not cut to TF32, `full`.
+"""
 
 import functools
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-# Level 0 halves the time of compiling, which is where these tests spend theirs.
-_FLAGS = " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _FLAGS
+PLATFORM = os.environ.get("MEDM2G_TEST_PLATFORM", "cpu")
+os.environ["JAX_PLATFORMS"] = PLATFORM
+if PLATFORM == "cpu":
+    # Level 0 halves the time of compiling, which is where these tests spend theirs.
+    _FLAGS = " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _FLAGS
+else:
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -21,7 +28,7 @@ import jax.numpy as jnp  # noqa: E402
 
 from medm2g_jax.train import device  # noqa: E402
 
-SHIPPED = device.CPU_OPTIONS
+SHIPPED = device.CPU_OPTIONS if PLATFORM == "cpu" else None
 device.CPU_OPTIONS = {}
 
 

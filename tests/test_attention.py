@@ -96,7 +96,7 @@ def test_a_row_without_any_token_is_absent_and_finite():
 def test_folding_the_bias_keeps_it_exact_in_half_precision(dtype):
     """Logits of the folded heads against logits plus bias; -log(272) rounds to a hundredth in bfloat16."""
     ctx = concat([context(jnp.zeros((1, 4, 8))), context(jnp.zeros((1, 272, 8)))])
-    q, k, v = (draw(1, n, 2, 24, seed=n, dtype=dtype) for n in (3, 276, 276))
+    q, k, v = (draw(1, n, 2, 24, seed=n, dtype=dtype) for n in (4, 276, 276))
     fq, fk, fv = fold_bias(q, k, v, ctx.bias)
     assert {x.shape[-1] for x in (fq, fk, fv)} == {32} and fq.dtype == dtype
     exact = jnp.float32
@@ -104,7 +104,7 @@ def test_folding_the_bias_keeps_it_exact_in_half_precision(dtype):
     def logits(a, b):
         return jnp.einsum("bnke,bmke->bknm", a.astype(exact), b.astype(exact)) * 24**-0.5
 
-    np.testing.assert_allclose(logits(fq, fk) - logits(q, k), jnp.broadcast_to(ctx.bias, (1, 2, 3, 276)), atol=2e-4)
+    np.testing.assert_allclose(logits(fq, fk) - logits(q, k), jnp.broadcast_to(ctx.bias, (1, 2, 4, 276)), atol=2e-4)
     assert (fv[..., 24:] == 0).all()
     assert fold_bias(q, k, v, None)[0].shape[-1] == 24
     # A masked token keeps no weight, in float16 too.
@@ -117,23 +117,36 @@ def test_gpus_get_cudnn_where_it_can_and_the_same_numbers(monkeypatch):
     plain = jax.nn.dot_product_attention
 
     def kernel(q, k, v, implementation, **kwargs):
+        """What jax asks of the arguments in training; tests/test_gpu.py has the kernel itself."""
         assert implementation == "cudnn" and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-        calls.append(q.shape[-1])
+        assert q.shape[1] % 2 == k.shape[1] % 2 == v.shape[1] % 2 == 0
+        calls.append((q.shape[1], k.shape[1], q.shape[-1]))
         return plain(q, k, v, implementation="xla", **kwargs)
 
-    def case(e, dtype):
-        q, k, v = (draw(2, n, 2, e, seed=n, dtype=dtype) for n in (3, 7, 7))
-        return attend(q, k, v, concat([context(jnp.zeros((2, n, 8))) for n in (2, 5)]).bias)
+    def case(n, sources, e, dtype, biased=True, causal=False):
+        m = sum(sources)
+        q, k, v = (draw(2, length, 2, e, seed=length, dtype=dtype) for length in (n, m, m))
+        bias = concat([context(jnp.zeros((2, some, 8))) for some in sources]).bias if biased else None
+        return attend(q, k, v, bias, causal)
 
-    sizes = [(40, jnp.bfloat16), (80, jnp.bfloat16), (160, jnp.bfloat16), (40, jnp.float32)]
-    expected = [case(*s) for s in sizes]
+    half = jnp.bfloat16
+    cases = {
+        (3, (2, 5), 40, half): (4, 8, 48),
+        (4, (2, 6), 80, half): (4, 8, 88),
+        (4, (7,), 64, half, False): (4, 8, 72),  # the eighth is masked
+        (7, (7,), 64, half, False, True): (8, 8, 64),  # causal: nobody sees it
+        (7, (7,), 64, half, True, True): (8, 8, 72),
+        (3, (2, 5), 160, half): None,  # SD's 160 and float32 go to XLA
+        (3, (2, 5), 40, jnp.float32): None,
+    }
+    expected = [case(*some) for some in cases]
     monkeypatch.setattr(attention.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(attention.jax.nn, "dot_product_attention", kernel)
-    for (e, dtype), want in zip(sizes, expected, strict=True):
-        got = case(e, dtype)
-        assert got.dtype == dtype and got.shape == want.shape
+    for some, want in zip(cases, expected, strict=True):
+        got = case(*some)
+        assert got.dtype == some[3] and got.shape == want.shape
         np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), atol=0.02)
-    assert calls == [48, 88]  # SD's 160 and float32 go to XLA
+    assert calls == [sizes for sizes in cases.values() if sizes]
 
 
 def test_programs_for_a_tpu_that_is_not_here_are_its_own():

@@ -26,6 +26,7 @@ from medm2g_jax.data.phantom_text import Findings, write
 from medm2g_jax.data.pipeline import Record
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES
+from medm2g_jax.train.device import host_device
 
 # Contrast: TR, TE, TI in ms (TI 0: no inversion), and the signal (a.u., PD of water = 1) shown as +1; 0 is -1.
 CONTRASTS = {
@@ -232,13 +233,5 @@ class Phantom:
         rows = self._rows[modality][chunk * self._chunk : (chunk + 1) * self._chunk]
         rows += rows[-1:] * (self._chunk - len(rows))  # one shape, one executable
         subjects = Subject(*map(np.stack, zip(*(subject(self.seed, i) for i in rows), strict=True)))
-        with jax.default_device(_cpu()):
+        with jax.default_device(host_device()):  # out of an accelerator's way, and the same pictures everywhere
             return np.asarray(_render(modality, subjects, self.seed, np.asarray(rows, np.uint32), self.size))
-
-
-def _cpu():
-    """Rendering stays out of an accelerator's way, and gives the same pictures everywhere."""
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
-        return None

@@ -76,12 +76,11 @@ def attend(
     """
     backend = TRACED_FOR.get() or jax.default_backend()
     if backend == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
-        folded = fold_bias(q, k, v, bias)
+        folded = fold_bias(q, k, v, bias, causal)
         if folded[0].shape[-1] <= 128:  # more is refused in training before Hopper; SD's 160 goes to XLA
-            out = jax.nn.dot_product_attention(
-                *folded, scale=q.shape[-1] ** -0.5, is_causal=causal, implementation="cudnn"
-            )
-            return out[..., : q.shape[-1]]
+            scale = q.shape[-1] ** -0.5
+            out = jax.nn.dot_product_attention(*folded, scale=scale, is_causal=causal, implementation="cudnn")
+            return out[:, : q.shape[1], :, : q.shape[-1]]
     if backend == "cpu":
         return _on_cpu(q, k, v, bias, causal)
     logits = jnp.einsum("bnke,bmke->bknm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
@@ -141,16 +140,19 @@ def fold_bias(
     k: Float[Array, "b m k e"],
     v: Float[Array, "b m k e"],
     bias: Float[Array, "b m"] | None,
-) -> tuple[Float[Array, "b n k f"], Float[Array, "b m k f"], Float[Array, "b m k f"]]:
+    causal: bool = False,
+) -> tuple[Float[Array, "b n2 k f"], Float[Array, "b m2 k f"], Float[Array, "b m2 k f"]]:
     """Carry the bias as two more features of the head: q has 1 1, k the bias (times sqrt(e)) and what rounding left.
 
-    cuDNN takes a bias as a full (b k n m) tensor in half precision, where log(272) is off by a hundredth, refuses odd
-    numbers of tokens with one (CLIP gives 77 and 257) and computes its gradient, which nobody wants. Head dims are
-    padded with zeros to the multiple of 8 that it asks for.
+    cuDNN takes a bias as a full (b k n m) tensor in half precision, where log(272) is off by a hundredth, and computes
+    its gradient, which nobody wants. What jax asks for in training is padded with zeros: head dims to a multiple of 8,
+    odd numbers of tokens (CLIP has 77 and 257) by one, masked where nothing else hides it.
     """
-    e = q.shape[-1]
-    extra = 0 if bias is None else 2
-    pad = [(0, 0)] * 3 + [(0, -(e + extra) % 8)]
+    m, e = k.shape[1], q.shape[-1]
+    if m % 2 and not (causal and bias is None):
+        bias = jnp.zeros((k.shape[0], m)) if bias is None else bias
+        bias = jnp.pad(bias, [(0, 0), (0, 1)], constant_values=MASKED)
+    q, k, v = (jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)]) for x in (q, k, v))
     if bias is not None:
         # At least -3e4, which float16 can hold and exp() turns into 0 all the same.
         exact = jnp.maximum(bias * e**0.5, -3e4)
@@ -160,4 +162,5 @@ def fold_bias(
         q = jnp.concatenate([q, jnp.ones((*q.shape[:3], 2), q.dtype)], axis=-1)
         k = jnp.concatenate([k, jnp.broadcast_to(features, (*k.shape[:3], 2))], axis=-1)
         v = jnp.pad(v, [(0, 0)] * 3 + [(0, 2)])
+    pad = [(0, 0)] * 3 + [(0, -q.shape[-1] % 8)]
     return jnp.pad(q, pad), jnp.pad(k, pad), jnp.pad(v, pad)

@@ -32,6 +32,14 @@ def activation_dtype(name: str, backend: str | None = None):
     return jnp.dtype(name).type
 
 
+def host_device() -> jax.Device | None:
+    """This process' CPU, which an accelerator's process has as well; None where JAX_PLATFORMS leaves it out."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
 @functools.cache
 def compiler_options() -> dict[str, str] | None:
     """Options for `jax.jit(..., compiler_options=)` on this backend, None where there are none or they are refused."""

@@ -61,6 +61,7 @@ FREE = (
     "remat",
 )
 FINISH_BATCHES = 8
+SLOW_START = 20  # seconds from which a stage says what it is waiting for
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,8 @@ def run_stage(
             state = State(**restored[0])
         step = int(state.step)
         log.open_at(step // config.accumulate, plan_eta)
+        if time.time() - began > SLOW_START:
+            log.say(f"  parameters in place after {time.time() - began:.0f} s; the first step compiles its program")
         held_out = _held_out(data, spec, config, mesh)
 
         def evaluate(state: State) -> float:

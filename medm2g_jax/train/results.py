@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -23,8 +24,9 @@ from medm2g_jax.convert import converted, weights
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES
 from medm2g_jax.model import MedM2G, build, init_group
+from medm2g_jax.nn.attention import traced_for
 from medm2g_jax.train import checkpoint
-from medm2g_jax.train.device import jit
+from medm2g_jax.train.device import host_device, jit
 
 
 @dataclass(frozen=True)
@@ -187,14 +189,27 @@ def stand_in(
 
 
 def fresh_params(init: Callable, key: Any, placed: Mapping[str, Any], dtype: Any = jnp.float32) -> Params:
-    """Those parameters that `placed` gives a sharding, of all that init(key) makes."""
+    """Those parameters that `placed` gives a sharding, of all that init(key) makes.
+
+    Accelerators are handed what the host has drawn: one seed gives the same values everywhere, and a GPU's compiler is
+    spared some thousand kernels that run once (of a full-size round: more than five minutes).
+    """
 
     def some(k):
         made = init(k)
         return {name: made[name].astype(dtype) for name in placed}
 
     # The hardware generator: its program compiles in a third of the time, and initial values need no more.
-    return jit(some, out_shardings=dict(placed))(jax.random.key(jax.random.bits(key), impl="unsafe_rbg"))
+    key = jax.random.key(jax.random.bits(key), impl="unsafe_rbg")
+    host = host_device()
+    if jax.default_backend() == "cpu" or host is None:
+        return jit(some, out_shardings=dict(placed))(key)
+    with jax.default_device(host), traced_for("cpu"):
+        made = jax.jit(some)(jax.device_put(key, host))
+    return {
+        name: jax.make_array_from_callback(made[name].shape, at, np.asarray(made.pop(name)).__getitem__)
+        for name, at in placed.items()
+    }
 
 
 def converted_params(
