@@ -47,23 +47,22 @@ def jit(request, monkeypatch):
 def agree(request, jit, record_property):
     """agree(net, run, theirs, *args): run(net, *args), a dict of arrays, is torch's dict of tensors `theirs`.
 
-    Each within a relative error of `limit`, ten times that at full size. There the largest is printed and, with `half`,
-    the same in bfloat16.
+    Each within a relative error of `limit`, ten times that at full size. There the largest is printed, and the same in
+    bfloat16.
     """
     import oracles
 
     full = jit is device.jit
 
-    def agree(net, run, theirs, *args, limit=1e-5, half=True):
+    def agree(net, run, theirs, *args, limit=1e-5):
         def largest(net):
             ours = jit(functools.partial(run, net))(*args)
             assert ours.keys() == theirs.keys()
             return max((oracles.relative_error(ours[name], theirs[name]), name) for name in theirs)
 
         errors = {"float32": largest(net)}
-        if full and half:
-            errors["bf16"] = largest(net.clone(dtype=jnp.bfloat16))
         if full:
+            errors["bf16"] = largest(net.clone(dtype=jnp.bfloat16))
             said = ", ".join(f"{dtype} {error:.1e} ({name})" for dtype, (error, name) in errors.items())
             record_property("relative error", said)
             print(f"\n{request.node.name}: relative error {said}")

@@ -1,5 +1,7 @@
 """Contexts in closed form, attention against torch."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,13 +142,22 @@ def test_gpus_get_cudnn_where_it_can_and_the_same_numbers(monkeypatch):
         (3, (2, 5), 40, jnp.float32): None,
     }
     expected = [case(*some) for some in cases]
+    gpu = SimpleNamespace(compute_capability="8.0")
     monkeypatch.setattr(attention.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(attention.jax, "local_devices", lambda: [gpu])
     monkeypatch.setattr(attention.jax.nn, "dot_product_attention", kernel)
+    attention._has_fused_kernel.cache_clear()
     for some, want in zip(cases, expected, strict=True):
         got = case(*some)
         assert got.dtype == some[3] and got.shape == want.shape
         np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), atol=0.02)
     assert calls == [sizes for sizes in cases.values() if sizes]
+    for older in ("7.5", "gfx942"):
+        gpu.compute_capability = older
+        attention._has_fused_kernel.cache_clear()
+        case(*next(iter(cases)))
+    assert len(calls) == len([sizes for sizes in cases.values() if sizes])
+    attention._has_fused_kernel.cache_clear()
 
 
 def test_programs_for_a_tpu_that_is_not_here_are_its_own():

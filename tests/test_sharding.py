@@ -16,6 +16,7 @@ from medm2g_jax.nn.image_vae import ImageVAE
 from medm2g_jax.nn.text_unet import TextUNet
 from medm2g_jax.nn.text_vae import TextVAE
 from medm2g_jax.nn.unet import UNet
+from medm2g_jax.train import results
 from medm2g_jax.train.sharding import (
     FSDP_MIN_ELEMENTS,
     RULES,
@@ -179,3 +180,20 @@ def test_check_batch_names_the_nearest():
             check_batch(bad, mesh)
     with pytest.raises(UserError, match="config.eval_rows=3 .*config.eval_rows=4$"):
         check_batch(3, mesh, "config.eval_rows")
+
+
+def test_accelerators_get_the_values_that_a_cpu_draws(monkeypatch):
+    def init(key):
+        a, b = jax.random.split(key)
+        return {"a/kernel": jax.random.normal(a, (64, 128)), "b/bias": jax.random.normal(b, (3,)), "c": jnp.zeros(9)}
+
+    mesh = mesh_of(fsdp=8)
+    placed = {name: param_sharding(name, shape, mesh) for name, shape in (("a/kernel", (64, 128)), ("b/bias", (3,)))}
+    one = {name: jax.sharding.SingleDeviceSharding(jax.devices()[0]) for name in placed}
+    expected = results.fresh_params(init, jax.random.key(3), one, jnp.bfloat16)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    made = results.fresh_params(init, jax.random.key(3), placed, jnp.bfloat16)
+    assert made.keys() == placed.keys() and made["a/kernel"].sharding.spec == P(None, "fsdp")
+    for name, values in made.items():
+        assert values.dtype == jnp.bfloat16 and values.sharding == placed[name]
+        np.testing.assert_array_equal(values, expected[name])

@@ -12,6 +12,7 @@ they are given while one executable serves them all.
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -71,11 +72,11 @@ def attend(
 ) -> Float[Array, "b n k e"]:
     """softmax(q k / sqrt(e) + bias) v per head, the softmax in float32; causal: query i sees keys 0 .. i.
 
-    cuDNN's fused kernel on GPUs in half precision; on CPU what suits its compiler (`_on_cpu`); else two einsums, as
-    `jax.nn.dot_product_attention` has them.
+    In half precision cuDNN's fused kernel on GPUs that have it; on CPU what suits its compiler (`_on_cpu`); else two
+    einsums, as `jax.nn.dot_product_attention` has them.
     """
     backend = TRACED_FOR.get() or jax.default_backend()
-    if backend == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
+    if backend == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and _has_fused_kernel():
         folded = fold_bias(q, k, v, bias, causal)
         if folded[0].shape[-1] <= 128:  # more is refused in training before Hopper; SD's 160 goes to XLA
             scale = q.shape[-1] ** -0.5
@@ -90,6 +91,14 @@ def attend(
         logits = jnp.where(jnp.tri(*logits.shape[-2:], dtype=bool), logits, MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("bknm,bmke->bnke", weights, v)
+
+
+@functools.cache
+def _has_fused_kernel() -> bool:
+    """Is this process' GPU one that cuDNN's kernel runs on: NVIDIA's from Ampere on, not T4 or V100, nor AMD's?"""
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    major = capability.partition(".")[0]
+    return major.isdigit() and int(major) >= 8
 
 
 def _on_cpu(q, k, v, bias, causal):

@@ -191,8 +191,7 @@ def stand_in(
 def fresh_params(init: Callable, key: Any, placed: Mapping[str, Any], dtype: Any = jnp.float32) -> Params:
     """Those parameters that `placed` gives a sharding, of all that init(key) makes.
 
-    Accelerators are handed what the host has drawn: one seed gives the same values everywhere, and a GPU's compiler is
-    spared some thousand kernels that run once (of a full-size round: more than five minutes).
+    Accelerators are handed what the host has drawn: their generators would each give other values for one seed.
     """
 
     def some(k):
