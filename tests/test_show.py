@@ -3,6 +3,7 @@
 import re
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from medm2g_jax.evaluate import report, show
 
@@ -12,6 +13,16 @@ def test_pairs_without_text_are_all_told_apart():
     image = np.zeros((5, 4, 4, 1), np.float32)
     batch = {"about": {"stream": {"mri": np.zeros(5, np.int32)}}, "ct": image, "mri": image}
     np.testing.assert_array_equal(show._classes(batch, None), np.arange(5))
+
+
+def test_slow_samples_say_how_far_they_are(monkeypatch, capsys):
+    now = iter([0.0, 30.0, 60.0, 90.0])
+    monkeypatch.setattr(show.time, "monotonic", lambda: next(now))
+    config = ConfigDict(dict(stage="text_ct", batch=16))  # 2 for each of 8 devices
+    made = show._in_parts(config, lambda part: part + 1, np.arange(5))
+    np.testing.assert_array_equal(made, np.arange(1, 6))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"  text_ct: {n} of 5 held-out records, {left} s left" for n, left in ((2, 45), (4, 15))]
 
 
 def test_the_report_puts_figures_between_floor_and_ceiling():

@@ -10,6 +10,7 @@ Numbers go to the stage's model.json, texts to texts.json, for the run's report;
 """
 
 import json
+import time
 from typing import Any
 
 import jax
@@ -33,8 +34,10 @@ from medm2g_jax.generate import Generator, Request
 from medm2g_jax.modality import MODALITIES, centre
 from medm2g_jax.model import MedM2G
 from medm2g_jax.train.device import jit
+from medm2g_jax.train.log import duration
 
 PICTURED = 8  # records in a picture
+SLOW = 20  # seconds from which samples say how far they are
 
 
 def show(*, config: ConfigDict, folder: epath.Path, model: MedM2G, params: Params, data, meta: dict, log) -> dict:
@@ -89,7 +92,13 @@ def _in_parts(config: ConfigDict, f: Any, batch: Any) -> Any:
     """f of a batch's rows, so many at a time as a device has of a train step; a list, or arrays (n ...)."""
     size = max(1, config.batch // jax.device_count())
     count = len(jax.tree.leaves(batch)[0])
-    parts = [f(jax.tree.map(lambda x, i=i: x[i : i + size], batch)) for i in range(0, count, size)]
+    parts, began = [], time.monotonic()
+    for i in range(0, count, size):
+        parts.append(f(jax.tree.map(lambda x, i=i: x[i : i + size], batch)))
+        done, seconds = min(i + size, count), time.monotonic() - began
+        if seconds > SLOW and done < count:
+            left = duration((count - done) * seconds / done)
+            print(f"  {config.stage}: {done} of {count} held-out records, {left} left", flush=True)
     return sum(parts, []) if isinstance(parts[0], list) else np.concatenate(parts)
 
 

@@ -247,6 +247,8 @@ def run_stage(
                 if last:
                     norms = {k.removeprefix("norm/gradient/"): v for k, v in values.items() if k.count("/") > 2}
                     log.say("  gradient norms: " + ", ".join(f"{k} {v:.3g}" for k, v in norms.items()))
+                    if time.time() - began > 10 * SLOW_START:
+                        log.say("  now the held-out loss and the stage's samples")
             if last or (config.eval_every and done % config.eval_every == 0):
                 saves.save(done, _as_dict(state), metric=evaluate(state))
             elif done % config.checkpoint_every == 0:
