@@ -60,7 +60,7 @@ def test_gradients_equal_diffusers(agree, size, seed):
         grads = jax.grad(lambda p: jnp.sum(net.apply(p, *inputs) ** 2))(params)
         return flatten_dict(grads["params"], sep="/")
 
-    agree(ours.clone(remat=True), run, theirs, params, *inputs, limit=1e-4)
+    agree(ours.clone(remat=True), run, theirs, params, *inputs, limit=1e-4, half=0.3)
 
 
 def test_full_size_is_stable_diffusion():
