@@ -2,7 +2,8 @@
 
     MEDM2G_TEST_PLATFORM=cuda python -m pytest -n 0 -s -m gpu
 
-The networks against torch's run there too, with `-m full` and the files named (tests/test_unet.py, tests/test_clip.py).
+The networks against torch's are meant to run there too, with `-m full` and the files named (tests/test_unet.py); not
+done yet.
 """
 
 import jax

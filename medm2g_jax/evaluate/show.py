@@ -34,10 +34,9 @@ from medm2g_jax.generate import Generator, Request
 from medm2g_jax.modality import MODALITIES, centre
 from medm2g_jax.model import MedM2G
 from medm2g_jax.train.device import jit
-from medm2g_jax.train.log import duration
+from medm2g_jax.train.log import SLOW, duration
 
 PICTURED = 8  # records in a picture
-SLOW = 20  # seconds from which samples say how far they are
 
 
 def show(*, config: ConfigDict, folder: epath.Path, model: MedM2G, params: Params, data, meta: dict, log) -> dict:

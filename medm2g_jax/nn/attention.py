@@ -12,7 +12,6 @@ they are given while one executable serves them all.
 
 import contextlib
 import contextvars
-import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -93,7 +92,6 @@ def attend(
     return jnp.einsum("bknm,bmke->bnke", weights, v)
 
 
-@functools.cache
 def _has_fused_kernel() -> bool:
     """Is this process' GPU one that cuDNN's kernel runs on: NVIDIA's from Ampere on, not T4 or V100, nor AMD's?"""
     capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))

@@ -29,6 +29,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 Images = Float[np.ndarray, "n h w c"] | Float[Array, "n h w c"]
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+SLOW = 20  # seconds from which a run says what it is doing, or how far it is
 _NOISY = ("absl", "jax", "orbax", "grain", "tensorboardX")
 
 

@@ -39,7 +39,7 @@ from medm2g_jax.model import salt
 from medm2g_jax.stages import Recipe, recipe
 from medm2g_jax.train import checkpoint, optim, results, sharding
 from medm2g_jax.train.device import activation_dtype, jit
-from medm2g_jax.train.log import Log, memory, versions
+from medm2g_jax.train.log import SLOW, Log, memory, versions
 from medm2g_jax.train.state import State, create, make_eval_step, make_train_step
 
 # What may differ between a stopped stage and the command that resumes it.
@@ -61,7 +61,6 @@ FREE = (
     "remat",
 )
 FINISH_BATCHES = 8
-SLOW_START = 20  # seconds from which a stage says what it is waiting for
 
 
 @dataclass(frozen=True)
@@ -211,8 +210,9 @@ def run_stage(
             state = State(**restored[0])
         step = int(state.step)
         log.open_at(step // config.accumulate, plan_eta)
-        if time.time() - began > SLOW_START:
-            log.say(f"  parameters in place after {time.time() - began:.0f} s; the first step compiles its program")
+        waited = time.time() - began
+        if waited > SLOW:
+            log.say(f"  parameters in place after {waited:.0f} s; the first step compiles its program")
         held_out = _held_out(data, spec, config, mesh)
 
         def evaluate(state: State) -> float:
@@ -247,7 +247,7 @@ def run_stage(
                 if last:
                     norms = {k.removeprefix("norm/gradient/"): v for k, v in values.items() if k.count("/") > 2}
                     log.say("  gradient norms: " + ", ".join(f"{k} {v:.3g}" for k, v in norms.items()))
-                    if time.time() - began > 10 * SLOW_START:
+                    if waited > SLOW:
                         log.say("  now the held-out loss and the stage's samples")
             if last or (config.eval_every and done % config.eval_every == 0):
                 saves.save(done, _as_dict(state), metric=evaluate(state))
