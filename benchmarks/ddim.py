@@ -21,10 +21,10 @@ def ours(options):
     import jax.numpy as jnp
 
     from benchmarks.ours import call, normal, params
+    from medm2g_jax.device import activation_dtype
     from medm2g_jax.diffusion import guide_eps, sampler_step, sampler_table
     from medm2g_jax.nn.attention import context
     from medm2g_jax.nn.unet import UNet
-    from medm2g_jax.train.device import activation_dtype
 
     sizes, side, steps = _sizes(options)
     net = UNet(**sizes, dtype=activation_dtype(options.dtype))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from medm2g_jax.train.device import activation_dtype, jit
+from medm2g_jax.device import activation_dtype, jit
 
 
 def params(module: nn.Module, *args: Any, dtype: str = "float32", **kwargs: Any) -> Any:

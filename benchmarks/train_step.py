@@ -25,10 +25,10 @@ def our_step(options):
     import optax
 
     from benchmarks.ours import normal, params
+    from medm2g_jax.device import activation_dtype, jit
     from medm2g_jax.diffusion import eps_loss
     from medm2g_jax.nn.attention import context
     from medm2g_jax.nn.unet import UNet
-    from medm2g_jax.train.device import activation_dtype, jit
 
     sizes, b, side = _sizes(options)
     net = UNet(**sizes, dtype=activation_dtype(options.dtype))

@@ -14,9 +14,9 @@ def ours(options):
     import jax.numpy as jnp
 
     from benchmarks.ours import call, normal, params
+    from medm2g_jax.device import activation_dtype
     from medm2g_jax.nn.attention import context
     from medm2g_jax.nn.unet import UNet
-    from medm2g_jax.train.device import activation_dtype
 
     sizes, side = _sizes(options)
     net = UNet(**sizes, dtype=activation_dtype(options.dtype))

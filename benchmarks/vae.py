@@ -19,8 +19,8 @@ def _sizes(options, method):
 
 def ours(options, method):
     from benchmarks.ours import call, normal, params
+    from medm2g_jax.device import activation_dtype
     from medm2g_jax.nn.image_vae import ImageVAE
-    from medm2g_jax.train.device import activation_dtype
 
     sizes, (side, channels) = _sizes(options, method)
     net = ImageVAE(**sizes, dtype=activation_dtype(options.dtype))

@@ -59,8 +59,12 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
+    from medm2g_jax import export
     from medm2g_jax.convert import run
 
+    if args.source == "export":
+        print(export.export(args.source_path, args.to, args.format, args.flow))
+        return
     run.convert(
         args.source,
         args.source_path,
@@ -69,14 +73,12 @@ def _convert(args: argparse.Namespace) -> None:
         context=args.context,
         bert=args.bert,
         gpt2=args.gpt2,
-        format=args.format,
-        flow=args.flow,
     )
 
 
 def _plan(args: argparse.Namespace) -> None:
+    from medm2g_jax import plan, run
     from medm2g_jax.main import read_config
-    from medm2g_jax.train import plan, run
 
     config = read_config([f"--config={args.config}", *args.overrides])
     workdir = args.workdir or run.default_workdir(config)

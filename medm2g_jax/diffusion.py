@@ -13,7 +13,6 @@ the same for DDIM (Song et al. 2021, Eq. 12; eta 0 is deterministic, 1 ancestral
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -89,14 +88,3 @@ def sampler_step(sampler: str, step: Steps, z: Latent, eps: Latent, noise: Laten
         mean = jnp.sqrt(a_next) * beta / (1 - a) * z0 + jnp.sqrt(a / a_next) * (1 - a_next) / (1 - a) * z
         return mean + (1 - step.last) * jnp.sqrt(beta) * noise
     raise UserError(f"sampler={sampler!r}: expected 'ddim' or 'ddpm'")
-
-
-def row_keys(key: Array, rows: int) -> Array:
-    """One key a global row: randomness is a function of (seed, step, row, stream), whatever the number of hosts."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
-
-
-def row_normal(keys: Array, like: Latent, salt: int) -> Latent:
-    """Standard normal of the shape of `like`, row by row, from each row's key and a salt that names the stream."""
-    draw = lambda k: jax.random.normal(jax.random.fold_in(k, salt), like.shape[1:], jnp.float32)  # noqa: E731
-    return jax.vmap(draw)(keys)

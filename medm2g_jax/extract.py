@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from medm2g_jax.align import HIGHEST
 from medm2g_jax.arrays import Image
-from medm2g_jax.diffusion import row_keys
+from medm2g_jax.keys import row_keys
 
 
 def invariant_loss(z1: Float[Array, "b d"], z2: Float[Array, "b d"], lambda_1: float = 0.0051) -> Float[Array, ""]:

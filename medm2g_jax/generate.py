@@ -22,13 +22,14 @@ from jaxtyping import Array
 
 from medm2g_jax.arrays import Params
 from medm2g_jax.data.text import Tokenizers
+from medm2g_jax.device import jit
 from medm2g_jax.diffusion import guide_eps, sampler_step, sampler_table
 from medm2g_jax.errors import UserError
+from medm2g_jax.keys import row_normal, salt
 from medm2g_jax.modality import MODALITIES, centre, split_stream
-from medm2g_jax.model import MedM2G, pooled_context, prompt_context, salt, under
+from medm2g_jax.model import MedM2G, pooled_context, prompt_context, under
 from medm2g_jax.nn.attention import Context, concat, mask
 from medm2g_jax.nn.text_vae import decode_greedy
-from medm2g_jax.train.device import jit
 
 PROMPTS = ("given", "none")
 GUIDES = ("trained", "all", "none")
@@ -187,8 +188,7 @@ def build_sampler(model: MedM2G, request: Request) -> Callable[..., dict[str, Ar
 
 
 def _noise(keys: Array, shape: tuple[int, ...], stream: str, what: str) -> Array:
-    s = salt(f"{what} {stream}")
-    return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, s), shape))(keys)
+    return row_normal(keys, shape, salt(f"{what} {stream}"))
 
 
 def _prompts(model: MedM2G, params: Params, request: Request, make, given, null, b) -> dict[str, Context]:

@@ -19,13 +19,13 @@ from medm2g_jax.convert import weights
 from medm2g_jax.convert.files import open_tensors
 from medm2g_jax.data import images
 from medm2g_jax.data.text import Tokenizers
-from medm2g_jax.diffusion import row_keys
+from medm2g_jax.device import activation_dtype, use_compilation_cache
 from medm2g_jax.errors import UserError
 from medm2g_jax.generate import Generated, Generator, Request, with_bridges
+from medm2g_jax.keys import row_keys
 from medm2g_jax.modality import MODALITIES, split_stream
 from medm2g_jax.model import MedM2G, build, init_group
 from medm2g_jax.train import checkpoint
-from medm2g_jax.train.device import activation_dtype, use_compilation_cache
 from medm2g_jax.train.results import group_fingerprint, tuples
 
 

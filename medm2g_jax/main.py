@@ -32,7 +32,8 @@ def main(argv: list[str]) -> None:
         # jax reads the address itself; number and rank only from launchers that it knows (Slurm, Open MPI, Cloud TPU).
         told = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
         jax.distributed.initialize(**{k: int(os.environ[v]) for k, v in told.items() if v in os.environ})
-    from medm2g_jax.train import loop, run
+    from medm2g_jax import run
+    from medm2g_jax.train import loop
 
     try:
         run.run(_CONFIG.value, _WORKDIR.value)

@@ -11,7 +11,6 @@ Freezing, sharding, conversion and loading are comprehensions over these names. 
 and unflattened, and where a kind picks its classes (`FAMILIES`).
 """
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float
 
 from medm2g_jax.arrays import Latent, Params, Times
+from medm2g_jax.keys import salt
 from medm2g_jax.modality import MODALITIES, Modality
 from medm2g_jax.nn.attention import Context, concat, context, mask
 from medm2g_jax.nn.clip import CLIPText, CLIPVision, Encoded, clip_pixels
@@ -54,11 +54,6 @@ def init(module: nn.Module, prefix: str, key: Array, *args, **kwargs) -> Params:
     """
     tree = module.init(jax.random.fold_in(key, salt(prefix.partition("/")[2])), *args, **kwargs)["params"]
     return {f"{prefix}/{name}": value for name, value in flatten_dict(tree, sep="/").items()}
-
-
-def salt(name: str) -> int:
-    """A stable number for a name, to fold into a key."""
-    return zlib.crc32(name.encode()) & 0x7FFFFFFF
 
 
 # --- what a kind picks ----------------------------------------------------------------------------------------------

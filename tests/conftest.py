@@ -26,7 +26,7 @@ install_import_hook("medm2g_jax", "beartype.beartype")
 
 import jax.numpy as jnp  # noqa: E402
 
-from medm2g_jax.train import device  # noqa: E402
+from medm2g_jax import device  # noqa: E402
 
 SHIPPED = device.CPU_OPTIONS if PLATFORM == "cpu" else None
 device.CPU_OPTIONS = {}

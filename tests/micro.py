@@ -81,7 +81,7 @@ def train(script: str, *arguments: str, seconds: float = 500) -> str:
 if __name__ == "__main__":
     from absl import flags
 
-    from medm2g_jax.train import device, run
+    from medm2g_jax import device, run
 
     flags.FLAGS.mark_as_parsed()
     device.CPU_OPTIONS = {}

@@ -5,10 +5,9 @@ import sys
 from absl import flags
 from micro import micro
 
-from medm2g_jax import modality
-from medm2g_jax.data.phantom import Phantom
-from medm2g_jax.data.pipeline import Record
-from medm2g_jax.train import device, run
+from medm2g_jax import device, modality, run
+from medm2g_jax.data.phantom.render import Phantom
+from medm2g_jax.data.source import Record
 
 modality.register(modality.Modality("pet", "image", "PET", window=(0.0, 10.0), unit="SUV", dicom="PT"))
 
@@ -16,7 +15,8 @@ modality.register(modality.Modality("pet", "image", "PET", window=(0.0, 10.0), u
 class PetSource:
     """Text and PET of the phantom's subjects: the CT slice stands in for an uptake image."""
 
-    name, open = "phantom", True
+    name, open = "pet", True
+    labeller = labels = None
 
     def __init__(self, size: int):
         self.phantom = Phantom(size=size, seed=0, train=48, val=12, test=4, pairs=(("text", "ct"),))

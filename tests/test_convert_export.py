@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from test_convert_sd import values
 from test_convert_text import IDS, bert_gpt2, optimus_state  # noqa: F401  a fixture
 
+from medm2g_jax import export
 from medm2g_jax.cli import main
-from medm2g_jax.convert import clip, converted, export, optimus, stable_diffusion
+from medm2g_jax.convert import clip, converted, optimus, stable_diffusion
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.errors import UserError
 

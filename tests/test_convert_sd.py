@@ -284,7 +284,7 @@ def test_full_size_takes_seconds_and_little_memory(tmp_path):
 def test_safetensors_need_no_torch(folder, tmp_path):
     program = (
         "import sys; sys.modules.update(torch=None, diffusers=None, transformers=None); from pathlib import Path; "
-        "from medm2g_jax.convert import export, stable_diffusion; "
+        "from medm2g_jax import export; from medm2g_jax.convert import stable_diffusion; "
         f"stable_diffusion.convert(Path({str(folder[0])!r}), Path({str(tmp_path / 'w')!r})); "
         f"export.export(Path({str(tmp_path / 'w')!r}), Path({str(tmp_path / 'out')!r}), 'diffusers')"
     )

@@ -16,11 +16,12 @@ from test_convert_text import optimus_state
 from test_text_unet import torch_text_unet
 
 import medm2g_jax
-from medm2g_jax.convert import clip, converted, export, optimus, stable_diffusion, weights
+from medm2g_jax import export, run
+from medm2g_jax.convert import clip, converted, optimus, stable_diffusion, weights
 from medm2g_jax.convert.files import open_tensors
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.errors import UserError
-from medm2g_jax.train import checkpoint, loop, results, run, sharding
+from medm2g_jax.train import checkpoint, loop, results, sharding
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 WORDS = ["findings : no mass . heart size is normal .", "impression : effusion in the left lower lung ."]

@@ -13,12 +13,12 @@ from micro import micro, train
 
 import medm2g_jax
 from medm2g_jax import rounds
+from medm2g_jax.device import jit
 from medm2g_jax.errors import UserError
 from medm2g_jax.generate import build_sampler, with_bridges
 from medm2g_jax.loading import load, newest_round
 from medm2g_jax.model import init_group
 from medm2g_jax.train import checkpoint, results
-from medm2g_jax.train.device import jit
 
 REPORT = "findings : large mass in the left upper lung . heart size is normal . impression : large left upper mass ."
 

@@ -14,8 +14,9 @@ import pytest
 from etils import epath
 from micro import NET, micro
 
+from medm2g_jax import run
 from medm2g_jax.errors import UserError
-from medm2g_jax.train import checkpoint, loop, run
+from medm2g_jax.train import checkpoint, loop
 
 HERE = Path(__file__).parent
 STAGE = "ldm_xray"  # image_vae, align_text_xray, ldm_xray: three stages, one of each cheap kind

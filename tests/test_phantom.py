@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from scipy.integrate import solve_ivp
 
-from medm2g_jax.data import phantom
-from medm2g_jax.data.phantom import Phantom
-from medm2g_jax.data.phantom_body import TISSUES, Subject, hounsfield, subject, tissues
-from medm2g_jax.data.phantom_text import KINDS, parse
-from medm2g_jax.data.pipeline import Source
+from medm2g_jax.data.phantom import render as phantom
+from medm2g_jax.data.phantom.body import TISSUES, Subject, hounsfield, subject, tissues
+from medm2g_jax.data.phantom.render import Phantom
+from medm2g_jax.data.phantom.report import KINDS, parse
+from medm2g_jax.data.source import Source
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES
 

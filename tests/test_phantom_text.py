@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from medm2g_jax.data import phantom_text as pt
-from medm2g_jax.data.phantom_text import Findings
+from medm2g_jax.data.phantom import report as pt
+from medm2g_jax.data.phantom.report import Findings
 
 LESIONS = [Findings(*f) for f in itertools.product(pt.KINDS[1:], pt.SIDES, pt.SIZES, pt.LEVELS, (False, True))]
 EVERY = LESIONS + [Findings("none", cardiomegaly=c) for c in (False, True)]

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from medm2g_jax.data import pipeline
-from medm2g_jax.data.pipeline import Record, Rows, batches, fixed, matching, texts
-from medm2g_jax.data.readers import Manifest
+from medm2g_jax.data.manifest import Manifest
+from medm2g_jax.data.pipeline import Rows, batches, fixed, matching, texts
+from medm2g_jax.data.source import Record
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.errors import UserError
 
@@ -224,7 +225,7 @@ def test_throughput(tokenizers):
 
 
 def test_importing_the_pipeline_is_light():
-    code = "import sys, medm2g_jax.data.pipeline, medm2g_jax.data.readers; print([m for m in ('torch', 'tensorflow', "
+    code = "import sys, medm2g_jax.data.pipeline, medm2g_jax.data.manifest; print([m for m in ('torch', 'tensorflow', "
     code += "'transformers', 'tensorflow_datasets') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

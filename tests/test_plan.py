@@ -13,12 +13,12 @@ import pytest
 from etils import epath
 from micro import micro
 
-from medm2g_jax import rounds
+from medm2g_jax import plan, rounds, run
 from medm2g_jax.config import get_config
 from medm2g_jax.errors import UserError
 from medm2g_jax.main import read_config
-from medm2g_jax.stages import recipe
-from medm2g_jax.train import loop, plan, results, run, sharding
+from medm2g_jax.recipes import recipe
+from medm2g_jax.train import loop, results, sharding
 
 HERE = Path(__file__).parent
 LIBTPU = Path(os.environ.get("MEDM2G_LIBTPU_PYTHON") or plan.ROOT / ".venv-tpu" / "bin" / "python")

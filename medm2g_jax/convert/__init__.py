@@ -1,9 +1,10 @@
-"""Published weights in and out: `medm2g convert` (section 4: the paper starts from SD-1.5, CLIP, Versatile Diffusion).
+"""Published weights in: `medm2g convert` (section 4: the paper starts from SD-1.5, CLIP, Versatile Diffusion).
 
     files             tensors of a file or folder, one at a time, and the folder that a conversion writes
     rules             the two-way table engine: every key consumed exactly once, or an error that lists what is wrong
     unet, stable_diffusion, clip, optimus     tables and sources
     prompt_in         what lets Stable Diffusion read prompts of the shared space
     weights           a converted folder -> parameters of a group, placed on a mesh
-    export            from ours, or from a trained run, to what other tools read
+
+The way back out is `medm2g_jax.export`.
 """

@@ -22,12 +22,12 @@ from medm2g_jax.convert.captions import captions
 from medm2g_jax.convert.converted import Converted
 from medm2g_jax.convert.files import Output, write_safetensors
 from medm2g_jax.data import text as tokenization
+from medm2g_jax.device import jit
 from medm2g_jax.errors import UserError
 from medm2g_jax.model import under
 from medm2g_jax.nn.attention import context
 from medm2g_jax.nn.clip import CLIPText
 from medm2g_jax.nn.unet import UNet
-from medm2g_jax.train.device import jit
 
 COUNT, HELD_OUT = 320, 64
 LAMBDAS = tuple(10.0**k for k in range(-10, 3))  # times the mean of the diagonal of x'x

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from medm2g_jax.convert import clip, converted, export, optimus, prompt_in, stable_diffusion
+from medm2g_jax.convert import clip, converted, optimus, prompt_in, stable_diffusion
 from medm2g_jax.errors import UserError
 
 
@@ -15,8 +15,6 @@ def convert(
     context: str = "image",
     bert: str | None = None,
     gpt2: str | None = None,
-    format: str | None = None,
-    flow: str | None = None,
 ) -> None:
     """Convert and print a summary. Arguments: see `medm2g convert --help`.
 
@@ -33,15 +31,12 @@ def convert(
         raise UserError(f"medm2g convert {source} needs --from PATH, the file or folder to read")
     if not Path(path).exists():
         raise UserError(f"--from {path}: no such file or folder")
-    if source == "export" and format is None:
-        raise UserError(f"medm2g convert export needs --as, one of {', '.join(export.FORMATS)}")
     made = {
         "sd15": lambda: stable_diffusion.convert(Path(path), Path(to), weights),
         "clip": lambda: clip.convert(Path(path), Path(to)),
         "vd": lambda: optimus.convert_vd(Path(path), Path(to), context),
         "optimus": lambda: optimus.convert_optimus(Path(path), Path(to), bert, gpt2),
         "bert-gpt2": lambda: optimus.convert_bert_gpt2(Path(path), Path(to), gpt2),
-        "export": lambda: export.export(Path(path), Path(to), format, flow),
     }[source]()
     print(made)
     if "OpenRAIL" in made.licence:

@@ -19,14 +19,15 @@ A batch:
 import functools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import grain
 import numpy as np
 from jaxtyping import Int
 
+from medm2g_jax.data.source import Record, Source
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES
@@ -34,30 +35,6 @@ from medm2g_jax.modality import MODALITIES
 Batch = dict[str, Any]
 ENDLESS = 2**62  # rows
 BARE = 0.2  # share of rows whose contrast is not stated, of records where it could be
-
-
-@dataclass(frozen=True)
-class Record:
-    """One study: what there is to read of it. Splits are by subject."""
-
-    id: str
-    subject: str
-    split: str
-    streams: tuple[str, ...]
-    licence: str = ""
-
-
-@runtime_checkable
-class Source(Protocol):
-    """A data set. `open`: its images and texts may be shown in logs."""
-
-    name: str
-    open: bool
-    records: Sequence[Record]
-
-    def read(self, index: int, stream: str, rng: np.random.Generator) -> np.ndarray | str:
-        """A text, or an image float32 (size size 1) in [-1, 1]; `rng` draws a paraphrase, or an unstated contrast."""
-        ...
 
 
 @dataclass(frozen=True)

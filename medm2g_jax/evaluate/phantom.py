@@ -26,8 +26,8 @@ from scipy.stats import binomtest
 
 from medm2g_jax import rounds
 from medm2g_jax.arrays import Params
-from medm2g_jax.data.phantom import Phantom
-from medm2g_jax.data.phantom_text import finding_f1, write
+from medm2g_jax.data.phantom.render import Phantom
+from medm2g_jax.data.phantom.report import finding_f1, write
 from medm2g_jax.diffusion import add_noise, eps_loss
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.probes import as_indices, train_probe
@@ -35,7 +35,7 @@ from medm2g_jax.loading import Model, load
 from medm2g_jax.modality import MODALITIES, centre
 from medm2g_jax.model import prompt_context
 from medm2g_jax.nn.attention import mask
-from medm2g_jax.stages import EVAL_TIMES
+from medm2g_jax.recipes import EVAL_TIMES
 
 PROBE_SUBJECTS = 4000
 CHUNK = 100  # samples generated at a time

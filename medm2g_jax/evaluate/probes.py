@@ -13,8 +13,8 @@ import optax
 from flax import linen as nn
 from jaxtyping import Float
 
-from medm2g_jax.data.phantom_text import KINDS, LEVELS, SIDES, SIZES, Findings
-from medm2g_jax.train.device import compiler_options
+from medm2g_jax.data.phantom.report import KINDS, LEVELS, SIDES, SIZES, Findings
+from medm2g_jax.device import compiler_options
 
 FIELDS = {"kind": KINDS, "side": SIDES, "size": SIZES, "level": LEVELS, "cardiomegaly": (False, True)}
 STEPS, BATCH, LR = 500, 64, 3e-3

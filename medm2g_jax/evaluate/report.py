@@ -8,7 +8,7 @@ import json
 from etils import epath
 
 from medm2g_jax import rounds
-from medm2g_jax.data.phantom_text import compare, parse
+from medm2g_jax.data.phantom.report import compare, parse
 from medm2g_jax.evaluate.pictures import SYNTHETIC
 from medm2g_jax.train import checkpoint
 

@@ -25,15 +25,15 @@ from medm2g_jax.align import info_nce, retrieval_at_1
 from medm2g_jax.arrays import Params
 from medm2g_jax.autoencode import psnr
 from medm2g_jax.config import stage_graph
-from medm2g_jax.data.phantom_text import finding_f1, parse, swap_side
+from medm2g_jax.data.phantom.report import finding_f1, parse, swap_side
 from medm2g_jax.data.pipeline import Rows
-from medm2g_jax.diffusion import row_keys
+from medm2g_jax.device import jit
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.pictures import grid
 from medm2g_jax.generate import Generator, Request
+from medm2g_jax.keys import row_keys
 from medm2g_jax.modality import MODALITIES, centre
 from medm2g_jax.model import MedM2G
-from medm2g_jax.train.device import jit
 from medm2g_jax.train.log import SLOW, duration
 
 PICTURED = 8  # records in a picture

@@ -33,12 +33,13 @@ from ml_collections import ConfigDict
 from medm2g_jax.arrays import Params
 from medm2g_jax.config import stage_config
 from medm2g_jax.data import pipeline
+from medm2g_jax.data.source import Source
 from medm2g_jax.data.text import Tokenizers
+from medm2g_jax.device import activation_dtype, jit
 from medm2g_jax.errors import UserError
-from medm2g_jax.model import salt
-from medm2g_jax.stages import Recipe, recipe
+from medm2g_jax.keys import salt
+from medm2g_jax.recipes import Recipe, recipe
 from medm2g_jax.train import checkpoint, optim, results, sharding
-from medm2g_jax.train.device import activation_dtype, jit
 from medm2g_jax.train.log import SLOW, Log, memory, versions
 from medm2g_jax.train.state import State, create, make_eval_step, make_train_step
 
@@ -67,7 +68,7 @@ FINISH_BATCHES = 8
 class Data:
     """The source of a run and what reads its texts."""
 
-    source: pipeline.Source
+    source: Source
     tokenizers: Tokenizers
     lengths: dict[str, int]
     size: int

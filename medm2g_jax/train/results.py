@@ -21,12 +21,12 @@ from medm2g_jax import rounds
 from medm2g_jax.arrays import Params
 from medm2g_jax.config import stage_graph
 from medm2g_jax.convert import converted, weights
+from medm2g_jax.device import host_device, jit
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES
 from medm2g_jax.model import MedM2G, build, init_group
 from medm2g_jax.nn.attention import traced_for
 from medm2g_jax.train import checkpoint
-from medm2g_jax.train.device import host_device, jit
 
 
 @dataclass(frozen=True)

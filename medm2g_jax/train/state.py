@@ -15,7 +15,7 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from medm2g_jax.arrays import Params
-from medm2g_jax.stages import Recipe, weighted
+from medm2g_jax.recipes import Recipe, weighted
 
 
 class State(NamedTuple):

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medm2g_jax.data.pipeline import Rows, Source, batches, fixed, matching
-from medm2g_jax.data.readers import Manifest, is_open, open_source, stream_of
+from medm2g_jax.data.manifest import Manifest
+from medm2g_jax.data.open import open_source
+from medm2g_jax.data.pipeline import Rows, batches, fixed, matching
+from medm2g_jax.data.source import Source, is_open, stream_of
 from medm2g_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -233,7 +235,7 @@ def prepared(tmp_path_factory):
 
 
 def test_tfds_gives_back_what_was_stored(prepared):
-    from medm2g_jax.data.tfds_reader import Tfds
+    from medm2g_jax.data.tfds import Tfds
 
     source = Tfds("small", 8, data_dir=prepared)
     assert isinstance(source, Source) and not source.open
@@ -252,7 +254,7 @@ def test_tfds_gives_back_what_was_stored(prepared):
 
 
 def test_tfds_with_a_map_of_features(prepared):
-    from medm2g_jax.data.tfds_reader import Tfds
+    from medm2g_jax.data.tfds import Tfds
 
     source = Tfds("small", 8, {"other": "xray"}, {"validation": "test"}, prepared)
     assert [(r.split, r.streams) for r in source.records] == [("test", ("xray",))] * 2  # 6 and 8; 7 has none
@@ -262,7 +264,7 @@ def test_tfds_with_a_map_of_features(prepared):
 
 
 def test_tfds_errors(prepared):
-    from medm2g_jax.data.tfds_reader import Tfds
+    from medm2g_jax.data.tfds import Tfds
 
     with pytest.raises(UserError, match="tfds:nope: Dataset nope not found"):
         Tfds("nope", 8, data_dir=prepared)

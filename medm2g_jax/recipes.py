@@ -29,10 +29,11 @@ from medm2g_jax.arrays import Params
 from medm2g_jax.autoencode import kl_per_dimension, token_cross_entropy
 from medm2g_jax.config import stage_graph
 from medm2g_jax.data.pipeline import Rows
-from medm2g_jax.diffusion import T, add_noise, eps_loss, row_keys, row_normal
+from medm2g_jax.diffusion import T, add_noise, eps_loss
 from medm2g_jax.extract import invariant_loss, view
+from medm2g_jax.keys import row_keys, row_normal, row_uniform
 from medm2g_jax.modality import MODALITIES, centre, of_kind
-from medm2g_jax.model import MedM2G, apply, init, init_group, prompt_context, salt
+from medm2g_jax.model import MedM2G, apply, init, init_group, prompt_context
 
 EVAL_TIMES = tuple(range(T // 20, T, T // 10))  # 50, 150, ..., 950: held-out eps loss is their mean
 
@@ -81,7 +82,7 @@ def _autoencoder(config: ConfigDict, model: MedM2G, stage: rounds.Stage, gpt2_pa
     def features(params: Params, prepared):
         x, keys = prepared
         mean, logvar = model.posterior(params, kind, x)
-        z = mean + jnp.exp(0.5 * logvar) * row_normal(keys, mean, 0)
+        z = mean + jnp.exp(0.5 * logvar) * row_normal(keys, mean.shape[1:], 0)
         if text:
             return (
                 mean,
@@ -181,16 +182,12 @@ def null_prompt(model: MedM2G, params: Params, empty: Mapping) -> Array:
 
 def _noised(keys: Array, z0: Mapping[str, Array], t: Array) -> tuple[dict, dict]:
     """(eps, z_t) of each modality, one time a row for all of them."""
-    eps = {m: row_normal(keys, z, i) for i, (m, z) in enumerate(z0.items())}
+    eps = {m: row_normal(keys, z.shape[1:], i) for i, (m, z) in enumerate(z0.items())}
     return eps, {m: add_noise(z, t, eps[m]) for m, z in z0.items()}
 
 
-def _uniform(keys: Array, name: str) -> Array:
-    return jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, salt(name))))(keys)
-
-
 def _times(keys: Array, t: Array | None) -> Array:
-    drawn = jnp.minimum((_uniform(keys, "t") * T).astype(jnp.int32), T - 1)
+    drawn = jnp.minimum((row_uniform(keys, "t") * T).astype(jnp.int32), T - 1)
     return drawn if t is None else jnp.full_like(drawn, t)
 
 
@@ -207,7 +204,7 @@ def _single_flow(config: ConfigDict, model: MedM2G, stage: rounds.Stage, gpt2_pa
         keys = row_keys(key, z0[target].shape[0])
         times = _times(keys, t)
         eps, z_t = _noised(keys, z0, times)
-        keep = _uniform(keys, "drop_prompt") >= config.drop_prompt
+        keep = row_uniform(keys, "drop_prompt") >= config.drop_prompt
         about = batch["about"]
         given = {
             m: (model.flows[m].prompt(frozen, about["prompt"][m]).tokens, keep & about["present"][m]) for m in prompts
@@ -260,14 +257,14 @@ def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, gpt2_pad: int
         times = _times(keys, t)
         eps, z_t = _noised(keys, z0, times)
         # One draw a row serves both flows: translation (clean source) or joint generation (source at the same t).
-        clean = _uniform(keys, "clean") < config.clean
+        clean = row_uniform(keys, "clean") < config.clean
         if t is not None:  # held out: always translation
             clean = jnp.ones_like(clean)
         source_t = jnp.where(clean, 0, times)
         source_z = {m: jnp.where(clean.reshape(-1, *(1,) * (z.ndim - 1)), z, z_t[m]) for m, z in z0.items()}
         prompts = {}
         for i, m in enumerate(stage.subjects):
-            keep = _uniform(keys, f"drop_prompt/{i}") >= config.drop_prompt
+            keep = row_uniform(keys, f"drop_prompt/{i}") >= config.drop_prompt
             other = partner[m]
             if config.drop_prompt >= 1:
                 null = frozen["null/tokens"]

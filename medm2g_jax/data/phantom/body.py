@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from medm2g_jax.data.phantom_text import KINDS, LEVELS, SIZES, Findings
+from medm2g_jax.data.phantom.report import KINDS, LEVELS, SIZES, Findings
 
 # Tissue: HU, PD, T1 ms, T2 ms at 1.5 T.
 TISSUES = {

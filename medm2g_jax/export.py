@@ -44,7 +44,7 @@ class Source:
     left: tuple[str, ...] = ()  # what has no place in the format
 
 
-def export(source: Path, to: Path, format: str, flow: str | None = None) -> Summary:
+def export(source: str | Path | None, to: str | Path, format: str | None, flow: str | None = None) -> Summary:
     """Write `to` in one of FORMATS.
 
     Args:
@@ -54,6 +54,13 @@ def export(source: Path, to: Path, format: str, flow: str | None = None) -> Summ
     Raises:
       UserError: nothing there, or the format needs what it does not have; nothing is written then.
     """
+    if source is None:
+        raise UserError("medm2g convert export needs --from PATH, a run or a folder of converted weights")
+    source, to = Path(source), Path(to)
+    if not source.exists():
+        raise UserError(f"--from {source}: no such file or folder")
+    if format is None:
+        raise UserError(f"medm2g convert export needs --as, one of {', '.join(FORMATS)}")
     if format not in FORMATS:
         raise UserError(f"--as {format}: expected one of {', '.join(FORMATS)}")
     began = time.time()
@@ -382,9 +389,7 @@ def _whole(source: Path, to: Path) -> tuple[int, int, tuple[str, ...]]:
     root = Path(locate(str(source)))
     model = load(str(root))
     params = {n: v for n, v in model.generator.params.items() if not n.startswith("null/")}
-    made = {
-        n: Output(tuple(v.shape), np.dtype(v.dtype), lambda v=v: np.asarray(v)) for n, v in sorted(params.items())
-    }
+    made = {n: Output(tuple(v.shape), np.dtype(v.dtype), lambda v=v: np.asarray(v)) for n, v in sorted(params.items())}
     meta = json.loads(json.dumps(model.meta))
     meta["shared"]["weights"] = ""  # it needs none
     licences = tuple(meta["licences"])

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from micro import micro
 
-from medm2g_jax import rounds
+from medm2g_jax import device, rounds
 from medm2g_jax.config import text_lengths
 from medm2g_jax.data import pipeline
-from medm2g_jax.data.phantom import Phantom
+from medm2g_jax.data.phantom.render import Phantom
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.model import init_group
 from medm2g_jax.nn.attention import context
-from medm2g_jax.stages import Recipe, recipe
-from medm2g_jax.train import device, optim, results, sharding
+from medm2g_jax.recipes import Recipe, recipe
+from medm2g_jax.train import optim, results, sharding
 from medm2g_jax.train.loop import Data
 from medm2g_jax.train.state import create, make_eval_step, make_train_step
 

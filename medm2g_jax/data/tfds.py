@@ -11,8 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from medm2g_jax.data import images
-from medm2g_jax.data.pipeline import Record
-from medm2g_jax.data.readers import check_subjects, is_open, stream_of
+from medm2g_jax.data.source import Record, check_subjects, is_open, stream_of
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES
 
@@ -21,6 +20,8 @@ SPLITS = {"train": "train", "validation": "val", "val": "val", "test": "test"}
 
 class Tfds:
     """A `Source` over one TFDS data set. Opening it reads every example once, images not decoded."""
+
+    labeller = labels = None
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Data that a user brings: manifest folders, and the way from a data spec to its source.
+"""Data that a user brings: manifest folders.
 
 A manifest folder holds `manifest.jsonl`, one JSON object a line:
 
@@ -11,9 +11,8 @@ are taken as windowed already, 0 as -1 and 255 as +1.
 """
 
 import json
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,26 +20,12 @@ import numpy as np
 from absl import logging
 
 from medm2g_jax.data import images
-from medm2g_jax.data.pipeline import Record, Source
+from medm2g_jax.data.source import SPLITS, Record, check_subjects, is_open, stream_of
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES
 
-SPLITS = ("train", "val", "test")
 FORMATS = (".png", ".jpg", ".jpeg")
 MEMORY = 2 * 2**30  # bytes of decoded images kept; what goes beyond is decoded anew each time
-
-_OPEN = re.compile(r"(cc[ -]by|cc[ -]?0|apache|mit|bsd|public domain|synthetic)\b", re.IGNORECASE)
-
-
-def stream_of(key: str) -> str | None:
-    """The stream meant by an image key or a feature's name, "mri_t2" -> "mri:t2"; None where there is none."""
-    stream = {"mri_t1gd": "mri_t1ce"}.get(key, key).replace("_", ":", 1)
-    return stream if any(stream in modality.streams for modality in MODALITIES.values()) else None
-
-
-def is_open(licence: str) -> bool:
-    """Whether pictures and texts under `licence` may be shown in logs: only where it begins with an open licence."""
-    return bool(_OPEN.match(licence.strip()))
 
 
 class _Row(NamedTuple):
@@ -57,6 +42,8 @@ class _Row(NamedTuple):
 
 class Manifest:
     """A `Source` over one manifest folder, or over the manifest folders in one folder."""
+
+    labeller = labels = None
 
     def __init__(self, path: str | Path, size: int, template_text: bool = False):
         """Open `path`; images are padded to a square and resized to `size`.
@@ -172,24 +159,6 @@ def _checked(where: str, folder: Path, row: Any) -> _Row:
     return _Row(where, folder, str(row["id"]), str(row["subject"]), row["split"], files, text.strip(), origin, licence)
 
 
-def check_subjects(name: str, places: Iterable[tuple[str, str, str]]) -> None:
-    """Hold each subject to one split; `places` are (subject, split, where it stands).
-
-    Raises:
-      UserError: subjects are in several; says how many and where the first is, not who.
-    """
-    seen: dict[str, dict[str, str]] = {}
-    for subject, split, where in places:
-        seen.setdefault(subject, {}).setdefault(split, where)
-    split_up = [splits for splits in seen.values() if len(splits) > 1]
-    if split_up:
-        first = " and ".join(f"{split} at {where}" for split, where in split_up[0].items())
-        raise UserError(
-            f"{name}: {len(split_up)} subjects are in more than one split (the first: {first}); a subject belongs to "
-            "one split, else results are measured on patients seen in training"
-        )
-
-
 def _values(row: _Row, template_text: bool, left_out: Counter) -> dict[str, Path | str]:
     values: dict[str, Path | str] = {}
     for key, name in row.images.items():
@@ -209,28 +178,3 @@ def _values(row: _Row, template_text: bool, left_out: Counter) -> dict[str, Path
     elif row.text:
         values["text"] = row.text
     return values
-
-
-def open_source(spec: str, *, size: int, seed: int, pairs: Any, template_text: bool, phantom: dict) -> Source:
-    """The source that `spec` names: "phantom", "manifest:PATH" or "tfds:NAME".
-
-    Args:
-      size: side of the images.
-      seed, pairs, phantom: of the phantom alone.
-      template_text: see `Manifest`.
-
-    Raises:
-      UserError: no such form, or the data cannot be opened.
-    """
-    scheme, _, name = spec.partition(":")
-    if spec == "phantom":
-        from medm2g_jax.data.phantom import Phantom
-
-        return Phantom(size=size, seed=seed, pairs=pairs, **phantom)
-    if scheme == "manifest" and name:
-        return Manifest(name, size, template_text)
-    if scheme == "tfds" and name:
-        from medm2g_jax.data.tfds_reader import Tfds  # it needs stream_of of this module
-
-        return Tfds(name, size)
-    raise UserError(f"data {spec!r}: expected phantom, manifest:PATH or tfds:NAME")

@@ -25,19 +25,20 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from medm2g_jax import run
 from medm2g_jax.config import stage_graph, stage_own_fields, text_lengths
 from medm2g_jax.data.pipeline import Rows
 from medm2g_jax.data.text import Tokenizers
+from medm2g_jax.device import activation_dtype
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES
 from medm2g_jax.model import init_group
 from medm2g_jax.nn import attention
-from medm2g_jax.stages import recipe
-from medm2g_jax.train import loop, results, run, sharding
-from medm2g_jax.train.device import activation_dtype
+from medm2g_jax.recipes import recipe
+from medm2g_jax.train import loop, results, sharding
 from medm2g_jax.train.state import create, make_train_step
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 GIB = 2**30
 
 
@@ -272,7 +273,7 @@ def ask(
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
     plain = json.loads(config.to_json_best_effort())
     question = json.dumps({"config": plain, "vocab": vocab, "topology": topology, "absent": list(absent)})
-    line = [str(python), "-c", "from medm2g_jax.train import plan; plan.child()"]
+    line = [str(python), "-c", "from medm2g_jax import plan; plan.child()"]
     done = subprocess.run(line, input=question, env=env, text=True, capture_output=True)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])

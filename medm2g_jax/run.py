@@ -12,14 +12,14 @@ from medm2g_jax import rounds
 from medm2g_jax.config import text_lengths
 from medm2g_jax.convert import weights
 from medm2g_jax.data import pipeline
-from medm2g_jax.data.readers import open_source
+from medm2g_jax.data.open import open_source
 from medm2g_jax.data.text import Tokenizers
+from medm2g_jax.device import use_compilation_cache
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.report import write_report
 from medm2g_jax.evaluate.show import data_picture, show
 from medm2g_jax.modality import MODALITIES
 from medm2g_jax.train import loop, results
-from medm2g_jax.train.device import use_compilation_cache
 from medm2g_jax.train.log import quiet
 
 # Rough relative cost of a stage of the tiny preset, seconds on two cores: the first guess of the plan's ETA, corrected

@@ -1,6 +1,6 @@
 """The built-in phantom: paired text, CT, MRI and X-ray of subjects that never lived (section 3.5's pairs, to order).
 
-A subject is a few numbers drawn from (seed, index), and its anatomy is a function of space (`phantom_body`). Every
+A subject is a few numbers drawn from (seed, index), and its anatomy is a function of space (`body`). Every
 image is the physics of its modality on these same tissues:
 
     CT     axial slice at the lesion's level: HU, noise, texture
@@ -8,7 +8,7 @@ image is the physics of its modality on these same tissues:
     X-ray  frontal: line integral of mu = mu_water (1 + HU/1000) along y, photon noise, -log (Beer-Lambert)
 
 Images follow the radiological convention: the patient's left is on the right of the image, the front of an axial
-slice is up. Nothing here is ever mirrored. Reports and labels: `phantom_text`.
+slice is up. Nothing here is ever mirrored. Reports and labels: `report`.
 """
 
 import functools
@@ -21,12 +21,12 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
-from medm2g_jax.data.phantom_body import TABLE, TISSUES, Subject, findings, hounsfield, subject, tissues
-from medm2g_jax.data.phantom_text import Findings, write
-from medm2g_jax.data.pipeline import Record
+from medm2g_jax.data.phantom.body import TABLE, TISSUES, Subject, findings, hounsfield, subject, tissues
+from medm2g_jax.data.phantom.report import Findings, parse, write
+from medm2g_jax.data.source import Record
+from medm2g_jax.device import host_device
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES
-from medm2g_jax.train.device import host_device
 
 # Contrast: TR, TE, TI in ms (TI 0: no inversion), and the signal (a.u., PD of water = 1) shown as +1; 0 is -1.
 CONTRASTS = {
@@ -166,6 +166,7 @@ class Phantom:
 
     name = "phantom"
     open = True
+    labeller = staticmethod(parse)
 
     def __init__(
         self,

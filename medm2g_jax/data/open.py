@@ -1,0 +1,32 @@
+"""From a data spec to its source."""
+
+from typing import Any
+
+from medm2g_jax.data.manifest import Manifest
+from medm2g_jax.data.source import Source
+from medm2g_jax.errors import UserError
+
+
+def open_source(spec: str, *, size: int, seed: int, pairs: Any, template_text: bool, phantom: dict) -> Source:
+    """The source that `spec` names: "phantom", "manifest:PATH" or "tfds:NAME".
+
+    Args:
+      size: side of the images.
+      seed, pairs, phantom: of the phantom alone.
+      template_text: see `Manifest`.
+
+    Raises:
+      UserError: no such form, or the data cannot be opened.
+    """
+    scheme, _, name = spec.partition(":")
+    if spec == "phantom":
+        from medm2g_jax.data.phantom.render import Phantom
+
+        return Phantom(size=size, seed=seed, pairs=pairs, **phantom)
+    if scheme == "manifest" and name:
+        return Manifest(name, size, template_text)
+    if scheme == "tfds" and name:
+        from medm2g_jax.data.tfds import Tfds
+
+        return Tfds(name, size)
+    raise UserError(f"data {spec!r}: expected phantom, manifest:PATH or tfds:NAME")

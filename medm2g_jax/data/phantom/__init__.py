@@ -1,0 +1,1 @@
+"""The built-in phantom: subjects that never lived (`body`), their images (`render`) and their reports (`report`)."""
