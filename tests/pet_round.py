@@ -16,7 +16,6 @@ class PetSource:
     """Text and PET of the phantom's subjects: the CT slice stands in for an uptake image."""
 
     name, open = "pet", True
-    labeller = labels = None
 
     def __init__(self, size: int):
         self.phantom = Phantom(size=size, seed=0, train=48, val=12, test=4, pairs=(("text", "ct"),))

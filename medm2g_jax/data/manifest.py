@@ -43,8 +43,6 @@ class _Row(NamedTuple):
 class Manifest:
     """A `Source` over one manifest folder, or over the manifest folders in one folder."""
 
-    labeller = labels = None
-
     def __init__(self, path: str | Path, size: int, template_text: bool = False):
         """Open `path`; images are padded to a square and resized to `size`.
 

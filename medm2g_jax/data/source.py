@@ -28,23 +28,28 @@ class Record:
 
 @runtime_checkable
 class Source(Protocol):
-    """A data set. What it can do is said by its attributes, never by its name.
+    """A data set. `open`: its images and texts may be shown in logs and pictures.
 
-    Attributes:
-      open: its images and texts may be shown in logs and pictures.
-      labeller: reads the findings that a report states; None where no such reader fits its reports.
-      labels: what there is to find in a record, by index, known exactly; None where nobody knows.
+    What else it can do is said by attributes that it may have, never by its name: see `labeller` and `labels`.
     """
 
     name: str
     open: bool
     records: Sequence[Record]
-    labeller: Callable[[str], Any] | None
-    labels: Callable[[int], Any] | None
 
     def read(self, index: int, stream: str, rng: np.random.Generator) -> np.ndarray | str:
         """A text, or an image float32 (size size 1) in [-1, 1]; `rng` draws a paraphrase, or an unstated contrast."""
         ...
+
+
+def labeller(source: Source) -> Callable[[str], Any] | None:
+    """The source's own reader of the findings that a report states, `source.labeller`; None where it has none."""
+    return getattr(source, "labeller", None)
+
+
+def labels(source: Source) -> Callable[[int], Any] | None:
+    """What there is to find in record number i, known exactly, `source.labels`; None where nobody knows."""
+    return getattr(source, "labels", None)
 
 
 def stream_of(key: str) -> str | None:

@@ -21,8 +21,6 @@ SPLITS = {"train": "train", "validation": "val", "val": "val", "test": "test"}
 class Tfds:
     """A `Source` over one TFDS data set. Opening it reads every example once, images not decoded."""
 
-    labeller = labels = None
-
     def __init__(
         self,
         name: str,
