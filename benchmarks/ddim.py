@@ -2,7 +2,7 @@
 
 python -m benchmarks.ddim [--device=gpu --dtype=bfloat16]
 
-Ours is one program (`lax.scan` over `diffusion.sampler_table`), as `generate` runs it; torch's a loop in Python over
+Ours is one program (`diffusion.sample`), as `generate` runs it; torch's a loop in Python over
 diffusers' DDIMScheduler.
 """
 
@@ -22,7 +22,7 @@ def ours(options):
 
     from benchmarks.ours import call, normal, params
     from medm2g_jax.device import activation_dtype
-    from medm2g_jax.diffusion import guide_eps, sampler_step, sampler_table
+    from medm2g_jax.diffusion import Process, guided, sample
     from medm2g_jax.nn.attention import context
     from medm2g_jax.nn.unet import UNet
 
@@ -31,15 +31,15 @@ def ours(options):
     z, prompt = normal(1, side, side, 4), context(normal(2, 77, sizes["width"]))
     weights = params(net, jnp.concatenate([z, z]), jnp.zeros(2), prompt, dtype=options.dtype)
 
-    def sample(weights, z, prompt):
-        def step(z, at):
-            eps = net.apply(weights, jnp.concatenate([z, z]), jnp.broadcast_to(at.t, 2), prompt)
-            eps = guide_eps(*jnp.split(eps, 2), GUIDANCE)
-            return sampler_step("ddim", at, z, eps, jnp.zeros_like(z), jnp.float32(0)), None
+    def run(weights, z, prompt):
+        def halves(z, t):
+            both, times = jnp.concatenate([z[""], z[""]]), jnp.broadcast_to(t, 2)
+            return {"": Process().split(net.apply(weights, both, times, prompt), both, times)}
 
-        return jax.lax.scan(step, z, sampler_table(steps))[0]
+        keys = jax.random.split(jax.random.key(0), 1)
+        return sample(guided(halves, GUIDANCE), {"": z}, keys, "ddim", steps)
 
-    return call(sample, weights, z, prompt)
+    return call(run, weights, z, prompt)
 
 
 def torch(options, compiled):

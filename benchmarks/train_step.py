@@ -26,7 +26,7 @@ def our_step(options):
 
     from benchmarks.ours import normal, params
     from medm2g_jax.device import activation_dtype, jit
-    from medm2g_jax.diffusion import eps_loss
+    from medm2g_jax.diffusion import denoising_loss
     from medm2g_jax.nn.attention import context
     from medm2g_jax.nn.unet import UNet
 
@@ -39,7 +39,7 @@ def our_step(options):
 
     def step(state, z, t, prompt, eps):
         weights, slots = state
-        loss, grads = jax.value_and_grad(lambda w: eps_loss(eps, net.apply(w, z, t, prompt)))(weights)
+        loss, grads = jax.value_and_grad(lambda w: denoising_loss(eps, net.apply(w, z, t, prompt)))(weights)
         updates, slots = tx.update(grads, slots, weights)
         return (optax.apply_updates(weights, updates), slots), loss
 

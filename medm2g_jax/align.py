@@ -28,6 +28,7 @@ def info_nce(
     b: Float[Array, "b d"],
     log_scale: float | Float[Array, ""],
     rows: Bool[Array, "b"] | None = None,
+    same: Bool[Array, "b b"] | None = None,
 ) -> Float[Array, ""]:
     """Symmetric InfoNCE of paired rows, in nats.
 
@@ -35,12 +36,15 @@ def info_nce(
       a, b: pooled embeddings; row i of one belongs to row i of the other. Normalised here.
       log_scale: ln(1/tau), clamped to [0, ln 100].
       rows: which rows take part, as anchors and as negatives; all by default. Below two of them the loss is zero.
+      same: rows that cannot be told apart (one record drawn twice, equal captions): no negatives of each other.
     """
     scale = jnp.exp(jnp.clip(log_scale, 0.0, LOG_SCALE_MAX))
     logits = scale * jnp.matmul(unit(a), unit(b).T, precision=HIGHEST)
     if rows is None:
         rows = jnp.ones(logits.shape[0], bool)
     logits = jnp.where(rows[None, :] & rows[:, None], logits, -1e9)
+    if same is not None:
+        logits = jnp.where(same & ~jnp.eye(len(same), dtype=bool), -1e9, logits)
     both = -jnp.diagonal(jax.nn.log_softmax(logits, 1)) - jnp.diagonal(jax.nn.log_softmax(logits, 0))
     count = rows.sum()
     return jnp.where(count > 1, 0.5 * jnp.sum(jnp.where(rows, both, 0.0)) / jnp.maximum(count, 1), 0.0)

@@ -2,6 +2,7 @@
 
     get_config("text_ct", "tiny")           # configs/text_ct.py:tiny
     get_config("ldm", "ct,sd15,paper")      # configs/ldm.py:ct,sd15,paper
+    get_config("ct_mri", "tiny,alone")      # that round and nothing but what it stands on
 
 Presets: `tiny` trains in minutes on two CPU cores (64 px, 8x8x4 latents); `sd15` is the paper's geometry and
 hyper-parameters. The variant `paper` switches back every choice that goes beyond the printed method.
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 
 from medm2g_jax import rounds
 from medm2g_jax.errors import UserError
+from medm2g_jax.modality import MODALITIES
 
 PRESETS = ("tiny", "sd15")
 WEIGHT_FOLDERS = ("sd15", "clip", "vd", "optimus")
@@ -165,7 +167,12 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
             if tiny
             else dict(steps=200_000, lr=5e-5 if text else 2e-5, batch=1024 if text else 256)
         )
-        own |= dict(loss=dict(eps=1.0), drop_prompt=0.1)
+        own |= dict(
+            loss=dict(eps=1.0),  # squared error of what is predicted
+            predict="eps",  # or another name in diffusion.PREDICTIONS; rounds take it from the flow they stand on
+            drop_prompt=0.1,
+            unprompted=0.1,  # share of rows from records without the prompt's streams, where the data have some
+        )
     else:
         own |= (
             dict(steps=600 if name == listing[0] else 400, lr=5e-3, lr_adapt=5e-3, batch=16)
@@ -179,6 +186,7 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
             loss=dict(eps=1.0, contrast=0.0 if paper else 0.1),
             contrast_tau=0.07,
             freeze="paper",  # or "partner_open"
+            others=0 if paper else 3,  # other contrasts of a modality, at most, that guide it beside the partner
         )
     return own
 
@@ -201,13 +209,54 @@ def default_preset() -> tuple[str, str]:
     return "sd15", f"MEDM2G_SD_WEIGHTS={weights}"
 
 
+def _listing(word: str, alone: bool = False) -> tuple[str, ...] | None:
+    """The listing that a word names, None where it names none; `alone`: a round's name is that round, no listing."""
+    if word in rounds.LISTINGS and not alone:
+        return rounds.LISTINGS[word]
+    if word in MODALITIES and not alone:
+        return None  # a modality on its own is meant with `alone` only
+    listing = tuple(word.split("+"))
+    try:
+        for name in listing:
+            rounds.members(name)
+    except UserError:
+        return None
+    return listing
+
+
+def _subject(target: str, words: list[str], listing: tuple[str, ...], alone: bool, given: str | None) -> str:
+    """Which of the words is the pair or modality that configs/align.py or configs/ldm.py is asked for."""
+    fits = {}
+    for one in (listing, *rounds.LISTINGS.values(), *filter(None, map(_listing, words))):
+        names = (s for s in rounds.graph(one).stages if s.startswith(f"{target}_"))
+        fits |= dict.fromkeys(s.removeprefix(f"{target}_") for s in names)
+    subject = next((w for w in words if w in fits), None)
+    if subject is None:
+        raise UserError(
+            f"configs/{target}.py needs one of {', '.join(sorted(fits))} after the colon, as in "
+            f"configs/{target}.py:{sorted(fits)[0]},tiny; found {given!r}"
+        )
+    return subject
+
+
+def _only(name: str, listing: tuple[str, ...]) -> tuple[str, ...]:
+    """The listing of `alone`: the one round or modality that is named."""
+    if _listing(name, alone=True) is not None:
+        return (name,)
+    if len(listing) == 1:
+        return listing
+    raise UserError(f"{name} is no round; beside `alone` name the one that is meant: configs/{name}.py:ct_mri,alone")
+
+
 def get_config(target: str, words: str | None = "", listing: str | tuple[str, ...] = "default") -> ConfigDict:
     """The config of one stage.
 
     Args:
       target: a stage ("text_ct"), or "align" / "ldm", whose pair or modality is then one of the words.
       words: comma-separated, any order: a preset, the variant `paper`, a listing, and for "align"/"ldm" their subject.
-      listing: a name in rounds.LISTINGS, or a tuple of rounds.
+        A listing is a name in rounds.LISTINGS, rounds joined by "+" ("text_ct+ct_mri"), or `alone`: the stage's own
+        round, or modality, as the only one.
+      listing: a name in rounds.LISTINGS, or a tuple of rounds; words come first.
 
     Raises:
       UserError: an unknown word; names those that fit.
@@ -218,36 +267,28 @@ def get_config(target: str, words: str | None = "", listing: str | tuple[str, ..
         raise UserError(f"two presets after the colon of the config, {' and '.join(presets)}: name one")
     preset = presets[0] if presets else ""
     variant = "paper" if "paper" in rest else ""
-    rest = [w for w in rest if w not in (*PRESETS, "paper")]
+    alone = "alone" in rest
+    rest = [w for w in rest if w not in (*PRESETS, "paper", "alone")]
     tuple_ = rounds.LISTINGS[listing] if isinstance(listing, str) else tuple(listing)
+    subject = ""
     if target in ("align", "ldm"):
-        # An alignment pair that only the other listing has selects that listing.
-        fits = {
-            s[len(target) + 1 :]: lst
-            for lst in (tuple_, *rounds.LISTINGS.values())
-            for s in rounds.graph(lst).stages
-            if s.startswith(target + "_")
-        }
-        subject = next((w for w in rest if w in fits), None)
-        if subject is None:
-            raise UserError(
-                f"configs/{target}.py needs one of {', '.join(sorted(fits))} after the colon, as in "
-                f"configs/{target}.py:{sorted(fits)[0]},tiny; found {words!r}"
-            )
+        subject = _subject(target, rest, tuple_, alone, words)
         rest.remove(subject)
-        name = f"{target}_{subject}"
-        if name not in rounds.graph(tuple_).stages:
-            tuple_ = fits[subject]
-    else:
-        name = target
-    for word in [w for w in rest if w in rounds.LISTINGS]:
-        rest.remove(word)
-        tuple_ = rounds.LISTINGS[word]
+    named = None
+    for word in list(rest):
+        if (found := _listing(word, alone)) is not None:
+            rest.remove(word)
+            named = tuple_ = found
     if rest:
         raise UserError(
             f"unknown word {rest[0]!r} after the colon of the config; presets: {', '.join(PRESETS)}; variant: paper; "
-            f"listings: {', '.join(rounds.LISTINGS)}"
+            f"listings: {', '.join(rounds.LISTINGS)}, alone, or rounds joined by +"
         )
+    name = f"{target}_{subject}" if subject else target
+    if alone and named is None:
+        tuple_ = _only(subject or target, tuple_)
+    elif subject and name not in rounds.graph(tuple_).stages:  # a pair that only another listing has selects it
+        tuple_ = next(lst for lst in rounds.LISTINGS.values() if name in rounds.graph(lst).stages)
     reason = "named after the colon"
     if not preset:
         preset, reason = default_preset()
@@ -272,7 +313,8 @@ def get_config(target: str, words: str | None = "", listing: str | tuple[str, ..
     # Sampling, and the unconditional half of guidance: "cond" leaves the guide out of it, "both" keeps it (CoDi).
     config.sample = dict(
         steps=20 if preset == "tiny" else 50,
-        sampler="ddim",
+        sampler="ddim",  # a name in diffusion.SAMPLERS
+        spacing="auto",  # of its times, a name in diffusion.SPACINGS
         eta=1.0,
         guidance=2.0,
         guide="both" if variant == "paper" else "cond",
@@ -307,13 +349,9 @@ def stage_config(config: ConfigDict, name: str) -> ConfigDict:
 
 def stage_graph(config: ConfigDict, absent: tuple[str, ...] = ()) -> rounds.Graph:
     """The graph of the config's listing; only rounds say who of them is frozen. absent: see rounds.Graph."""
-    return rounds.graph(config.listing, config.get("freeze", "paper"), absent)
-
-
-def text_lengths(config: ConfigDict) -> dict[str, int]:
-    """Ids of a text in each tokenizer's format."""
-    net = config.net
-    return dict(clip=net.clip_text.length, bert=net.bert_length, gpt2=net.gpt2_length)
+    freeze = config.freeze if "freeze" in config else "paper"
+    contrasts = bool(config.others) if "others" in config else config.variant != "paper"
+    return rounds.graph(config.listing, freeze, absent, contrasts)
 
 
 def stage_own_fields(config: ConfigDict) -> list[str]:

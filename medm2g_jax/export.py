@@ -133,8 +133,8 @@ def _of_run(source: Path, format: str, flow: str | None) -> Source:
     images = of_kind("image")
     if format in ("diffusers", "clip") and flow not in images:
         raise UserError(f"--as {format} of a run needs --flow, one of {', '.join(images)}; found {flow!r}")
-    model = load(str(source), [centre().name, flow or centre().name])
-    params, meta = model.generator.params, model.meta
+    model = load(str(source), [flow] if flow else [])
+    params, meta = model.params, model.meta
     net, text = meta["shared"]["net"], centre().name
     take = {
         "diffusers": {f"{flow}/unet": "unet", "image/vae": "vae"},
@@ -388,7 +388,7 @@ def _whole(source: Path, to: Path) -> tuple[int, int, tuple[str, ...]]:
 
     root = Path(locate(str(source)))
     model = load(str(root))
-    params = {n: v for n, v in model.generator.params.items() if not n.startswith("null/")}
+    params = {n: v for n, v in model.params.items() if not n.startswith("null/")}
     made = {n: Output(tuple(v.shape), np.dtype(v.dtype), lambda v=v: np.asarray(v)) for n, v in sorted(params.items())}
     meta = json.loads(json.dumps(model.meta))
     meta["shared"]["weights"] = ""  # it needs none
@@ -400,8 +400,10 @@ def _whole(source: Path, to: Path) -> tuple[int, int, tuple[str, ...]]:
     tokenizers = root / "tokenizers" if (root / "tokenizers").is_dir() else root.parent / "tokenizers"
     with new_folder(to) as folder:
         prints = write_safetensors(folder / WEIGHTS, made, {"format": "pt", "medm2g": "model"})
-        shutil.copytree(tokenizers, folder / "tokenizers")
+        if model.tokenizers:
+            shutil.copytree(tokenizers, folder / "tokenizers")
         shutil.copyfile(root / "config.json", folder / "config.json")
         (folder / "README.md").write_text(card(f"MedM2G: {meta['stage']}", licences, (), more), encoding="utf-8")
-        (folder / "model.json").write_text(json.dumps(meta | {"crc32": prints}, indent=1), encoding="utf-8")
+        kept = meta | {"storage": "safetensors", "crc32": prints}
+        (folder / "model.json").write_text(json.dumps(kept, indent=1), encoding="utf-8")
     return len(made), sum(v.nbytes for v in params.values()), licences

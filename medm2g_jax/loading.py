@@ -1,10 +1,10 @@
 """From a run's folder to a model that generates: `load`, and values in and out of it in their own units."""
 
-import functools
+import dataclasses
 import json
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jaxtyping import Array
 
 from medm2g_jax import rounds
 from medm2g_jax.arrays import Params
@@ -19,47 +20,56 @@ from medm2g_jax.convert import weights
 from medm2g_jax.convert.files import open_tensors
 from medm2g_jax.data import images
 from medm2g_jax.data.text import Tokenizers
-from medm2g_jax.device import activation_dtype, use_compilation_cache
+from medm2g_jax.device import activation_dtype, jit, use_compilation_cache
 from medm2g_jax.errors import UserError
-from medm2g_jax.generate import Generated, Generator, Request, with_bridges
+from medm2g_jax.generate import Generated, Request, build_sampler
 from medm2g_jax.keys import row_keys
-from medm2g_jax.modality import MODALITIES, split_stream
+from medm2g_jax.modality import MODALITIES, adopt, split_stream
 from medm2g_jax.model import MedM2G, build, init_group
 from medm2g_jax.train import checkpoint
 from medm2g_jax.train.results import group_fingerprint, tuples
 
 
-def newest_round(root: epath.Path) -> epath.Path:
-    """The folder of the finished round of a run root with the most rounds behind it, the newest of those.
+def newest_result(root: epath.Path) -> epath.Path:
+    """The folder of the finished stage of a run root that makes most: with the most rounds behind it, or else the most
+    flows, the newest of those.
 
     Raises:
-      UserError: there is none; says what is there, or the command that makes one.
+      UserError: nothing there can generate; says the command that makes something that does.
     """
     done = []
     for folder in root.iterdir() if root.is_dir() else ():
         meta = checkpoint.read_meta(folder) if folder.is_dir() else None
-        if meta is not None and meta["stage"] in meta["rounds"]:
-            done.append((len(meta["rounds"]), meta["finished"], folder))
+        if meta is not None and makes(meta):
+            done.append((len(meta["rounds"]), len(makes(meta)), meta["finished"], folder))
     if not done:
         raise UserError(
-            f"{root}: no finished round in it; train one with "
+            f"{root}: no finished round or flow in it; train one with "
             f"python -m medm2g_jax.main --config=configs/text_ct.py:tiny --workdir={root}"
         )
-    return max(done, key=lambda d: d[:2])[2]
+    return max(done, key=lambda d: d[:3])[3]
+
+
+def makes(meta: Mapping[str, Any]) -> tuple[str, ...]:
+    """The modalities that a result can generate: those whose UNet it comprises; of a round those that it guides."""
+    part = "guide" if meta["rounds"] else "flow"
+    return tuple(m for m in meta["modalities"] if f"{m}/{part}" in meta["from"] and f"{m}/flow" in meta["from"])
 
 
 def locate(path: str) -> epath.Path:
-    """The folder that `load` reads: `path` where a result or an exported model is in it, else its newest round."""
+    """The folder that `load` reads: `path` where a result or an exported model is in it, else its newest result."""
     root = epath.Path(path)
-    return root if checkpoint.read_meta(root) is not None else newest_round(root)
+    return root if checkpoint.read_meta(root) is not None else newest_result(root)
 
 
 def load(path: str, modalities: Sequence[str] | None = None, dtype: str = "float32") -> "Model":
     """A trained model.
 
     Args:
-      path: a run root (its newest finished round), one round's folder in it, or an exported folder.
-      modalities: read only these flows; all by default.
+      path: a run root (its newest finished round, or single flow where there is none), one stage's folder in it, or an
+        exported folder.
+      modalities: make only these, which leaves the other UNets unread; all by default. Anything may be given all the
+        same.
       dtype: in which parameters are stored: "float32", or "bfloat16" for half the memory. Activations have it too, on
         CPU, which has no bfloat16 arithmetic, float32.
 
@@ -68,40 +78,58 @@ def load(path: str, modalities: Sequence[str] | None = None, dtype: str = "float
     """
     root = locate(path)
     meta = checkpoint.read_meta(root)
-    if meta["stage"] not in meta["rounds"]:
-        raise UserError(f"{root}: {meta['stage']} is not a round; generation needs the folder of a round or a run root")
-    exported = "crc32" in meta
-    if not exported:
-        use_compilation_cache(root.parent / "xla_cache")
-    net = tuples(meta["shared"]["net"])
-    trained = [m for m in meta["modalities"] if f"{m}/guide" in meta["from"]]
-    wanted = trained if modalities is None else [m for m in trained if m in modalities]
+    if not makes(meta):
+        raise UserError(f"{root}: {meta['stage']} generates nothing; name the folder of a round or flow, or a run root")
+    adopt(meta["modalities"], str(root / "model.json"))
+    wanted = makes(meta)
+    if modalities is not None:
+        unknown = [m for m in modalities if m not in wanted]
+        if unknown:
+            raise UserError(f"modalities: {unknown[0]!r} is not among what {root} makes: {', '.join(wanted)}")
+        wanted = tuple(m for m in wanted if m in modalities)
     stored = activation_dtype(dtype)
-    active = jnp.float32 if jax.default_backend() == "cpu" else stored
-    recipe = functools.partial(
-        build, net, vocab=meta["vocab"], scales=meta["scales"], image_size=meta["shared"]["image_size"], dtype=active
+    shared = meta["shared"]
+    model = build(
+        tuples(shared["net"]),
+        tuple(meta["modalities"]),
+        meta["vocab"],
+        meta["scales"],
+        shared["image_size"],
+        jnp.float32 if jax.default_backend() == "cpu" else stored,
+        predict=meta["predict"],
+        centred=bool(rounds.graph(shared["listing"]).centre),
     )
-    model = recipe(wanted)
-    kinds = {f"{MODALITIES[m].kind}/vae" for m in wanted}
-    groups: dict[str, list[str]] = {}
-    converted: list[str] = []
-    chosen: list[str] = []
+    # Of what is only given, everything but its UNet: C for prompts, V, f and the autoencoder for guides.
+    unread = {m for m in meta["modalities"] if m not in wanted}
+
+    def needed(name: str) -> bool:
+        owner, part = name.split("/")[:2]
+        return owner not in unread or part not in ("unet", "prompt_in", "null")
+
+    if meta["storage"] not in STORAGES:
+        raise UserError(f"{root / 'model.json'}: storage {meta['storage']!r}; this version reads {', '.join(STORAGES)}")
+    params, tokenizers = STORAGES[meta["storage"]](root, meta, model, needed, stored)
+    texts = Tokenizers.load(tokenizers, shared["net"]["report_words"]) if meta["vocab"] else None
+    config = json.loads((root / "config.json").read_text())
+    return Model(model, params, texts, meta, config["sample"], wanted)
+
+
+def _from_run(
+    root: epath.Path, meta: Mapping, model: MedM2G, needed: Callable[[str], bool], dtype: Any
+) -> tuple[Params, epath.Path]:
+    """Parameters of a stage's result: its own, and those of the stages and converted weights that it stands on."""
+    use_compilation_cache(root.parent / "xla_cache")
+    params: Params = {}
+    stages: dict[str, list[str]] = {}
     for group, origin in meta["from"].items():
-        # Every prompt encoder stays: any modality may be given, and the centre's makes the null prompt.
-        if group.split("/")[0] in wanted or group in kinds or group.endswith("/clip"):
-            if exported:
-                chosen.append(group)
-            elif "weights" in origin:
-                converted.append(group)
-            if "stage" in origin and not exported:
-                groups.setdefault(_plain_name(root, origin["stage"]), []).append(group)
-    params: dict[str, Any] = {}
-    for stage, some in groups.items():
+        if "stage" in origin:
+            stages.setdefault(_plain_name(root, origin["stage"]), []).append(group)
+    for stage, groups in stages.items():
         folder = root.parent / stage
         found = checkpoint.read_meta(folder)
         if found is None:
             raise UserError(f"{root} stands on {folder}, which is not there (or not finished); copy the whole run root")
-        for group in some:
+        for group in groups:
             origin = meta["from"][group]
             expected = None if "weights" in origin else origin.get("fingerprint")
             if expected is not None and expected != group_fingerprint(found["fingerprints"], group):
@@ -109,15 +137,33 @@ def load(path: str, modalities: Sequence[str] | None = None, dtype: str = "float
                     f"{folder}: {group} has been trained again since {root} was; train {meta['stage']} again too "
                     f"(delete {root} and run its command)"
                 )
-        regex = re.compile(rounds.group_regex(some))
-        params |= checkpoint.load_model(folder, names=lambda n, regex=regex: regex.match(n) is not None, dtype=stored)
-    # Prompt encoders of flows that were not asked for as well: the recipe of all of them knows their shapes.
-    params |= _converted(root, meta, recipe(tuple(meta["modalities"])), net, converted, stored)
-    params |= {name: jnp.asarray(value, stored) for name, value in _exported(root, meta, chosen).items()}
-    tokenizers = Tokenizers.load((root if exported else root.parent) / "tokenizers", net["report_words"])
-    generator = Generator(model, params, tokenizers, meta["lengths"])
-    config = json.loads((root / "config.json").read_text())
-    return Model(generator, meta, config["sample"])
+        regex = re.compile(rounds.group_regex(groups))
+        names = [n for n in found["shapes"] if regex.match(n) and needed(n)]
+        if names:
+            params |= checkpoint.load_model(folder, names=set(names).__contains__, dtype=dtype)
+    converted = [group for group, origin in meta["from"].items() if "weights" in origin]
+    return params | _converted(root, meta, model, needed, converted, dtype), root.parent / "tokenizers"
+
+
+def _from_export(
+    root: epath.Path, meta: Mapping, model: MedM2G, needed: Callable[[str], bool], dtype: Any
+) -> tuple[Params, epath.Path]:
+    """Parameters of a model that `medm2g convert export --as safetensors` wrote, compared with its CRCs."""
+    path = Path(root) / "weights.safetensors"
+    params: Params = {}
+    tensors = open_tensors(path)
+    if set(tensors) != set(meta["crc32"]):
+        raise UserError(f"{path}: model.json names other tensors; export the model again")
+    for name, tensor in tensors.items():
+        if needed(name):
+            value = tensor.read()
+            if zlib.crc32(value.tobytes()) != meta["crc32"][name]:
+                raise UserError(f"{path} is damaged: the CRC of {name} differs; export or download the model again")
+            params[name] = jnp.asarray(value, dtype)
+    return params, root / "tokenizers"
+
+
+STORAGES = {"orbax": _from_run, "safetensors": _from_export}  # as model.json names them
 
 
 def _plain_name(root: epath.Path, stage: str) -> str:
@@ -126,29 +172,13 @@ def _plain_name(root: epath.Path, stage: str) -> str:
     return stage
 
 
-def _exported(root: epath.Path, meta: Mapping, groups: Sequence[str]) -> Params:
-    """Groups of a model that `medm2g convert export --as safetensors` wrote, compared with the CRCs in model.json."""
-    if not groups:
-        return {}
-    path = Path(root) / "weights.safetensors"
-    regex, params = re.compile(rounds.group_regex(groups)), {}
-    tensors = open_tensors(path)
-    if set(tensors) != set(meta["crc32"]):
-        raise UserError(f"{path}: model.json names other tensors; export the model again")
-    for name, tensor in tensors.items():
-        if regex.match(name):
-            value = tensor.read()
-            if zlib.crc32(value.tobytes()) != meta["crc32"][name]:
-                raise UserError(f"{path} is damaged: the CRC of {name} differs; export or download the model again")
-            params[name] = value
-    return params
-
-
-def _converted(root: epath.Path, meta: Mapping, model: MedM2G, net: Mapping, groups: Sequence[str], dtype) -> Params:
+def _converted(
+    root: epath.Path, meta: Mapping, model: MedM2G, needed: Callable[[str], bool], groups: Sequence[str], dtype: Any
+) -> Params:
     """The groups of a model that no stage trained, from the converted weights that its run was started with."""
     if not groups:
         return {}
-    folder = meta["shared"]["weights"]
+    folder, net = meta["shared"]["weights"], tuples(meta["shared"]["net"])
     shapes = jax.eval_shape(lambda key: init_group(model, key, groups), jax.random.key(0))
     local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     params: Params = {}
@@ -156,25 +186,52 @@ def _converted(root: epath.Path, meta: Mapping, model: MedM2G, net: Mapping, gro
         regex = re.compile(rounds.group_regex((group,)))
         mine = {n: x.shape for n, x in shapes.items() if regex.match(n)}
         mine = {n: s for n, s in mine.items() if n not in meta["from"][group].get("fresh", ())}
+        if not any(map(needed, mine)):
+            continue
         found, origin = weights.load(folder, group, mine, net, lambda name, shape: local, dtype)
         if origin["fingerprint"] != meta["from"][group]["fingerprint"]:
             raise UserError(
                 f"{folder}/{origin['weights']} was converted again, from other files, since {root} was trained; bring "
                 f"back the weights that it stands on, or train {meta['stage']} again"
             )
-        params |= found
+        params |= {name: value for name, value in found.items() if needed(name)}
     return params
 
 
-class Model:
-    """What `load` returns: `generate` from values in their own units to values in their own units."""
+LARGE = 2**30  # bytes of parameters from which memory counts for more than the last bit of speed
 
-    def __init__(self, generator: Generator, meta: Mapping, sample: Mapping):
-        self.generator, self.meta, self.defaults = generator, meta, dict(sample)
+
+class Model:
+    """What `load` returns: recipe, parameters and tokenizers; from values in their own units to values in their own
+    units.
+
+    Attributes:
+      modalities: what may be made.
+      params: flat, of everything that is needed to make them from whatever is given.
+      tokenizers: None for a model without text.
+    """
+
+    def __init__(
+        self,
+        model: MedM2G,
+        params: Params,
+        tokenizers: Tokenizers | None,
+        meta: Mapping,
+        sample: Mapping,
+        modalities: Sequence[str] | None = None,
+    ):
+        self.model, self.params, self.tokenizers, self.meta = model, params, tokenizers, meta
+        self.defaults = dict(sample)
+        self.modalities = tuple(model.flows if modalities is None else modalities)
+        self.lengths = dict(meta["lengths"])
+        self._large = sum(p.nbytes for p in params.values()) > LARGE
+        self._samplers: dict[Request, Callable] = {}
+        self._decoders: dict[str, Callable] = {}
 
     @property
-    def modalities(self) -> tuple[str, ...]:
-        return tuple(self.generator.model.flows)
+    def givable(self) -> tuple[str, ...]:
+        """What may be given: modalities whose prompt encoder C is there."""
+        return tuple(m for m in self.model.flows if any(n.startswith(f"{m}/clip/") for n in self.params))
 
     @property
     def size(self) -> int:
@@ -183,12 +240,38 @@ class Model:
 
     def request(self, given: Sequence[str], make: Sequence[str], **options: Any) -> Request:
         """The request of these streams, with this model's trained pairs and its config's sampling defaults."""
-        for stream in (*given, *make):
-            if split_stream(stream)[0] not in self.modalities:
-                raise UserError(f"{stream!r}: this model has the flows {', '.join(self.modalities)}")
+        for streams, able, verb in ((given, self.givable, "given"), (make, self.modalities, "made")):
+            for stream in streams:
+                if split_stream(stream)[0] not in able:
+                    raise UserError(
+                        f"{stream!r} cannot be {verb}: this model takes {', '.join(able) or 'nothing'} there"
+                    )
+        unknown = set(options) - {f.name for f in dataclasses.fields(Request)}
+        if unknown:
+            raise UserError(f"unknown option {sorted(unknown)[0]!r} of a generation")
         pairs = {f"{k}_pairs": tuple(tuple(p) for p in self.meta["pairs"][k]) for k in ("prompt", "guide")}
-        defaults = {k: self.defaults[k] for k in ("steps", "sampler", "guide")}
+        defaults = {k: self.defaults[k] for k in ("steps", "sampler", "spacing", "guide")}
         return Request(tuple(given), tuple(make), **(defaults | pairs | options))
+
+    def sample(self, request: Request, given: Mapping[str, Any], keys: Array, guidance: float, eta: float) -> dict:
+        """Latents of the wanted streams (and bridges), from values as networks read them (`generate.build_sampler`)."""
+        if request not in self._samplers:
+            self._samplers[request] = jit(build_sampler(self.model, request), save_memory=self._large)
+        empty = self.ids([""]) if self.tokenizers else {}
+        return self._samplers[request](self.params, given, empty, keys, jnp.float32(guidance), jnp.float32(eta))
+
+    def ids(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Texts as networks read them."""
+        rows = [self.tokenizers.encode(text, self.lengths) for text in texts]
+        return {name: np.stack([row[name] for row in rows]) for name in self.lengths}
+
+    def decode(self, stream: str, z: Array) -> Any:
+        """Latents -> list of str, or float32 images (n h w 1) in [-1, 1]."""
+        modality = self.model.flows[split_stream(stream)[0]].modality
+        if modality.kind not in self._decoders:
+            self._decoders[modality.kind] = jit(lambda p, z, m=modality.name: self.model.decode(p, m, z))
+        value = np.asarray(self._decoders[modality.kind](self.params, z))
+        return value if modality.is_image else [self.tokenizers.decode(ids) for ids in value]
 
     def generate(
         self,
@@ -231,10 +314,13 @@ class Model:
         request = self.request(tuple(values), tuple(make), **options)
         keys = row_keys(jax.random.key(seed), n)
         scale = self.defaults["guidance"] if guidance is None else guidance
-        latents = self.generator.sample(request, batch, keys, scale, self.defaults["eta"] if eta is None else eta)
+        latents = self.sample(request, batch, keys, scale, self.defaults["eta"] if eta is None else eta)
         grid = self._grid(values)
-        samples = {s: self.in_units(s, self.generator.decode(s, latents[s]), grid) for s in request.make}
-        return Generated(samples, _pairs(request), seed)
+        samples = {s: self.in_units(s, self.decode(s, latents[s]), grid) for s in request.make}
+        groups = request.groups()
+        independent = groups if len(groups) > 1 else ()
+        kept = {s: np.asarray(latents[s]) for s in request.make}
+        return Generated(samples, request.pairs(), seed, independent, kept)
 
     def model_input(self, stream: str, items: Sequence[Any]) -> Any:
         """Values of a stream -> what the networks read: ids, or float32 (n size size 1) in [-1, 1]."""
@@ -243,7 +329,7 @@ class Model:
             for item in items:
                 if not isinstance(item, str):
                     raise UserError(f"{stream}: expected a str, found {type(item).__name__}")
-            return self.generator.ids(items)
+            return self.ids(items)
         return np.stack([self._image(stream, modality.window, item) for item in items])[..., None]
 
     def _image(self, stream: str, window: tuple[float, float], item: Any) -> np.ndarray:
@@ -270,23 +356,3 @@ class Model:
         pixels = np.asarray(value, np.float32)[..., 0]
         pixels = np.stack([images.undo(x, grid or x.shape) for x in pixels])
         return (pixels + 1) / 2 * (high - low) + low
-
-
-def _pairs(request: Request) -> dict[str, str]:
-    """Which contexts were used: {"text -> ct": "prompt tokens, guide tokens", ...}."""
-    out = {}
-    make = with_bridges(request)
-    for target in make:
-        for source in (*request.given, *make):
-            if source == target:
-                continue
-            how = []
-            if source in request.given and request.prompts == "given":
-                trained = (split_stream(source)[0], split_stream(target)[0]) in request.prompt_pairs
-                how.append(f"prompt {'tokens' if trained else 'pooled'}")
-            guided = request.guided(source, target)
-            if guided:
-                how.append(f"guide {guided}")
-            if how:
-                out[f"{source} -> {target}"] = ", ".join(how)
-    return out

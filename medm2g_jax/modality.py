@@ -7,7 +7,9 @@ A *stream* is what a user names: a modality, or one contrast of it ("mri:t2"). C
 weights and differ by one learned embedding; the bare name means that the contrast is not stated.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from medm2g_jax.errors import UserError
 
@@ -39,6 +41,11 @@ class Modality:
     centre: bool = False
 
     @property
+    def is_image(self) -> bool:
+        """Is it something to look at?"""
+        return self.window is not None
+
+    @property
     def streams(self) -> tuple[str, ...]:
         """All streams; index 0 is the bare one, and the index is what the networks embed."""
         return (self.name, *(f"{self.name}:{contrast}" for contrast in self.contrasts))
@@ -51,15 +58,42 @@ def register(modality: Modality) -> Modality:
     """Add a modality to the registry and return it.
 
     Raises:
-      UserError: the name is taken by another modality, is no identifier, the kind is unknown, or it is a second centre.
+      UserError: the name is taken by another modality, is no identifier, the kind is unknown, an image has no window or
+        a text one, or it is a second centre.
     """
     if not modality.name.isidentifier() or modality.kind not in KINDS:
         raise UserError(f"modality {modality.name!r}: its name must be an identifier and its kind one of {KINDS}")
+    if MODALITIES.get(modality.name, modality) != modality:
+        raise UserError(f"modality {modality.name!r} is registered already, with other values")
+    if modality.is_image != (modality.kind == "image"):
+        raise UserError(f"modality {modality.name!r}: images have a window, texts have none; found {modality.window}")
     if modality.centre and any(m.centre and m.name != modality.name for m in MODALITIES.values()):
         raise UserError(f"modality {modality.name!r}: there is one centre, and {centre().name!r} is it")
-    if MODALITIES.setdefault(modality.name, modality) != modality:
-        raise UserError(f"modality {modality.name!r} is registered already, with other values")
+    MODALITIES[modality.name] = modality
     return modality
+
+
+def adopt(records: Mapping[str, Mapping[str, Any]], where: str) -> None:
+    """Register the modalities that a model was trained with, as its model.json keeps them (`dataclasses.asdict`).
+
+    Args:
+      where: the file they are from.
+
+    Raises:
+      UserError: one is registered here with other values; networks embed a stream by its place, so that another order
+        of contrasts would exchange them without a word.
+    """
+    for name, record in records.items():
+        theirs = Modality(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.items()})
+        ours = MODALITIES.get(name, theirs)
+        for field in fields(Modality):
+            a, b = getattr(theirs, field.name), getattr(ours, field.name)
+            if a != b:
+                raise UserError(
+                    f"{where}: its modality {name!r} has {field.name} {a!r}, the one registered here {b!r}; register "
+                    "it as the model was trained with it"
+                )
+        register(theirs)
 
 
 register(Modality("text", "text", "report", centre=True))

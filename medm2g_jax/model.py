@@ -4,14 +4,15 @@ Both are recipes without weights: pure functions of a flat dict of parameters, m
 
     ct/clip/...       C_CT, prompt encoder (3.2)            ct/context/...  V_CT, context encoder (3.4)
     ct/prompt_in/...  shared space -> what the UNet reads   ct/adapt/...    f_CT, guided adaptation (Eq. 5)
+    ct/null/token     the null prompt, where there is no centre whose C("") it could be
     ct/unet/...       eps_theta (Eq. 2); .../guide/... inside it is theta_c (Eq. 6)
     image/vae/...     the autoencoder that all modalities of a kind share
 
 Freezing, sharding, conversion and loading are comprehensions over these names. This file is where they are flattened
-and unflattened, and where a kind picks its classes (`FAMILIES`).
+and unflattened. What depends on a modality's kind is `family`'s.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,15 +23,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float
 
 from medm2g_jax.arrays import Latent, Params, Times
+from medm2g_jax.diffusion import Process
+from medm2g_jax.family import FAMILIES, Family
 from medm2g_jax.keys import salt
-from medm2g_jax.modality import MODALITIES, Modality
+from medm2g_jax.modality import MODALITIES, Modality, centre
 from medm2g_jax.nn.attention import Context, concat, context, mask
-from medm2g_jax.nn.clip import CLIPText, CLIPVision, Encoded, clip_pixels
-from medm2g_jax.nn.context import Adaptation, ImageContext, TextContext
-from medm2g_jax.nn.image_vae import ImageVAE
-from medm2g_jax.nn.text_unet import TextUNet
-from medm2g_jax.nn.text_vae import TextVAE
-from medm2g_jax.nn.unet import UNet
+from medm2g_jax.nn.clip import Encoded
+from medm2g_jax.nn.context import Adaptation
+
+NULL = "null/tokens"  # where C("") of the centre stands among the parameters, once it has been computed
 
 # --- flat names -----------------------------------------------------------------------------------------------------
 
@@ -56,58 +57,27 @@ def init(module: nn.Module, prefix: str, key: Array, *args, **kwargs) -> Params:
     return {f"{prefix}/{name}": value for name, value in flatten_dict(tree, sep="/").items()}
 
 
-# --- what a kind picks ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Family:
-    """The networks of one kind; each field builds a module from the config's sizes."""
-
-    vae: Callable[..., nn.Module]
-    clip: Callable[..., nn.Module]
-    unet: Callable[..., nn.Module]
-    context: Callable[..., nn.Module]
-
-
-def _text_family(net: Mapping, vocab: Mapping[str, int], dtype) -> Family:
-    t = net["text_vae"]
-    return Family(
-        vae=lambda: TextVAE(bert_vocab=vocab["bert"], gpt2_vocab=vocab["gpt2"], **t, dtype=dtype),
-        clip=lambda: CLIPText(vocab=vocab["clip"], **net["clip_text"], projection=net["width"], dtype=dtype),
-        unet=lambda **k: TextUNet(**net["text_unet"], width=net["width"], dtype=dtype, **k),
-        context=lambda **k: TextContext(
-            **net["text_context"], width=net["width"], latent=net["text_unet"]["latent"], dtype=dtype, **k
-        ),
-    )
-
-
-def _image_family(net: Mapping, vocab: Mapping[str, int], dtype) -> Family:
-    latent = net["image_vae"]["latent"]
-    return Family(
-        vae=lambda: ImageVAE(**net["image_vae"], dtype=dtype),
-        clip=lambda: CLIPVision(**net["clip_image"], projection=net["width"], dtype=dtype),
-        unet=lambda **k: UNet(**net["image_unet"], out_channels=latent, width=net["width"], dtype=dtype, **k),
-        context=lambda **k: ImageContext(**net["image_context"], width=net["width"], dtype=dtype, **k),
-    )
-
-
-FAMILIES = {"text": _text_family, "image": _image_family}
-
-
 # --- one modality ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Flow:
-    """What one modality owns. Methods are pure functions of the flat parameters."""
+    """What one modality owns. Methods are pure functions of the flat parameters.
+
+    Attributes:
+      centred: the centre is among the flows, so that the null prompt is its C(""); else each flow has a token of its
+        own for it, zero at first.
+    """
 
     modality: Modality
+    family: Family
+    process: Process
     clip: nn.Module
     unet: nn.Module
     context: nn.Module
     adapt: nn.Module
     prompt_in: nn.Module
-    latent_shape: tuple[int, ...]
+    centred: bool
 
     @property
     def name(self) -> str:
@@ -116,13 +86,15 @@ class Flow:
     def prompt(self, params: Params, x: Any) -> Encoded:
         """C_M(x) (3.2): tokens (b n d) in the shared space and the pooled vector (b d), not normalised.
 
-        x: ids {"clip": (b n)} of texts, or images (b h w 1) in [-1, 1], resized on device.
+        x: a batch's value of the modality; images are resized on device.
         """
-        if self.modality.kind == "text":
-            return apply(self.clip, params, f"{self.name}/clip", x["clip"])
-        return apply(self.clip, params, f"{self.name}/clip", clip_pixels(x, self.clip.image))
+        return apply(self.clip, params, f"{self.name}/clip", self.family.clip_input(x))
 
-    def eps(
+    def null(self, params: Params) -> Float[Array, "1 n d"]:
+        """Tokens of the null prompt."""
+        return params[NULL] if self.centred else params[f"{self.name}/null/token"][None]
+
+    def predict(
         self,
         params: Params,
         z_t: Latent,
@@ -131,7 +103,8 @@ class Flow:
         guide: Context | None = None,
         stream: Array | None = None,
     ) -> Latent:
-        """eps_theta(z_t, t, C(y)) of Eq. 2; with a guide eps_theta_c(z_t, t, V_B([z_t^B, f_B])) of Eq. 6.
+        """The UNet's own answer to (z_t, t, C(y)) of Eq. 2; with a guide (z_t, t, V_B([z_t^B, f_B])) of Eq. 6. What it
+        means is `process`'s to say.
 
         The prompt is in the shared space; `prompt_in` maps its tokens to what this UNet reads.
         """
@@ -153,16 +126,16 @@ class Flow:
 
     def init(self, key: Array, groups: Sequence[str], example: Context) -> Params:
         """Fresh parameters of the named groups ("clip", "flow", "guide"; see rounds.GROUPS)."""
-        z, t = jnp.zeros((1, *self.latent_shape)), jnp.zeros((1,), jnp.int32)
+        z, t = jnp.zeros((1, *self.family.latent_shape)), jnp.zeros((1,), jnp.int32)
         stream = self._at(jnp.zeros((1,), jnp.int32))
         out: Params = {}
         if "clip" in groups:
-            text = self.modality.kind == "text"
-            x = jnp.zeros((1, self.clip.length), jnp.int32) if text else jnp.zeros((1, *(2 * (self.clip.image,)), 3))
-            out |= init(self.clip, f"{self.name}/clip", key, x)
+            out |= init(self.clip, f"{self.name}/clip", key, self.family.clip_example())
         if "flow" in groups:
             out |= init(self.prompt_in, f"{self.name}/prompt_in", key, example.tokens)
             out |= init(self.unet, f"{self.name}/unet", key, z, t, example, None, stream)
+            if not self.centred:
+                out[f"{self.name}/null/token"] = jnp.zeros((1, example.tokens.shape[-1]))
         if "guide" in groups:
             out |= init(self.adapt, f"{self.name}/adapt", key)
             f = jnp.zeros((self.adapt.count, self.adapt.width))
@@ -177,55 +150,78 @@ class Flow:
 
 @dataclass(frozen=True)
 class MedM2G:
-    """The flows of a run by modality, the autoencoders by kind, and the scale that gives each kind's latents unit
+    """The flows of a run by modality, the families of their kinds, and the scale that gives each kind's latents unit
     variance. `width` is that of the shared space, d."""
 
     flows: dict[str, Flow]
-    vaes: dict[str, nn.Module]
+    families: dict[str, Family]
     scales: dict[str, float]
     width: int
 
     def encode(self, params: Params, name: str, x: Any) -> Latent:
-        """z_0 of modality `name`: the posterior mean times the kind's scale.
+        """z_0 of modality `name`: the posterior mean times the kind's scale. x: a batch's value of the modality."""
+        kind = self.flows[name].modality.kind
+        mean, _ = self.posterior(params, kind, x)
+        return mean.astype(jnp.float32) * self.scales[kind]
 
-        x: ids {"bert": (b n)} of texts, or images (b h w 1) in [-1, 1], replicated to the autoencoder's channels.
-        """
-        mean, _ = self.posterior(params, self.flows[name].modality.kind, x)
-        return mean.astype(jnp.float32) * self.scales[self.flows[name].modality.kind]
+    def decode(self, params: Params, name: str, z: Latent) -> Array:
+        """Scaled latents of modality `name` -> images (b h w 1) in [-1, 1], or GPT-2 ids (b n)."""
+        kind = self.flows[name].modality.kind
+        return self.families[kind].decode(under(params, f"{kind}/vae"), z / self.scales[kind])
 
     def posterior(self, params: Params, kind: str, x: Any) -> tuple[Latent, Latent]:
         """Mean and log-variance of the autoencoder's posterior, unscaled."""
-        x = x["bert"] if kind == "text" else jnp.repeat(x, self.vaes[kind].colours, axis=-1)
-        return apply(self.vaes[kind], params, f"{kind}/vae", x, method="encode")
+        family = self.families[kind]
+        return apply(family.vae(), params, f"{kind}/vae", family.vae_input(x), method="encode")
 
-    def decode_image(self, params: Params, kind: str, z: Latent) -> Float[Array, "b h w 1"]:
-        """Scaled latents -> images in [-1, 1], the mean of the three channels."""
-        x = apply(self.vaes[kind], params, f"{kind}/vae", z / self.scales[kind], method="decode")
-        return jnp.clip(x.astype(jnp.float32).mean(-1, keepdims=True), -1.0, 1.0)
+    def null(self, params: Params, empty: Mapping[str, Array]) -> Params:
+        """{NULL: C("") of the centre, tokens (1 n d)}, from the ids of the empty text; {} where there is no centre."""
+        name = centre().name
+        centred = any(flow.centred for flow in self.flows.values())
+        return {NULL: self.flows[name].prompt(params, empty).tokens} if centred else {}
 
 
-def prompt_context(
-    null: Float[Array, "1 n d"],
-    prompts: Mapping[str, tuple[Float[Array, "b m d"], Bool[Array, "b"]]],
-) -> Context:
+# --- what a UNet is told --------------------------------------------------------------------------------------------
+
+Given = Mapping[str, tuple[Float[Array, "b m d"], Bool[Array, "b"]]]  # source -> (tokens, which rows have it)
+
+
+def null_context(null: Float[Array, "1 n d"], rows: int) -> Context:
+    """The null prompt of so many rows."""
+    return context(jnp.broadcast_to(null, (rows, *null.shape[1:])))
+
+
+def prompt_context(null: Float[Array, "1 n d"], prompts: Given, rows: int) -> Context:
     """The prompt of a batch: one slot of tokens a source, absent ones masked per row, so that one executable serves
-    mixed batches. A row without any source has the null prompt C_T("").
+    mixed batches. A row without any source has the null prompt."""
+    slots = [mask(context(tokens), has) for tokens, has in prompts.values()]
+    if not slots:
+        return null_context(null, rows)
+    someone = jnp.any(jnp.stack([has for _, has in prompts.values()]), axis=0)
+    return concat([mask(null_context(null, rows), ~someone), *slots])
 
-    Args:
-      null: tokens of the null prompt.
-      prompts: source -> (tokens, which rows have it).
-    """
-    rows = [has for _, has in prompts.values()]
-    b = rows[0].shape[0]
-    any_ = jnp.any(jnp.stack(rows), axis=0)
-    slots = [mask(context(jnp.broadcast_to(null, (b, *null.shape[1:]))), ~any_)]
-    return concat(slots + [mask(context(tokens), has) for tokens, has in prompts.values()])
+
+def prompt_halves(null: Float[Array, "1 n d"], prompts: Given, rows: int) -> Context:
+    """The prompts of both halves of guidance (2 b n d): unconditional rows, whose prompt is the null prompt, first."""
+    twice = {
+        s: (jnp.tile(x, (2, 1, 1)), jnp.concatenate([jnp.zeros_like(has), has])) for s, (x, has) in prompts.items()
+    }
+    return prompt_context(null, twice, 2 * rows)
+
+
+def guide_halves(guide: Context, in_both: bool) -> Context:
+    """The guide of both halves of guidance; the unconditional half has it only if it is to be `in_both` (CoDi)."""
+    none = guide if in_both else mask(guide, jnp.zeros(guide.bias.shape[:1], bool))
+    return jax.tree.map(lambda *x: jnp.concatenate(x), none, guide)
 
 
 def pooled_context(pooled: Float[Array, "b d"], scale: float = 1.0) -> Context:
     """The one-token context of a pooled vector, for sources whose tokens this flow was never trained on: only pooled
     vectors are aligned. scale: sqrt(d) for V's unit vectors, 1 for prompts, whose tokens have about unit norm."""
     return context(scale * pooled[:, None].astype(jnp.float32))
+
+
+# --- making one -----------------------------------------------------------------------------------------------------
 
 
 def build(
@@ -236,20 +232,22 @@ def build(
     image_size: int,
     dtype=jnp.float32,
     remat: bool = False,
+    predict: Mapping[str, str] | None = None,
+    centred: bool = True,
 ) -> MedM2G:
-    """The recipe of the flows of `modalities` and of the autoencoders of all kinds.
+    """The recipe of the flows of `modalities` and of the autoencoders of their kinds.
 
     Args:
       net: sizes, `config.net`.
-      vocab: of the three tokenizers, {"clip": v, "bert": v, "gpt2": v}.
+      vocab: of the three tokenizers, {"clip": v, "bert": v, "gpt2": v}; {} where no modality is text.
       scales: kind -> latent scale, 1/std of the training latents.
       image_size: pixels a side.
       dtype: of activations.
+      predict: modality -> what its UNet predicts, where it is not eps.
+      centred: the centre's C is trained, so that C("") is the null prompt (`rounds.Graph.centre`).
     """
-    families = {kind: family(net, vocab, dtype) for kind, family in FAMILIES.items()}
-    factor = net["image_vae"]["patch"] * 2 ** (len(net["image_vae"]["channels"]) - 1)
-    side = image_size // factor
-    latents = {"image": (side, side, net["image_vae"]["latent"]), "text": (net["text_unet"]["latent"],)}
+    kinds = dict.fromkeys(MODALITIES[m].kind for m in modalities)
+    families = {kind: FAMILIES[kind](net, vocab, image_size, dtype) for kind in kinds}
     width = net["width"]
     flows = {}
     for name in modalities:
@@ -257,6 +255,8 @@ def build(
         family, streams = families[modality.kind], len(modality.streams)
         flows[name] = Flow(
             modality=modality,
+            family=family,
+            process=Process(predict[name]) if predict and name in predict else Process(),
             clip=family.clip(),
             unet=family.unet(streams=streams, remat=remat),
             context=family.context(streams=streams),
@@ -268,10 +268,10 @@ def build(
                 precision=jax.lax.Precision.HIGHEST,
                 kernel_init=lambda key, shape, dtype=jnp.float32: jnp.eye(*shape, dtype=dtype),
             ),
-            latent_shape=latents[modality.kind],
+            centred=centred,
         )
-    scales = {kind: float(scales.get(kind, 1.0)) for kind in FAMILIES}
-    return MedM2G(flows, {kind: f.vae() for kind, f in families.items()}, scales, width)
+    scales = {kind: float(scales.get(kind, 1.0)) for kind in kinds}
+    return MedM2G(flows, families, scales, width)
 
 
 def init_group(model: MedM2G, key: Array, groups: Sequence[str]) -> Params:
@@ -279,16 +279,11 @@ def init_group(model: MedM2G, key: Array, groups: Sequence[str]) -> Params:
     out: Params = {}
     for i, owner in enumerate(dict.fromkeys(g.split("/")[0] for g in groups)):
         own = jax.random.fold_in(key, i)
-        kinds = [g.split("/")[1] for g in groups if g.split("/")[0] == owner]
-        if "vae" in kinds:
-            vae = model.vaes[owner]
-            if owner == "text":
-                args = (jnp.zeros((1, 8), jnp.int32), jnp.zeros((1, 8), jnp.int32))
-            else:
-                side = vae.patch * 2 ** (len(vae.channels) - 1) * 2
-                args = (jnp.zeros((1, side, side, vae.colours)),)
-            out |= init(vae, f"{owner}/vae", own, *args)
+        parts = [g.split("/")[1] for g in groups if g.split("/")[0] == owner]
+        if "vae" in parts:
+            family = model.families[owner]
+            out |= init(family.vae(), f"{owner}/vae", own, *family.vae_example())
         if owner in model.flows:
             example = context(jnp.zeros((1, 2, model.width)))
-            out |= model.flows[owner].init(own, [k for k in kinds if k != "vae"], example)
+            out |= model.flows[owner].init(own, [p for p in parts if p != "vae"], example)
     return out

@@ -26,17 +26,18 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from medm2g_jax import run
-from medm2g_jax.config import stage_graph, stage_own_fields, text_lengths
+from medm2g_jax.config import stage_graph, stage_own_fields
 from medm2g_jax.data.pipeline import Rows
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.device import activation_dtype
 from medm2g_jax.errors import UserError
+from medm2g_jax.family import text_lengths
 from medm2g_jax.modality import MODALITIES
-from medm2g_jax.model import init_group
+from medm2g_jax.model import MedM2G, init_group
 from medm2g_jax.nn import attention
-from medm2g_jax.recipes import recipe
 from medm2g_jax.train import loop, results, sharding
-from medm2g_jax.train.state import create, make_train_step
+from medm2g_jax.train.setup import assemble, frozen_dtype
+from medm2g_jax.train.state import create
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
@@ -118,13 +119,14 @@ def vocabularies(config: ConfigDict, root: epath.Path) -> tuple[dict[str, int], 
 # --- the train step, in shapes --------------------------------------------------------------------------------------
 
 
-def abstract_batch(rows: Rows, batch: int, size: int, lengths: Mapping[str, int]) -> dict[str, Any]:
+def abstract_batch(rows: Rows, batch: int, model: MedM2G) -> dict[str, Any]:
     """Shapes of a global batch of `rows`, as data/pipeline.py makes it."""
 
-    def value(modality: str) -> Any:
-        if MODALITIES[modality].kind == "text":
-            return {name: jax.ShapeDtypeStruct((batch, n), jnp.int32) for name, n in lengths.items()}
-        return jax.ShapeDtypeStruct((batch, size, size, 1), jnp.float32)
+    def value(modality: str, count: int = batch) -> Any:
+        return model.flows[modality].family.shapes(count)
+
+    def flags(*shape: int, dtype: Any = bool) -> Any:
+        return jax.ShapeDtypeStruct((batch, *shape), dtype)
 
     out = {m: value(m) for m in rows.require}
     if rows.merge:
@@ -132,10 +134,24 @@ def abstract_batch(rows: Rows, batch: int, size: int, lengths: Mapping[str, int]
     several = [m for m in rows.require if len(MODALITIES[m].streams) > 1]
     about: dict[str, Any] = {}
     if several:
-        about["stream"] = {m: jax.ShapeDtypeStruct((batch,), jnp.int32) for m in several}
+        about["stream"] = {m: flags(dtype=jnp.int32) for m in several}
     if rows.prompts:
         about["prompt"] = {m: value(m) for m in rows.prompts}
-        about["present"] = {m: jax.ShapeDtypeStruct((batch,), bool) for m in rows.prompts}
+        about["present"] = {m: flags() for m in rows.prompts}
+    if rows.identify:
+        about["record"] = flags(dtype=jnp.int32)
+    if rows.contrasts:
+        about["has"] = {m: flags() for m in rows.require}
+        about["partner"] = {m: flags() for m in rows.contrasts}
+        split = lambda x: x.update(shape=(batch, rows.others, *x.shape[1:]))  # noqa: E731
+        about["others"] = {
+            m: {
+                "x": jax.tree.map(split, value(m)),
+                "stream": flags(rows.others, dtype=jnp.int32),
+                "has": flags(rows.others),
+            }
+            for m in rows.contrasts
+        }
     return out | ({"about": about} if about else {})
 
 
@@ -144,34 +160,31 @@ def abstract_step(
 ) -> tuple[Callable, tuple]:
     """(jitted train step of config.stage, its arguments (state, frozen, batch, key) as shapes placed on the mesh): what
     `loop.run_stage` calls. absent: rounds that were never run (rounds.Graph)."""
-    sharding.check_batch(config.batch, mesh)
     graph = stage_graph(config, tuple(absent))
-    stage = graph.stage(config.stage)
     dtype = activation_dtype(config.dtype, backend)
-    model = results.build_model(config, vocab, {}, dtype)
-    spec = recipe(config, model, vocab["gpt2"] - 3, stage)
-    lengths = text_lengths(config)
+    predict = results.predictions(config, tuple(graph.owners(config.stage)))
+    setup = assemble(config, graph, mesh, vocab, {}, predict, dtype)
+    spec, model = setup.recipe, setup.model
 
     key = jax.eval_shape(lambda: jax.random.key(0))
-    upstream = jax.eval_shape(lambda k: init_group(model, k, tuple(graph.owners(stage.name))), key)
-    frozen = {k: v.update(dtype=dtype) for k, v in upstream.items() if not results.trains(stage, k)}
-    batch = abstract_batch(spec.rows, config.batch, config.image_size, lengths)
+    upstream = jax.eval_shape(lambda k: init_group(model, k, tuple(graph.owners(config.stage))), key)
+    frozen = {k: v.update(dtype=frozen_dtype(dtype) or v.dtype) for k, v in upstream.items() if not setup.trains(k)}
+    batch = abstract_batch(spec.rows, config.batch, model)
     extra: dict[str, Any] = {}
     if spec.start is not None:
-        empty = {name: jax.ShapeDtypeStruct((1, n), jnp.int32) for name, n in lengths.items()}
+        empty = {name: jax.ShapeDtypeStruct((1, n), jnp.int32) for name, n in text_lengths(config.net).items()}
         _, extra = jax.eval_shape(lambda f, b, k, e: spec.start(f, [b], k, e), frozen, batch, key, empty)
 
-    trainable = jax.eval_shape(spec.init, key)
-    placed = {name: sharding.param_sharding(name, x.shape, mesh) for name, x in trainable.items()}
-    tx, layout = loop.state_layout(config, trainable, placed, mesh)
     at = lambda tree, where: jax.tree.map(lambda x: x.update(sharding=where), tree)  # noqa: E731
     state = jax.tree.map(
-        lambda x, where: x.update(sharding=where), jax.eval_shape(lambda p: create(p, tx), trainable), layout
+        lambda x, where: x.update(sharding=where),
+        jax.eval_shape(lambda p: create(p, setup.tx), setup.shapes),
+        setup.layout,
     )
     frozen = {k: v.update(sharding=sharding.param_sharding(k, v.shape, mesh)) for k, v in frozen.items()}
     frozen |= at(extra, sharding.replicated(mesh))
     # Frozen parameters that this step does not read (decoders) are in memory all the same: keep_unused counts them.
-    step = jax.jit(make_train_step(spec, config, tx), out_shardings=(layout, None), donate_argnums=0, keep_unused=True)
+    step = jax.jit(setup.train_step, out_shardings=(setup.layout, None), donate_argnums=0, keep_unused=True)
     return step, (state, frozen, at(batch, sharding.batch_sharding(mesh)), at(key, sharding.replicated(mesh)))
 
 
@@ -334,7 +347,13 @@ def _si(x: float | int) -> str:
 def show(config: ConfigDict, workdir: str, topology: str = "", python: str = "") -> None:
     """Print the stages and what there is of them; with a topology, what the TPU compiler says of config.stage."""
     root = epath.Path(workdir)
-    print(run.described(config, root, loop.plan_stages(config, root)))
+    todo = loop.plan_stages(config, root)
+    try:
+        source = run.open_records(config)
+    except UserError as error:
+        source = None
+        print(f"the data are not here, records are not counted: {error}")
+    print(run.described(config, root, todo, source))
     if not topology:
         return
     where = Path(python or os.environ.get("MEDM2G_LIBTPU_PYTHON") or ROOT / ".venv-tpu" / "bin" / "python")

@@ -15,27 +15,27 @@ stage (not its name: stages that differ in the name alone are then one program t
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
 from medm2g_jax import rounds
 from medm2g_jax.align import HIGHEST, LOG_SCALE_INIT, info_nce
-from medm2g_jax.arrays import Params
-from medm2g_jax.autoencode import kl_per_dimension, token_cross_entropy
-from medm2g_jax.config import stage_graph
+from medm2g_jax.arrays import Latent, Params, Times
+from medm2g_jax.autoencode import kl_per_dimension
 from medm2g_jax.data.pipeline import Rows
-from medm2g_jax.diffusion import T, add_noise, eps_loss
+from medm2g_jax.diffusion import T, denoising_loss
 from medm2g_jax.extract import invariant_loss, view
 from medm2g_jax.keys import row_keys, row_normal, row_uniform
-from medm2g_jax.modality import MODALITIES, centre, of_kind
-from medm2g_jax.model import MedM2G, apply, init, init_group, prompt_context
+from medm2g_jax.modality import of_kind
+from medm2g_jax.model import Flow, MedM2G, apply, init, init_group, prompt_context, under
+from medm2g_jax.nn.attention import Context, concat, mask
 
-EVAL_TIMES = tuple(range(T // 20, T, T // 10))  # 50, 150, ..., 950: held-out eps loss is their mean
+EVAL_TIMES = tuple(range(T // 20, T, T // 10))  # 50, 150, ..., 950: held-out loss of a flow is their mean
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,25 @@ class Recipe:
     temporary: tuple[str, ...] = field(default=())  # prefixes of parameters that train and are then dropped
 
 
-def recipe(config: ConfigDict, model: MedM2G, gpt2_pad: int, stage: rounds.Stage | None = None) -> Recipe:
-    """The recipe of config.stage; `stage`: as the run's own graph has it, where rounds are absent."""
-    stage = stage or stage_graph(config).stage(config.stage)
+def recipe(config: ConfigDict, model: MedM2G, graph: rounds.Graph) -> Recipe:
+    """The recipe of config.stage, in the run's own graph."""
+    stage = graph.stage(config.stage)
     build = {"vae": _autoencoder, "align": _alignment, "ldm": _single_flow, "round": _round}[stage.verb]
-    return build(config, model, stage, gpt2_pad)
+    return build(config, model, stage, rows_of(config, graph))
+
+
+def rows_of(config: ConfigDict, graph: rounds.Graph) -> Rows:
+    """What one training row of config.stage holds."""
+    stage = graph.stage(config.stage)
+    if stage.verb == "vae":
+        (kind,) = stage.subjects
+        return Rows(any_of=tuple(m for m in of_kind(kind) if m in graph.modalities), merge=kind)
+    if stage.verb == "align":  # a single modality: two of its contrasts
+        return Rows(require=stage.subjects, prompts=stage.subjects if len(stage.subjects) == 1 else (), identify=True)
+    if stage.verb == "ldm":
+        return Rows(require=stage.subjects, prompts=graph.prompts(*stage.subjects), unprompted=config.unprompted)
+    contrasts = stage.contrasts if config.others else ()
+    return Rows(require=stage.subjects, contrasts=contrasts, others=config.others if contrasts else 0, identify=True)
 
 
 def weighted(recipe: Recipe, weights: Mapping[str, float], features: Any) -> tuple[Array, dict[str, Array]]:
@@ -70,55 +84,67 @@ def weighted(recipe: Recipe, weights: Mapping[str, float], features: Any) -> tup
 # --- autoencoders (3.1) ---------------------------------------------------------------------------------------------
 
 
-def _autoencoder(config: ConfigDict, model: MedM2G, stage: rounds.Stage, gpt2_pad: int) -> Recipe:
-    kind = stage.subjects[0]
-    text = kind == "text"
+class Autoencoded(NamedTuple):
+    """The posterior's mean and log-variance, what the decoder made of a draw of it, and the value it was made from."""
+
+    mean: Latent
+    logvar: Latent
+    output: Array
+    x: Any
+
+
+def _autoencoder(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: Rows) -> Recipe:
+    (kind,) = stage.subjects
+    family = model.families[kind]
 
     def prepare(frozen: Params, batch: Mapping, key: Array, t: Array | None = None):
-        x = batch[centre().name] if text else batch[kind]
-        keys = row_keys(key, jax.tree.leaves(x)[0].shape[0])
-        return x, keys
+        x = batch[kind]
+        return x, row_keys(key, jax.tree.leaves(x)[0].shape[0])
 
-    def features(params: Params, prepared):
+    def features(params: Params, prepared) -> Autoencoded:
         x, keys = prepared
         mean, logvar = model.posterior(params, kind, x)
         z = mean + jnp.exp(0.5 * logvar) * row_normal(keys, mean.shape[1:], 0)
-        if text:
-            return (
-                mean,
-                logvar,
-                apply(model.vaes[kind], params, f"{kind}/vae", z, x["gpt2"], method="logits"),
-                x["gpt2"],
-            )
-        y = apply(model.vaes[kind], params, f"{kind}/vae", z, method="decode")
-        return mean, logvar, y.astype(jnp.float32), x
-
-    losses: dict[str, Callable] = {"kl": lambda f: kl_per_dimension(f[0], f[1])}
-    if text:
-        losses["ce"] = lambda f: token_cross_entropy(f[2], f[3], gpt2_pad)
-    else:
-        losses["l1"] = lambda f: jnp.mean(jnp.abs(f[2] - f[3]))
-        losses["mse"] = lambda f: jnp.mean(jnp.square(f[2] - f[3]))
+        return Autoencoded(mean, logvar, family.reconstruct(under(params, f"{kind}/vae"), z, x), x)
 
     def finish(params: Params, batches: Iterable) -> dict:
         encode = jax.jit(lambda p, x: model.posterior(p, kind, x)[0])
-        means = [encode(params, batch[centre().name] if text else batch[kind]) for batch in batches]
+        means = [encode(params, batch[kind]) for batch in batches]
         return {"scales": {kind: float(1.0 / jnp.std(jnp.concatenate(means)))}}
 
-    rows = Rows(require=(centre().name,)) if text else Rows(any_of=of_kind(kind), merge=kind)
+    losses: dict[str, Callable] = {"kl": lambda f: kl_per_dimension(f.mean, f.logvar)}
+    losses |= {name: lambda f, loss=loss: loss(f.output, f.x) for name, loss in family.losses.items()}
     return Recipe(rows, lambda key: init_group(model, key, stage.trains), prepare, features, losses, finish=finish)
 
 
 # --- align and extract (3.2, 3.3) -----------------------------------------------------------------------------------
 
 
-def _alignment(config: ConfigDict, model: MedM2G, stage: rounds.Stage, gpt2_pad: int) -> Recipe:
-    a, b = stage.subjects
+class Views(NamedTuple):
+    """What the prompt encoders see: a value of each subject, a second view of the images that the visual invariant is
+    kept for, and which rows are of one record."""
+
+    first: dict[str, Any]
+    second: dict[str, Any]
+    same: Bool[Array, "b b"]
+
+
+class Aligned(NamedTuple):
+    """Pooled embeddings of each subject, projections of the two views, and the pair's ln(1/tau)."""
+
+    pooled: dict[str, Float[Array, "b d"]]
+    views: dict[str, tuple[Float[Array, "b p"], Float[Array, "b p"]]]
+    log_scale: Float[Array, ""]
+    same: Bool[Array, "b b"]
+
+
+def _alignment(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: Rows) -> Recipe:
+    a, b = stage.subjects if len(stage.subjects) == 2 else (*stage.subjects, "other")
     pair = "_".join(stage.subjects)
-    width = config.net.projector
+    owner = {a: a, b: b if b in model.flows else a}  # a single modality: both are pictures of it, of two contrasts
     # The visual invariant is kept for the imaging modalities whose encoder trains here.
-    invariant = [m for m in stage.new if MODALITIES[m].kind == "image" and config.loss.invariant]
-    projector = Projector(width)
+    invariant = [m for m in stage.new if model.flows[m].family.has_views and config.loss.invariant]
+    projector = Projector(config.net.projector)
 
     def make(key: Array) -> Params:
         out = init_group(model, key, stage.trains)
@@ -127,33 +153,45 @@ def _alignment(config: ConfigDict, model: MedM2G, stage: rounds.Stage, gpt2_pad:
             out |= init(projector, f"{m}/projector", key, jnp.zeros((2, model.width)))
         return out
 
-    def prepare(frozen: Params, batch: Mapping, key: Array, t: Array | None = None):
-        first, second = dict(batch), {}
-        for i, m in enumerate(stage.subjects):
-            if MODALITIES[m].kind == "image":
-                first[m] = view(jax.random.fold_in(key, 2 * i), batch[m], config.crop)
+    def prepare(frozen: Params, batch: Mapping, key: Array, t: Array | None = None) -> Views:
+        x = {m: batch[m] if m in batch else batch["about"]["prompt"][a] for m in (a, b)}
+        first, second = dict(x), {}
+        for i, m in enumerate((a, b)):
+            if model.flows[owner[m]].family.has_views:
+                first[m] = view(jax.random.fold_in(key, 2 * i), x[m], config.crop)
             if m in invariant:
-                second[m] = view(jax.random.fold_in(key, 2 * i + 1), batch[m], config.crop)
-        return first, second
+                second[m] = view(jax.random.fold_in(key, 2 * i + 1), x[m], config.crop)
+        return Views(first, second, _same(batch, [(model.flows[owner[m]], x[m]) for m in (a, b)]))
 
-    def features(params: Params, prepared):
-        first, second = prepared
+    def features(params: Params, prepared: Views) -> Aligned:
         # Both views go through the tower in one pass.
         pooled, views = {}, {}
-        for m in stage.subjects:
-            if m in second:
-                both = model.flows[m].prompt(params, jnp.concatenate([first[m], second[m]])).pooled
+        for m in (a, b):
+            prompt = model.flows[owner[m]].prompt
+            if m in prepared.second:
+                both = prompt(params, jnp.concatenate([prepared.first[m], prepared.second[m]])).pooled
                 pooled[m], other = jnp.split(both, 2)
-                views[m] = [apply(projector, params, f"{m}/projector", z) for z in (pooled[m], other)]
+                views[m] = tuple(apply(projector, params, f"{m}/projector", z) for z in (pooled[m], other))
             else:
-                pooled[m] = model.flows[m].prompt(params, first[m]).pooled
-        return pooled, views, params[f"pair/{pair}/log_scale"]
+                pooled[m] = prompt(params, prepared.first[m]).pooled
+        return Aligned(pooled, views, params[f"pair/{pair}/log_scale"], prepared.same)
 
-    losses: dict[str, Callable] = {f"contrast/{pair}": lambda f: info_nce(f[0][a], f[0][b], f[2])}
+    losses: dict[str, Callable] = {
+        f"contrast/{pair}": lambda f: info_nce(f.pooled[a], f.pooled[b], f.log_scale, same=f.same)
+    }
     for m in invariant:
-        losses[f"invariant/{m}"] = lambda f, m=m: invariant_loss(*f[1][m], config.barlow_lambda)
+        losses[f"invariant/{m}"] = lambda f, m=m: invariant_loss(*f.views[m], config.barlow_lambda)
     temporary = ("pair/", *(f"{m}/projector/" for m in invariant))
-    return Recipe(Rows(require=stage.subjects), make, prepare, features, losses, temporary=temporary)
+    return Recipe(rows, make, prepare, features, losses, temporary=temporary)
+
+
+def _same(batch: Mapping, values: Iterable[tuple[Flow, Any]]) -> Bool[Array, "b b"]:
+    """Which rows cannot be told apart: of one record, or alike in one of these values."""
+    record = batch["about"]["record"]
+    same = record[:, None] == record[None, :]
+    for flow, x in values:
+        same |= flow.family.alike(x)
+    return same
 
 
 class Projector(nn.Module):
@@ -175,52 +213,65 @@ class Projector(nn.Module):
 # --- single flows (3.1, Eq. 2) --------------------------------------------------------------------------------------
 
 
-def null_prompt(model: MedM2G, params: Params, empty: Mapping) -> Array:
-    """Tokens (1 n d) of the null prompt C_T("") from the ids of the empty text."""
-    return jax.jit(lambda p, x: model.flows[centre().name].prompt(p, x).tokens)(params, empty)
+class Noised(NamedTuple):
+    """A batch on its way: z_t at times t, what the network has to say of it, and what the prompt is made of."""
+
+    z_t: Latent
+    t: Times
+    target: Latent
+    given: dict[str, tuple[Array, Bool[Array, "b"]]]
+    stream: Array | None
 
 
-def _noised(keys: Array, z0: Mapping[str, Array], t: Array) -> tuple[dict, dict]:
-    """(eps, z_t) of each modality, one time a row for all of them."""
-    eps = {m: row_normal(keys, z.shape[1:], i) for i, (m, z) in enumerate(z0.items())}
-    return eps, {m: add_noise(z, t, eps[m]) for m, z in z0.items()}
+class Predicted(NamedTuple):
+    """What a network had to say, and what it said."""
+
+    target: Latent
+    prediction: Latent
 
 
-def _times(keys: Array, t: Array | None) -> Array:
+def _null(model: MedM2G, frozen: Params, empty: Mapping) -> Params:
+    """The centre's C(""), once and for all."""
+    return jax.jit(lambda p, x: model.null(p, x))(frozen, empty)
+
+
+def _times(keys: Array, t: Array | None) -> Times:
     drawn = jnp.minimum((row_uniform(keys, "t") * T).astype(jnp.int32), T - 1)
     return drawn if t is None else jnp.full_like(drawn, t)
 
 
-def _single_flow(config: ConfigDict, model: MedM2G, stage: rounds.Stage, gpt2_pad: int) -> Recipe:
+def _single_flow(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: Rows) -> Recipe:
     (target,) = stage.subjects
     flow = model.flows[target]
-    prompts = rounds.graph(config.listing).prompts(target)
 
     def start(frozen: Params, batches: Iterable, key: Array, empty: Mapping) -> tuple[Params, Params]:
-        return {}, {"null/tokens": null_prompt(model, frozen, empty)}
+        return {}, _null(model, frozen, empty)
 
-    def prepare(frozen: Params, batch: Mapping, key: Array, t: Array | None = None):
-        z0 = {target: model.encode(frozen, target, batch[target])}
-        keys = row_keys(key, z0[target].shape[0])
+    def prepare(frozen: Params, batch: Mapping, key: Array, t: Array | None = None) -> Noised:
+        z0 = model.encode(frozen, target, batch[target])
+        keys = row_keys(key, z0.shape[0])
         times = _times(keys, t)
-        eps, z_t = _noised(keys, z0, times)
+        eps = row_normal(keys, z0.shape[1:], 0)
         keep = row_uniform(keys, "drop_prompt") >= config.drop_prompt
-        about = batch["about"]
+        about = batch.get("about", {})
         given = {
-            m: (model.flows[m].prompt(frozen, about["prompt"][m]).tokens, keep & about["present"][m]) for m in prompts
+            m: (model.flows[m].prompt(frozen, about["prompt"][m]).tokens, keep & about["present"][m])
+            for m in rows.prompts
         }
-        return z_t[target], times, eps[target], prompt_context(frozen["null/tokens"], given), _stream(batch, target)
+        process = flow.process
+        z_t, aim = process.add_noise(z0, times, eps), process.target(z0, times, eps)
+        return Noised(z_t, times, aim, given, _stream(batch, target))
 
-    def features(params: Params, prepared):
-        z_t, times, eps, prompt, stream = prepared
-        return eps, flow.eps(params, z_t, times, prompt, None, stream)
+    def features(params: Params, p: Noised) -> Predicted:
+        prompt = prompt_context(flow.null(params), p.given, p.t.shape[0])
+        return Predicted(p.target, flow.predict(params, p.z_t, p.t, prompt, None, p.stream))
 
     return Recipe(
-        Rows(require=(target,), prompts=prompts),
+        rows,
         lambda key: init_group(model, key, stage.trains),
         prepare,
         features,
-        {f"eps/{target}": lambda f: eps_loss(*f)},
+        {f"eps/{target}": lambda f: denoising_loss(f.target, f.prediction)},
         times=EVAL_TIMES,
         start=start,
     )
@@ -233,64 +284,136 @@ def _stream(batch: Mapping, m: str) -> Array | None:
 # --- rounds (3.4, 3.5, Eq. 5-6) -------------------------------------------------------------------------------------
 
 
-def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, gpt2_pad: int) -> Recipe:
-    a, b = stage.subjects
-    partner = {a: b, b: a}
-    pair = "_".join(stage.subjects)
+class Source(NamedTuple):
+    """What V reads (Eq. 6): latents at their own noise level, and the contrast they are of."""
+
+    z: Latent
+    t: Times
+    stream: Array | None
+
+
+class Others(NamedTuple):
+    """Other contrasts of one modality, k a row, flat (b k): what V reads, and which are there (b k)."""
+
+    source: Source
+    has: Bool[Array, "b k"]
+
+
+class Pair(NamedTuple):
+    """A batch of a round, by modality: each flow's latents on their way, and the sources that guide the others.
+
+    clean: rows of translation, whose sources are clean; in the rest all share one time. counts: rows whose flow learns
+    (None: all). partner: rows that the partner guides (None: all).
+    """
+
+    noised: dict[str, Noised]
+    sources: dict[str, Source]
+    others: dict[str, Others]
+    clean: Bool[Array, "b"]
+    counts: dict[str, Bool[Array, "b"]] | None
+    partner: dict[str, Bool[Array, "b"]]
+    same: Bool[Array, "b b"]
+
+
+class Paired(NamedTuple):
+    """Each flow's prediction, V's pooled output of each source, and the rows that count."""
+
+    predicted: dict[str, Predicted]
+    pooled: dict[str, Float[Array, "b d"]]
+    clean: Bool[Array, "b"]
+    counts: dict[str, Bool[Array, "b"]] | None
+    same: Bool[Array, "b b"]
+
+
+def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: Rows) -> Recipe:
+    subjects, flows = stage.subjects, {m: model.flows[m] for m in stage.subjects}
+    partner = dict(zip(subjects, reversed(subjects), strict=True)) if len(subjects) == 2 else {}
 
     def start(frozen: Params, batches: Iterable, key: Array, empty: Mapping) -> tuple[Params, Params]:
         """phi_s of Eq. 5: f_B's free rows start as rows drawn from C_B's tokens of training data."""
         batch = next(iter(batches))
-        rows = {}
+        drawn = {}
         for i, m in enumerate(stage.new):
-            tokens = jax.jit(lambda p, x, m=m: model.flows[m].prompt(p, x).tokens)(frozen, batch[m])
+            tokens = jax.jit(lambda p, x, m=m: flows[m].prompt(p, x).tokens)(frozen, batch[m])
             flat = tokens.reshape(-1, tokens.shape[-1]).astype(jnp.float32)
-            chosen = jax.random.choice(
-                jax.random.fold_in(key, i), flat.shape[0], (model.flows[m].adapt.count,), replace=False
-            )
-            rows[f"{m}/adapt/rows"] = flat[chosen]
-        return rows, {"null/tokens": null_prompt(model, frozen, empty)}
+            odds = None
+            if rows.contrasts:  # where a record lacks the modality, its place in the batch is blank
+                has = jnp.repeat(batch["about"]["has"][m], tokens.shape[1])
+                odds = has / jnp.maximum(has.sum(), 1)
+            count = flows[m].adapt.count
+            chosen = jax.random.choice(jax.random.fold_in(key, i), flat.shape[0], (count,), replace=False, p=odds)
+            drawn[f"{m}/adapt/rows"] = flat[chosen]
+        return drawn, _null(model, frozen, empty)
 
-    def prepare(frozen: Params, batch: Mapping, key: Array, t: Array | None = None):
-        z0 = {m: model.encode(frozen, m, batch[m]) for m in stage.subjects}
-        keys = row_keys(key, z0[a].shape[0])
+    def prepare(frozen: Params, batch: Mapping, key: Array, t: Array | None = None) -> Pair:
+        about = batch["about"]
+        z0 = {m: model.encode(frozen, m, batch[m]) for m in subjects}
+        keys = row_keys(key, z0[subjects[0]].shape[0])
         times = _times(keys, t)
-        eps, z_t = _noised(keys, z0, times)
+        eps = {m: row_normal(keys, z.shape[1:], i) for i, (m, z) in enumerate(z0.items())}
+        z_t = {m: flows[m].process.add_noise(z, times, eps[m]) for m, z in z0.items()}
         # One draw a row serves both flows: translation (clean source) or joint generation (source at the same t).
         clean = row_uniform(keys, "clean") < config.clean
         if t is not None:  # held out: always translation
             clean = jnp.ones_like(clean)
-        source_t = jnp.where(clean, 0, times)
-        source_z = {m: jnp.where(clean.reshape(-1, *(1,) * (z.ndim - 1)), z, z_t[m]) for m, z in z0.items()}
-        prompts = {}
-        for i, m in enumerate(stage.subjects):
+        streams = {m: _stream(batch, m) for m in subjects}
+        noised, sources, others = {}, {}, {}
+        for i, m in enumerate(subjects):
             keep = row_uniform(keys, f"drop_prompt/{i}") >= config.drop_prompt
-            other = partner[m]
-            if config.drop_prompt >= 1:
-                null = frozen["null/tokens"]
-                given = {other: (jnp.zeros((keep.shape[0], 1, null.shape[-1])), jnp.zeros_like(keep))}
-            else:
-                given = {other: (model.flows[other].prompt(frozen, batch[other]).tokens, keep)}
-            prompts[m] = prompt_context(frozen["null/tokens"], given)
-        streams = {m: _stream(batch, m) for m in stage.subjects}
-        return dict(
-            z_t=z_t, t=times, eps=eps, prompts=prompts, streams=streams, clean=clean, z=source_z, source_t=source_t
-        )
+            given = {}
+            if m in partner and config.drop_prompt < 1:
+                other = partner[m]
+                present = about["has"][other] if rows.contrasts else True
+                given = {other: (flows[other].prompt(frozen, batch[other]).tokens, keep & present)}
+            aim = flows[m].process.target(z0[m], times, eps[m])
+            noised[m] = Noised(z_t[m], times, aim, given, streams[m])
+            sources[m] = Source(_where(clean, z0[m], z_t[m]), jnp.where(clean, 0, times), streams[m])
+        for i, m in enumerate(rows.contrasts):
+            some = about["others"][m]
+            flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+            each = lambda x: jnp.repeat(x, rows.others, axis=0)  # noqa: E731
+            z = model.encode(frozen, m, flat(some["x"]))
+            noise = flat(row_normal(keys, (rows.others, *z.shape[1:]), 100 + i))
+            source_t = each(jnp.where(clean, 0, times))
+            z = _where(each(clean), z, flows[m].process.add_noise(z, source_t, noise))
+            others[m] = Others(Source(z, source_t, flat(some["stream"])), some["has"])
+        counts = {m: about["has"][m] & about["has"][partner.get(m, m)] for m in subjects} if rows.contrasts else None
+        for m in rows.contrasts:  # guided by whatever there is
+            counts[m] = about["has"][m]
+        same = _same(batch, [(flows[m], batch[m]) for m in subjects])
+        return Pair(noised, sources, others, clean, counts, dict(about.get("partner", {})), same)
 
-    def features(params: Params, p):
-        sources = {m: model.flows[m].source(params, p["z"][m], p["source_t"], p["streams"][m]) for m in stage.subjects}
-        eps = {
-            m: model.flows[m].eps(params, p["z_t"][m], p["t"], p["prompts"][m], sources[partner[m]][0], p["streams"][m])
-            for m in stage.subjects
-        }
-        return p["eps"], eps, {m: pooled for m, (_, pooled) in sources.items()}, p["clean"]
+    def features(params: Params, p: Pair) -> Paired:
+        sources = {m: flows[m].source(params, *p.sources[m]) for m in partner}
+        predicted = {}
+        for m, n in p.noised.items():
+            guides = [sources[partner[m]][0]] if m in partner else []
+            if m in p.partner and guides:
+                guides = [mask(guides[0], p.partner[m])]
+            if m in p.others:
+                tokens = flows[m].source(params, *p.others[m].source)[0]
+                guides.append(_side_by_side(tokens, p.others[m].has))
+            prompt = prompt_context(flows[m].null(params), n.given, n.t.shape[0])
+            prediction = flows[m].predict(params, n.z_t, n.t, prompt, concat(guides), n.stream)
+            predicted[m] = Predicted(n.target, prediction)
+        pooled = {m: pooled for m, (_, pooled) in sources.items()}
+        return Paired(predicted, pooled, p.clean, p.counts, p.same)
 
-    losses: dict[str, Callable] = {f"eps/{m}": lambda f, m=m: eps_loss(f[0][m], f[1][m]) for m in stage.subjects}
-    # Central alignment in the output space as well: V's pooled outputs, among rows with a clean source (rows of
-    # different t would give the pair away by t).
-    losses[f"contrast/{pair}"] = lambda f: info_nce(f[2][a], f[2][b], -jnp.log(config.contrast_tau), f[3])
+    def flow_loss(f: Paired, m: str) -> Array:
+        return denoising_loss(*f.predicted[m], rows=None if f.counts is None else f.counts[m])
+
+    losses: dict[str, Callable] = {f"eps/{m}": lambda f, m=m: flow_loss(f, m) for m in subjects}
+    if partner:
+        # Central alignment in the output space as well: V's pooled outputs, among rows with a clean source (rows of
+        # different t would give the pair away by t).
+        def contrast(f: Paired) -> Array:
+            there = f.clean if f.counts is None else f.clean & jnp.all(jnp.stack([*f.counts.values()]), axis=0)
+            a, b = f.pooled.values()
+            return info_nce(a, b, -jnp.log(config.contrast_tau), there, f.same)
+
+        losses[f"contrast/{stage.name}"] = contrast
     return Recipe(
-        Rows(require=stage.subjects),
+        rows,
         lambda key: init_group(model, key, stage.trains),
         prepare,
         features,
@@ -298,3 +421,14 @@ def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, gpt2_pad: int
         times=EVAL_TIMES,
         start=start,
     )
+
+
+def _where(rows: Bool[Array, "b"], x: Latent, y: Latent) -> Latent:
+    return jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
+
+
+def _side_by_side(flat: Context, has: Bool[Array, "b k"]) -> Context:
+    """Contexts of k sources a row, (b k) rows of them, as one context a row; absent ones masked."""
+    b, k = has.shape
+    own = mask(flat, has.reshape(-1))
+    return Context(own.tokens.reshape(b, -1, own.tokens.shape[-1]), own.bias.reshape(b, -1))

@@ -4,7 +4,9 @@
 
 A *listing* is the ordered tuple of rounds, each a pair of modalities: by default section 3.5's Text-Xray, Text-CT,
 CT-MRI. Everything else follows from it by one rule: in alignment and in the rounds **a modality trains when it first
-appears and is frozen afterwards**; every modality gets a single flow between the two.
+appears and is frozen afterwards**; every modality gets a single flow between the two. A listing is of the modalities
+one has: any tuple will do, without text too; a single modality in place of a pair is aligned and guided by its own
+contrasts alone, or, where it has none, gets a flow and nothing else.
 
 Parameters come in four groups a modality (or kind), and every group is trained by the stages named here:
 
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from medm2g_jax.errors import UserError
-from medm2g_jax.modality import KINDS, MODALITIES, centre
+from medm2g_jax.modality import KINDS, MODALITIES
 
 LISTINGS = {
     "default": ("text_xray", "text_ct", "ct_mri"),  # section 3.5
@@ -33,7 +35,7 @@ SHARED = ("preset", "variant", "listing", "data", "image_size", "net", "seed", "
 GROUPS = {
     "vae": r"{}/vae/",
     "clip": r"{}/clip/",
-    "flow": r"{}/(prompt_in/|unet/(?!.*guide/))",
+    "flow": r"{}/(prompt_in/|null/|unet/(?!.*guide/))",
     "guide": r"{}/(context/|adapt/|unet/.*guide/)",
 }
 
@@ -50,18 +52,22 @@ def group_of(name: str) -> str | None:
     return next((f"{owner}/{g}" for g, regex in GROUPS.items() if re.match(regex.format(owner), name)), None)
 
 
-def pair(round_name: str) -> tuple[str, str]:
-    """ "text_ct" -> ("text", "ct").
+def members(round_name: str) -> tuple[str, ...]:
+    """ "text_ct" -> ("text", "ct"); "mri" -> ("mri",).
 
     Raises:
-      UserError: the name is not two registered modalities joined by an underscore.
+      UserError: the name is no registered modality, nor two of them joined by an underscore.
     """
+    if round_name in MODALITIES:
+        return (round_name,)
     words = round_name.split("_")
     for i in range(1, len(words)):
         a, b = "_".join(words[:i]), "_".join(words[i:])
         if a in MODALITIES and b in MODALITIES and a != b:
             return a, b
-    raise UserError(f"unknown round {round_name!r}: expected two of {', '.join(MODALITIES)} joined by an underscore")
+    raise UserError(
+        f"unknown round {round_name!r}: expected one of {', '.join(MODALITIES)}, or two joined by an underscore"
+    )
 
 
 @dataclass(frozen=True)
@@ -71,9 +77,10 @@ class Stage:
     Attributes:
       name: its run directory and, for rounds and autoencoders, its config file.
       verb: "vae" | "align" | "ldm" | "round".
-      subjects: the kind (vae), the pair (align, round) or the modality (ldm).
+      subjects: the kind (vae), the modality (ldm), the pair or single modality (align, round).
       trains, reads: groups; what it reads besides comes frozen from the stages that trained it.
       new: the modalities that first appear here (align, round), else subjects.
+      contrasts: the subjects that are guided by their own other contrasts too (round).
     """
 
     name: str
@@ -82,6 +89,7 @@ class Stage:
     trains: tuple[str, ...]
     reads: tuple[str, ...]
     new: tuple[str, ...]
+    contrasts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,56 +99,71 @@ class Graph:
     `freeze="paper"`: a modality's guide group trains in its first round only; "partner_open": the known partner of
     a round trains on as well. `absent`: rounds that were never run (upstream="init"): a modality whose earlier round is
     absent counts as first appearing, so it trains; a new guide that is also frozen would give no gradient at all.
+    `contrasts`: a modality whose guide trains is guided by its own other contrasts too.
     """
 
     listing: tuple[str, ...]
     freeze: str = "paper"
     absent: tuple[str, ...] = ()
+    contrasts: bool = True
 
     @cached_property
-    def pairs(self) -> tuple[tuple[str, str], ...]:
-        return tuple(pair(name) for name in self.listing)
+    def pairs(self) -> tuple[tuple[str, ...], ...]:
+        """The modalities of each round: two, or a single one."""
+        return tuple(members(name) for name in self.listing)
 
     @cached_property
     def modalities(self) -> tuple[str, ...]:
         """In the order of their first appearance."""
         return tuple(dict.fromkeys(m for p in self.pairs for m in p))
 
+    @cached_property
+    def centre(self) -> tuple[str, ...]:
+        """The centre, where a pair holds it and so trains its C: C("") is then everybody's null prompt. Else ()."""
+        paired = {m for p in self.pairs if len(p) > 1 for m in p}
+        return tuple(m for m in self.modalities if MODALITIES[m].centre and m in paired)
+
     def prompts(self, target: str) -> tuple[str, ...]:
         """Modalities whose C prompts the single flow of `target`: never its own x, so never its own stream.
 
         The centre is prompted by everything it is paired with; an imaging modality by the partner of its first round
-        and, where it has contrasts, by another contrast of itself.
+        and, where it has contrasts, by another contrast of itself. A modality that has neither has no prompt.
         """
-        partners = tuple(b if a == target else a for a, b in self.pairs if target in (a, b))
+        partners = tuple(m for p in self.pairs if target in p for m in p if m != target)
         if MODALITIES[target].centre:
             return partners
         return partners[:1] + ((target,) if MODALITIES[target].contrasts else ())
 
     @cached_property
     def stages(self) -> dict[str, Stage]:
-        out = [Stage(f"{kind}_vae", "vae", (kind,), (f"{kind}/vae",), (), (kind,)) for kind in reversed(KINDS)]
+        kinds = [k for k in reversed(KINDS) if any(MODALITIES[m].kind == k for m in self.modalities)]
+        out = [Stage(f"{kind}_vae", "vae", (kind,), (f"{kind}/vae",), (), (kind,)) for kind in kinds]
         first = {m: next(i for i, p in enumerate(self.pairs) if m in p) for m in self.modalities}
         for i, (name, ab) in enumerate(zip(self.listing, self.pairs, strict=True)):
+            if len(ab) == 1 and not MODALITIES[ab[0]].contrasts:
+                continue  # nothing to align it with
             new = tuple(m for m in ab if first[m] == i)
             clips = tuple(f"{m}/clip" for m in ab)
             out.append(Stage(f"align_{name}", "align", ab, tuple(f"{m}/clip" for m in new), clips, new))
         for m in self.modalities:
-            prompts = dict.fromkeys((centre().name, *self.prompts(m)))
+            prompts = dict.fromkeys((*self.centre, *self.prompts(m)))
             reads = (f"{MODALITIES[m].kind}/vae", *(f"{p}/clip" for p in prompts))
             out.append(Stage(f"ldm_{m}", "ldm", (m,), (f"{m}/flow",), reads, (m,)))
         for i, (name, ab) in enumerate(zip(self.listing, self.pairs, strict=True)):
-            earlier = {m for r in self.listing[:i] if r not in self.absent for m in pair(r)}
+            earlier = {m for r in self.listing[:i] if r not in self.absent for m in members(r)}
             new = tuple(m for m in ab if m not in earlier)
             open_ = ab if self.freeze == "partner_open" else new
-            clips = dict.fromkeys((centre().name, *ab))
+            contrasts = tuple(m for m in open_ if MODALITIES[m].contrasts and self.contrasts)
+            if len(ab) == 1 and not contrasts:
+                continue  # nothing to be guided by
+            clips = dict.fromkeys((*self.centre, *ab))
             reads = (
                 *dict.fromkeys(f"{MODALITIES[m].kind}/vae" for m in ab),
                 *(f"{m}/clip" for m in clips),
                 *(f"{m}/flow" for m in ab),
                 *(f"{m}/guide" for m in ab if m not in new),
             )
-            out.append(Stage(name, "round", ab, tuple(f"{m}/guide" for m in open_), reads, new))
+            out.append(Stage(name, "round", ab, tuple(f"{m}/guide" for m in open_), reads, new, contrasts))
         return {stage.name: stage for stage in out}
 
     def stage(self, name: str) -> Stage:
@@ -169,18 +192,24 @@ class Graph:
                 todo += self.owners(stage).values()
         return tuple(s for s in self.stages if s in needed)
 
-    def trained_pairs(self, rounds: Sequence[str]) -> dict[str, tuple[tuple[str, str], ...]]:
-        """Which source -> target pairs have been trained after these rounds, of prompts and of guides.
+    @property
+    def last(self) -> str:
+        """The stage that stands on all others: the last round, or flow where no round has anything to train."""
+        return list(self.stages)[-1]
+
+    def trained_pairs(self, flows: Sequence[str], rounds: Sequence[str]) -> dict[str, tuple[tuple[str, str], ...]]:
+        """Which source -> target pairs have been trained, of prompts and of guides, when these single flows and these
+        rounds have been. (m, m): another contrast of m itself.
 
         Generation uses all tokens of a context for these pairs, its pooled token for all others.
         """
-        done = tuple(m for m in self.modalities if any(m in pair(r) for r in rounds))
-        prompts = tuple((source, target) for target in done for source in self.prompts(target))
-        guides = tuple(ab for r in rounds for ab in (pair(r), pair(r)[::-1]))
-        return {"prompt": prompts, "guide": guides}
+        prompts = tuple((source, target) for target in flows for source in self.prompts(target))
+        guides = [(a, b) for r in rounds for a in members(r) for b in members(r) if a != b]
+        guides += [(m, m) for r in rounds for m in self.stages[r].contrasts]
+        return {"prompt": prompts, "guide": tuple(dict.fromkeys(guides))}
 
 
-def graph(listing: Sequence[str], freeze: str = "paper", absent: Sequence[str] = ()) -> Graph:
+def graph(listing: Sequence[str], freeze: str = "paper", absent: Sequence[str] = (), contrasts: bool = True) -> Graph:
     if freeze not in ("paper", "partner_open"):
         raise UserError(f"config.freeze={freeze!r}: expected 'paper' or 'partner_open'")
-    return Graph(tuple(listing), freeze, tuple(absent))
+    return Graph(tuple(listing), freeze, tuple(absent), contrasts)

@@ -1,7 +1,10 @@
 """A whole run: resolve the run root and the data, print the plan, train what is missing, write the report."""
 
 import functools
+import itertools
 import time
+from collections import Counter
+from collections.abc import Sequence
 
 import jax
 from etils import epath
@@ -9,16 +12,19 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from medm2g_jax import rounds
-from medm2g_jax.config import text_lengths
+from medm2g_jax.config import stage_config
 from medm2g_jax.convert import weights
 from medm2g_jax.data import pipeline
 from medm2g_jax.data.open import open_source
+from medm2g_jax.data.source import Source, labeller
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.device import use_compilation_cache
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.report import write_report
 from medm2g_jax.evaluate.show import data_picture, show
+from medm2g_jax.family import text_lengths
 from medm2g_jax.modality import MODALITIES
+from medm2g_jax.recipes import rows_of
 from medm2g_jax.train import loop, results
 from medm2g_jax.train.log import quiet
 
@@ -32,24 +38,29 @@ def default_workdir(config: ConfigDict) -> str:
     source = config.data.source
     data = source if ":" not in source else (epath.Path(source.partition(":")[2]).name or "data")
     words = [data, config.preset, *([config.variant] if config.variant else [])]
-    if config.listing != rounds.LISTINGS["default"]:
-        names = {v: k for k, v in rounds.LISTINGS.items()}
-        words.append(names.get(config.listing, config.listing[-1]))
-    return "runs/" + "-".join(words)
+    return "runs/" + "-".join([*words, *results.listing_words(config.listing)[:1]])
 
 
-def open_data(config: ConfigDict, root: epath.Path) -> loop.Data:
-    """The source of a config and its tokenizers: those of the run root, else trained on all its training texts."""
-    graph = rounds.graph(config.listing)
+def open_records(config: ConfigDict) -> Source:
+    """The source that a config names."""
     d = config.data
-    source = open_source(
+    return open_source(
         d.source,
         size=config.image_size,
         seed=config.seed,
-        pairs=graph.pairs,
+        pairs=rounds.graph(config.listing).pairs,
         template_text=d.template_text,
         phantom=dict(train=d.train, val=d.val, test=d.test),
     )
+
+
+def open_data(config: ConfigDict, root: epath.Path, source: Source | None = None) -> loop.Data:
+    """The source of a config, or one's own, and its tokenizers: those of the run root, else trained on all its training
+    texts; none where no round of the listing holds the centre."""
+    source = open_records(config) if source is None else source
+    graph = rounds.graph(config.listing)
+    if all(MODALITIES[m].is_image for m in graph.modalities):
+        return loop.Data(source, None, {}, config.image_size)
     folder = root / "tokenizers"
     if not (folder / "done").exists() and config.weights and jax.process_index() == 0:
         for name, path in weights.tokenizers(config.weights).items():
@@ -69,18 +80,64 @@ def open_data(config: ConfigDict, root: epath.Path) -> loop.Data:
                 "--workdir must be a place that all processes share: a bucket (gs://...) or a mounted file system"
             )
     tokenizers = Tokenizers.load(folder, config.net.report_words)
-    return loop.Data(source, tokenizers, text_lengths(config), config.image_size)
+    return loop.Data(source, tokenizers, text_lengths(config.net), config.image_size)
 
 
-def described(config: ConfigDict, root: epath.Path, todo: list[tuple[str, str]]) -> str:
-    """What was resolved, and the stages of the plan with what there is of them."""
+def served(config: ConfigDict, root: epath.Path, source: Source, todo: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """How many training records serve each stage that is to train.
+
+    Raises:
+      UserError: none serves one of them; says what they hold, and which listing they would do for.
+    """
+    counts = {}
+    for name, own in loop.stage_configs(config, todo).items():
+        rows = rows_of(own, results.graph_of(own, root))
+        counts[name] = sum(map(len, pipeline.fitting(source, rows, "train")))
+        if not counts[name]:
+            held = Counter(s for r in source.records if r.split == "train" for s in r.streams)
+            there = ", ".join(f"{s} {n}" for s, n in sorted(held.items())) or "nothing"
+            raise UserError(
+                f"data {source.name!r}: stage {name} needs training records with {pipeline.needs(rows)}, and there are "
+                f"none; they hold {there}. {_fitting_listing(config, source)}"
+            )
+    return counts
+
+
+def _fitting_listing(config: ConfigDict, source: Source) -> str:
+    """What to type for what the records hold: the pairs that they have, the centre's first."""
+    held = [{s.partition(":")[0] for s in r.streams} for r in source.records if r.split == "train"]
+    pairs = [f"{a}_{b}" for a, b in itertools.combinations(MODALITIES, 2) if any({a, b} <= h for h in held)]
+    if pairs:
+        words = [config.preset, "+".join(pairs), *(["alone"] if len(pairs) == 1 else [])]
+        return f"These data do for --config={results.config_path(pairs[-1])}:{','.join(words)}"
+    single = [m for m in MODALITIES if any(m in h for h in held)]
+    return f"These data do for --config=configs/ldm.py:{single[0]},{config.preset},alone" if single else ""
+
+
+def described(
+    config: ConfigDict, root: epath.Path, todo: Sequence[tuple[str, str]], source: Source | None = None
+) -> str:
+    """What was resolved, and the stages of the plan: what there is of them, and how many records of the source serve
+    those that are to train.
+
+    Raises:
+      UserError: no record serves one of them.
+    """
     words = config.preset + (f",{config.variant}" if config.variant else "")
     lines = [
         f"medm2g_jax: {config.stage}, preset {words} ({config.preset_reason})",
-        f"data {config.data.source} ({config.data_reason}); run root {root}",
+        f"data {config.data.source if source is None else source.name} ({config.data_reason}); run root {root}",
     ]
+    if source is not None:
+        splits = Counter(r.split for r in source.records)
+        lines.append(f"records: {splits['train']} to train on, {splits['val']} held out, {splits['test']} to test")
+    counts = {} if source is None else served(config, root, source, todo)
     width = max(len(name) for name, _ in todo)
-    lines += [f"  {i:2d}. {name:{width}s}  {what}" for i, (name, what) in enumerate(todo, 1)]
+    for i, (name, what) in enumerate(todo, 1):
+        batch = stage_config(config, name).batch
+        few = f", fewer than its batch of {batch}: rows repeat" if counts.get(name, batch) < batch else ""
+        of = f"  {counts[name]} training records{few}" if name in counts else ""
+        lines.append(f"  {i:2d}. {name:{width}s}  {what:11s}{of}".rstrip())
     for name, what in todo:
         if what == "done" and results.find(root, config, name) is None:
             lines.append(f"  note: {name} comes from the converted weights in {config.weights}")
@@ -90,8 +147,12 @@ def described(config: ConfigDict, root: epath.Path, todo: list[tuple[str, str]])
     return "\n".join(lines)
 
 
-def run(config: ConfigDict, workdir: str | None = None) -> epath.Path:
-    """Train config.stage and, before it, what it stands on (config.upstream). Returns the run root."""
+def run(config: ConfigDict, workdir: str | None = None, source: Source | None = None) -> epath.Path:
+    """Train config.stage and, before it, what it stands on (config.upstream). Returns the run root.
+
+    Args:
+      source: one's own data in place of what config.data names.
+    """
     began = time.time()
     quiet()
     first = jax.process_index() == 0
@@ -99,22 +160,21 @@ def run(config: ConfigDict, workdir: str | None = None) -> epath.Path:
     root = epath.Path(workdir or default_workdir(config))
     use_compilation_cache(root / "xla_cache")
     todo = loop.plan_stages(config, root)
-    say(described(config, root, todo))
-    say(f"on {len(jax.devices())} x {jax.devices()[0].device_kind}")
     configs = loop.stage_configs(config, todo)
+    source = open_records(config) if source is None and configs else source
+    say(described(config, root, todo, source))
+    say(f"on {len(jax.devices())} x {jax.devices()[0].device_kind}")
     if not configs:
         say(f"{config.stage} is done: {root / config.stage}")
         return root
-    data = open_data(config, root)
-    counts = {s: sum(r.split == s for r in data.source.records) for s in ("train", "val", "test")}
-    say(
-        f"data: {counts['train']} records to train on, {counts['val']} held out, {counts['test']} to test; "
-        f"vocabularies {data.tokenizers.sizes}",
-    )
-    if data.source.open and first:
-        data_picture(data, root / f"{data.source.name}.png", rounds.graph(config.listing).modalities)
+    data = open_data(config, root, source)
+    if data.tokenizers:
+        say(f"vocabularies {data.tokenizers.sizes}")
+    graph = results.graph_of(config, root)
+    if source.open and first:
+        data_picture(data, root / f"{source.name}.png", graph.modalities)
 
-    guess = {name: _SECONDS[rounds.graph(config.listing).stages[name].verb] for name in configs}
+    guess = {name: _SECONDS[graph.stages[name].verb] for name in configs}
     spent: dict[str, float] = {}
     for i, (name, stage) in enumerate(configs.items()):
         ratio = sum(spent.values()) / sum(guess[s] for s in spent) if spent else 1.0
@@ -125,23 +185,25 @@ def run(config: ConfigDict, workdir: str | None = None) -> epath.Path:
         spent[name] = time.time() - start
         size = meta["parameters"] / 1e6
         say(f"  {name}: done in {spent[name]:.0f} s, {size:.2f} M parameters -> {root / name}")
-    cut = ", ".join(f"{name} {share:.1%}" for name, share in data.tokenizers.truncated.items() if share)
+    truncated = data.tokenizers.truncated if data.tokenizers else {}
+    cut = ", ".join(f"{name} {share:.1%}" for name, share in truncated.items() if share)
     if cut:
         say(f"texts that were longer than the networks read, and were cut: {cut}")
     if first:
-        say(f"\nwrote {write_report(root, config.listing, data.source.name == 'phantom')}")
-    verb = rounds.graph(config.listing).stages[config.stage].verb
-    if verb == "round":
-        say(f"next, any to any:\n  {_next_command(config, root)}")
+        say(f"\nwrote {write_report(root, config.listing, labeller(source))}")
+    if config.stage == graph.last or graph.stages[config.stage].verb == "round":
+        say(f"next, any to any:\n  {_next_command(graph, config.stage, root)}")
     say(f"{config.stage}: all done in {time.time() - began:.0f} s")
     return root
 
 
-def _next_command(config: ConfigDict, root: epath.Path) -> str:
+def _next_command(graph: rounds.Graph, name: str, root: epath.Path) -> str:
     """A `medm2g generate` on the model that this run has just finished."""
-    a, b = rounds.pair(config.stage)
-    if MODALITIES[a].kind == "text":
-        given = 'text="large mass in the left upper lung . heart size is normal ."'
-    else:
-        given = f"{a}=IMAGE.png"
-    return f"medm2g generate --model {root} --given {given} --make {b} --out {root}/generated"
+    stage = graph.stages[name]
+    command = f"medm2g generate --model {root}"
+    if stage.verb != "round":
+        return f"{command} --make {stage.subjects[0]} --out {root}/generated"
+    a, b = stage.subjects if len(stage.subjects) == 2 else MODALITIES[stage.subjects[0]].streams[1:3]
+    text = 'text="large mass in the left upper lung . heart size is normal ."'
+    given = f"{a}=IMAGE.png" if MODALITIES[a.partition(":")[0]].is_image else text
+    return f"{command} --given {given} --make {b} --out {root}/generated"

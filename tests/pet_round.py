@@ -29,5 +29,4 @@ if __name__ == "__main__":
     flags.FLAGS.mark_as_parsed()
     device.CPU_OPTIONS = {}
     config = micro("text_pet", steps=3, listing=("text_pet",))
-    run.open_source = lambda *_, size, **__: PetSource(size)
-    run.run(config, sys.argv[1])
+    run.run(config, sys.argv[1], source=PetSource(config.image_size))

@@ -20,6 +20,7 @@ STAGES = {
     "text_xray": {"": "text_xray"},
     "text_ct": {"": "text_ct"},
     "ct_mri": {"": "ct_mri"},
+    "mri": {"": "mri"},
     "text_mri": {"": "text_mri"},
 }
 

@@ -173,7 +173,7 @@ def test_a_round_stands_on_converted_weights(folder, tmp_path):
     out = model.generate({"text": "no mass ."}, ["ct"], steps=1, seed=0)
     assert out.samples["ct"].shape == (1, 16, 16) and np.isfinite(out.samples["ct"]).all()
     flat = values(folder, "sd15", "unet/")
-    np.testing.assert_array_equal(model.generator.params["ct/unet/conv_in/kernel"], flat["unet/conv_in/kernel"])
+    np.testing.assert_array_equal(model.params["ct/unet/conv_in/kernel"], flat["unet/conv_in/kernel"])
     # One folder that needs nothing else, and says the same to the last bit.
     export.export(Path(root), tmp_path / "model", "safetensors")
     card = (tmp_path / "model" / "README.md").read_text()

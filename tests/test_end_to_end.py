@@ -16,7 +16,7 @@ from medm2g_jax import rounds
 from medm2g_jax.device import jit
 from medm2g_jax.errors import UserError
 from medm2g_jax.generate import build_sampler, with_bridges
-from medm2g_jax.loading import load, newest_round
+from medm2g_jax.loading import load, newest_result
 from medm2g_jax.model import init_group
 from medm2g_jax.train import checkpoint, results
 
@@ -43,8 +43,8 @@ def model(root):
 
 
 def test_a_stage_trains_its_own_groups_and_reads_the_others_bit_for_bit(root):
-    assert newest_round(root).name == "ct_mri"
-    everything = load(str(root)).generator.params
+    assert newest_result(root).name == "ct_mri"
+    everything = load(str(root)).params
     graph = rounds.graph(rounds.LISTINGS["default"])
     assert set(graph.stages) == {p.name for p in root.iterdir() if (p / "model.json").exists()}
     for name, stage in graph.stages.items():
@@ -117,18 +117,18 @@ def test_samples_are_a_function_of_seed_and_place(model):
 def test_half_precision_storage_gives_nearly_the_same_from_half_the_memory(root, model):
     """bfloat16 parameters, and in the compiled sampler no float32 copy of all of them."""
     half = load(str(root / "text_ct"), dtype="bfloat16")
-    assert {p.dtype for p in half.generator.params.values()} == {jax.numpy.dtype("bfloat16")}
+    assert {p.dtype for p in half.params.values()} == {jax.numpy.dtype("bfloat16")}
     given = dict(given={"text": REPORT}, make=["ct"], eta=0.0, seed=3)
     ours, exact = (m.generate(**given).samples["ct"] for m in (half, model))
     assert 1e-4 < np.abs(ours - exact).mean() / exact.std() < 0.1
     request = half.request(["text"], ["ct"], steps=20)
     keys = jax.random.split(jax.random.key(0), 1)
-    inputs = half.model_input("text", [REPORT]), half.generator.ids([""]), keys
-    copies = 4 * sum(p.size for n, p in half.generator.params.items() if n.startswith("ct/unet"))
+    inputs = half.model_input("text", [REPORT]), half.ids([""]), keys
+    copies = 4 * sum(p.size for n, p in half.params.items() if n.startswith("ct/unet"))
 
     def temporaries(save_memory):
-        sample = jit(build_sampler(half.generator.model, request), save_memory=save_memory)
-        args = (half.generator.params, {"text": inputs[0]}, *inputs[1:], 2.0, 0.0)
+        sample = jit(build_sampler(half.model, request), save_memory=save_memory)
+        args = (half.params, {"text": inputs[0]}, *inputs[1:], 2.0, 0.0)
         return sample.lower(*args).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(False) - temporaries(True) > 0.7 * copies

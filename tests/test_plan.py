@@ -14,11 +14,11 @@ from etils import epath
 from micro import micro
 
 from medm2g_jax import plan, rounds, run
-from medm2g_jax.config import get_config
+from medm2g_jax.config import get_config, stage_graph
 from medm2g_jax.errors import UserError
 from medm2g_jax.main import read_config
-from medm2g_jax.recipes import recipe
-from medm2g_jax.train import loop, results, sharding
+from medm2g_jax.recipes import rows_of
+from medm2g_jax.train import loop, results, setup, sharding
 
 HERE = Path(__file__).parent
 LIBTPU = Path(os.environ.get("MEDM2G_LIBTPU_PYTHON") or plan.ROOT / ".venv-tpu" / "bin" / "python")
@@ -40,9 +40,9 @@ def data(tmp_path_factory):
 def test_an_abstract_batch_is_the_pipelines(stage, data):
     config = of(stage)
     model = results.build_model(config, data.tokenizers.sizes, {})
-    rows = recipe(config, model, gpt2_pad=0).rows
+    rows = rows_of(config, stage_graph(config))
     real = next(data.batches(rows, "train", 4, seed=0))
-    abstract = plan.abstract_batch(rows, 4, config.image_size, data.lengths)
+    abstract = plan.abstract_batch(rows, 4, model)
     assert jax.tree.structure(real) == jax.tree.structure(abstract)
     for a, b in zip(jax.tree.leaves(real), jax.tree.leaves(abstract), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -71,14 +71,14 @@ def test_the_abstract_step_is_placed_on_the_mesh(stage, data):
 def test_the_abstract_step_takes_what_the_trainer_gives(data, tmp_path, monkeypatch):
     """Names, shapes and dtypes of a real run's first step; on CPU, where both are float32."""
     seen = []
-    make = loop.make_train_step
+    make = setup.make_train_step
 
     def record(*args):
         step = make(*args)
         return lambda *a: seen.append(jax.tree.map(lambda x: (x.shape, x.dtype), a)) or step(*a)
 
     root = epath.Path(tmp_path)
-    monkeypatch.setattr(loop, "make_train_step", record)
+    monkeypatch.setattr(setup, "make_train_step", record)
     config = micro("image_vae", steps=1)
     loop.run_stage(config, root, data)
     monkeypatch.undo()
@@ -95,7 +95,7 @@ def test_the_papers_sizes_are_placed_without_a_weight():
     _, (state, frozen, _, _) = plan.abstract_step(config, vocab, sharding.make_mesh(config.mesh))
     size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
     here = lambda tree: sum(int(np.prod(x.sharding.shard_shape(x.shape))) for x in jax.tree.leaves(tree))  # noqa: E731
-    (of_ct,) = [m for m in rounds.pair("text_ct") if m != "text"]
+    (of_ct,) = [m for m in rounds.members("text_ct") if m != "text"]
     unet = {k: v for k, v in frozen.items() if k.startswith(f"{of_ct}/unet/")}
     assert size(unet) / 1e6 == pytest.approx(859.5, abs=0.1)  # SD-1.5's UNet
     assert here(frozen) < 0.14 * size(frozen)

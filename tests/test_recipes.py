@@ -9,11 +9,12 @@ import pytest
 from micro import micro
 
 from medm2g_jax import device, rounds
-from medm2g_jax.config import text_lengths
+from medm2g_jax.config import stage_graph
 from medm2g_jax.data import pipeline
 from medm2g_jax.data.phantom.render import Phantom
 from medm2g_jax.data.text import Tokenizers
-from medm2g_jax.model import init_group
+from medm2g_jax.family import text_lengths
+from medm2g_jax.model import init_group, prompt_context
 from medm2g_jax.nn.attention import context
 from medm2g_jax.recipes import Recipe, recipe
 from medm2g_jax.train import optim, results, sharding
@@ -29,7 +30,7 @@ def data(tmp_path_factory) -> Data:
     texts = pipeline.texts(source, "train", 0)
     tokenizers = Tokenizers.train(texts, tmp_path_factory.mktemp("tokenizers"), 700)
     config = micro("text_ct")
-    return Data(source, tokenizers, text_lengths(config), 32)
+    return Data(source, tokenizers, text_lengths(config.net), 32)
 
 
 def fresh(init) -> dict[str, jax.Array]:
@@ -59,9 +60,12 @@ class Bench:
 
     def __init__(self, data: Data, target: str, words: str = "tiny", **own):
         self.config = micro(target, words, **own)
-        self.stage = GRAPH.stage(self.config.stage)
-        self.model = results.build_model(self.config, data.tokenizers.sizes, {"text": 1.0, "image": 1.0})
-        self.recipe: Recipe = recipe(self.config, self.model, data.tokenizers.sizes["gpt2"] - 3)
+        self.graph = stage_graph(self.config)
+        self.stage = self.graph.stage(self.config.stage)
+        self.model = results.build_model(
+            self.config, data.vocab, {}, predict=results.predictions(self.config, self.stage.trains)
+        )
+        self.recipe: Recipe = recipe(self.config, self.model, self.graph)
         key = jax.random.key(0)
         everything = fresh(lambda k: init_group(self.model, k, [*self.stage.reads, *self.stage.trains]))
         self.trainable = fresh(self.recipe.init)
@@ -137,11 +141,13 @@ def test_a_new_guide_leaves_the_flow_a_single_flow(data):
     bench = Bench(data, "text_ct")
     params = {**bench.frozen, **bench.trainable}
     flow, prepared = bench.model.flows["ct"], bench.prepared()
-    z_t, t, prompt = prepared["z_t"]["ct"], prepared["t"], prepared["prompts"]["ct"]
-    guide, _ = bench.model.flows["text"].source(params, prepared["z"]["text"], prepared["source_t"])
-    alone = flow.eps({k: v for k, v in params.items() if "/guide/" not in k}, z_t, t, prompt)
-    assert np.array_equal(flow.eps(params, z_t, t, prompt, None), alone)
-    np.testing.assert_allclose(flow.eps(params, z_t, t, prompt, guide), alone, atol=1e-5)
+    noised = prepared.noised["ct"]
+    z_t, t = noised.z_t, noised.t
+    prompt = prompt_context(flow.null(params), noised.given, 8)
+    guide, _ = bench.model.flows["text"].source(params, *prepared.sources["text"])
+    alone = flow.predict({k: v for k, v in params.items() if "/guide/" not in k}, z_t, t, prompt)
+    assert np.array_equal(flow.predict(params, z_t, t, prompt, None), alone)
+    np.testing.assert_allclose(flow.predict(params, z_t, t, prompt, guide), alone, atol=1e-5)
 
 
 def test_what_the_guide_is_made_of_changes_eps(data):
@@ -149,12 +155,13 @@ def test_what_the_guide_is_made_of_changes_eps(data):
     params = {**bench.frozen, **bench.trainable}
     params = {k: v + 0.3 if "/guide/out/kernel" in k else v for k, v in params.items()}
     prepared = bench.prepared()
-    z, t = prepared["z"], prepared["source_t"]
+    z, t = {m: s.z for m, s in prepared.sources.items()}, prepared.sources["ct"].t
+    noised = prepared.noised["ct"]
 
     def eps(params, source="mri", latent=None):
         guide, _ = bench.model.flows[source].source(params, z[source] if latent is None else latent, t)
-        return np.asarray(bench.model.flows["ct"].eps(params, prepared["z_t"]["ct"], prepared["t"], context(
-            jnp.zeros((8, 1, 32))), guide))  # fmt: skip
+        prompt = context(jnp.zeros((8, 1, 32)))
+        return np.asarray(bench.model.flows["ct"].predict(params, noised.z_t, noised.t, prompt, guide))
 
     base = eps(params)
     moved = params | {"mri/adapt/rows": 3 * jnp.flip(params["mri/adapt/rows"], axis=1)}
@@ -171,8 +178,8 @@ def test_no_prompt_contains_its_own_target(data, words):
     changed = dict(bench.batch)
     changed[target] = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), bench.batch[target])
     before, after = bench.prepared(), bench.prepared(changed)
-    assert not np.allclose(before[0], after[0]), "the latent follows x_A"
-    assert np.array_equal(before[3].tokens, after[3].tokens) and np.array_equal(before[3].bias, after[3].bias)
+    assert not np.allclose(before.z_t, after.z_t), "the latent follows x_A"
+    assert before.given and jax.tree.all(jax.tree.map(np.array_equal, before.given, after.given))
 
 
 @pytest.mark.parametrize("target", ["text_xray", "ct_mri"])
@@ -181,9 +188,9 @@ def test_in_a_round_the_prompt_is_the_partner(data, target):
     a, b = bench.stage.subjects
     changed = dict(bench.batch)
     changed[a] = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), bench.batch[a])
-    before, after = bench.prepared()["prompts"], bench.prepared(changed)["prompts"]
-    assert np.array_equal(before[a].tokens, after[a].tokens)
-    assert not np.allclose(before[b].tokens, after[b].tokens)
+    before, after = bench.prepared().noised, bench.prepared(changed).noised
+    assert np.array_equal(before[a].given[b][0], after[a].given[b][0])
+    assert not np.allclose(before[b].given[a][0], after[b].given[a][0])
 
 
 def test_f_starts_as_rows_of_the_prompt_encoders_tokens(data):

@@ -4,7 +4,7 @@ import pytest
 
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES, Modality
-from medm2g_jax.rounds import GROUPS, LISTINGS, graph, group_of, group_regex, pair
+from medm2g_jax.rounds import GROUPS, LISTINGS, graph, group_of, group_regex, members
 
 DEFAULT, OTHER = graph(LISTINGS["default"]), graph(LISTINGS["text_mri"])
 
@@ -105,6 +105,7 @@ NAMES = {
     "text/clip/layer_0/attn/q/kernel": "text/clip",
     "ct/clip/patch/kernel": "ct/clip",
     "ct/prompt_in/kernel": "ct/flow",
+    "ct/null/token": "ct/flow",
     "ct/unet/conv_in/kernel": "ct/flow",
     "ct/unet/time/linear_1/bias": "ct/flow",
     "ct/unet/down_1/attn_0/prompt/q/kernel": "ct/flow",
@@ -196,19 +197,65 @@ def test_partner_open_trains_the_known_partner_on():
 
 
 def test_trained_pairs():
-    assert DEFAULT.trained_pairs(("text_xray",)) == {
+    assert DEFAULT.trained_pairs(("text", "xray"), ("text_xray",)) == {
         "prompt": (("xray", "text"), ("ct", "text"), ("text", "xray")),
         "guide": (("text", "xray"), ("xray", "text")),
     }
-    everything = DEFAULT.trained_pairs(DEFAULT.listing)
+    everything = DEFAULT.trained_pairs(DEFAULT.modalities, DEFAULT.listing)
     assert set(everything["guide"]) == {
         *(("text", "xray"), ("xray", "text"), ("text", "ct"), ("ct", "text"), ("ct", "mri"), ("mri", "ct")),
+        ("mri", "mri"),  # another contrast
     }
     assert set(everything["prompt"]) == {
         *(("xray", "text"), ("ct", "text"), ("text", "xray"), ("text", "ct"), ("ct", "mri"), ("mri", "mri")),
     }
     assert not {("xray", "mri"), ("mri", "xray"), ("text", "mri"), ("xray", "ct")} & set(everything["guide"])
-    assert DEFAULT.trained_pairs(()) == {"prompt": (), "guide": ()}
+    assert DEFAULT.trained_pairs((), ()) == {"prompt": (), "guide": ()}
+    printed = graph(LISTINGS["default"], contrasts=False)
+    assert ("mri", "mri") not in printed.trained_pairs(printed.modalities, printed.listing)["guide"]
+
+
+ALONE = {  # listing -> (stages, what they train)
+    ("ct_mri",): {
+        "image_vae": {"image/vae"},
+        "align_ct_mri": {"ct/clip", "mri/clip"},
+        "ldm_ct": {"ct/flow"},
+        "ldm_mri": {"mri/flow"},
+        "ct_mri": {"ct/guide", "mri/guide"},
+    },
+    ("mri",): {
+        "image_vae": {"image/vae"},
+        "align_mri": {"mri/clip"},
+        "ldm_mri": {"mri/flow"},
+        "mri": {"mri/guide"},
+    },
+    ("ct",): {"image_vae": {"image/vae"}, "ldm_ct": {"ct/flow"}},
+    ("xray", "mri"): {
+        "image_vae": {"image/vae"},
+        "align_mri": {"mri/clip"},
+        "ldm_xray": {"xray/flow"},
+        "ldm_mri": {"mri/flow"},
+        "mri": {"mri/guide"},
+    },
+}
+
+
+@pytest.mark.parametrize("listing", ALONE)
+def test_a_listing_of_the_modalities_one_has(listing):
+    g = graph(listing)
+    assert {name: set(stage.trains) for name, stage in g.stages.items()} == ALONE[listing]
+    assert g.centre == () and not any("text" in group for s in g.stages.values() for group in (*s.trains, *s.reads))
+    assert g.plan(g.last)[-1] == list(g.stages)[-1] == g.last
+    for name, stage in g.stages.items():
+        assert set(stage.reads) - set(stage.trains) == set(g.owners(name))
+
+
+def test_prompts_and_contrasts_of_what_one_has():
+    assert graph(("ct_mri",)).prompts("ct") == ("mri",) and graph(("ct_mri",)).prompts("mri") == ("ct", "mri")
+    assert graph(("ct",)).prompts("ct") == () and graph(("mri",)).prompts("mri") == ("mri",)
+    assert DEFAULT.stages["ct_mri"].contrasts == ("mri",) and DEFAULT.stages["text_ct"].contrasts == ()
+    assert OTHER.stages["text_mri"].contrasts == ("mri",) and OTHER.stages["ct_mri"].contrasts == ()
+    assert graph(("text",)).centre == () and DEFAULT.centre == ("text",)
 
 
 def test_groups_cover_all_names_and_no_name_twice():
@@ -231,16 +278,16 @@ def test_several_groups_in_one_regex_and_none():
 
 def test_a_fifth_modality_joins_by_its_round(monkeypatch):
     monkeypatch.setitem(MODALITIES, "pet_fdg", Modality("pet_fdg", "image", "PET", window=(0.0, 20.0)))
-    assert pair("ct_pet_fdg") == ("ct", "pet_fdg") and pair("pet_fdg_ct") == ("pet_fdg", "ct")
+    assert members("ct_pet_fdg") == ("ct", "pet_fdg") and members("pet_fdg_ct") == ("pet_fdg", "ct")
     g = graph(("text_xray", "text_ct", "ct_pet_fdg"))
     assert g.stages["ct_pet_fdg"].trains == ("pet_fdg/guide",) and g.prompts("pet_fdg") == ("ct",)
     assert g.plan("ct_pet_fdg")[-4:] == ("ldm_pet_fdg", "text_xray", "text_ct", "ct_pet_fdg")
 
 
-@pytest.mark.parametrize("name", ("text", "text_pet", "ct_ct", "_ct", "text_xray_ct", ""))
+@pytest.mark.parametrize("name", ("pet", "text_pet", "ct_ct", "_ct", "text_xray_ct", ""))
 def test_unknown_rounds(name):
     with pytest.raises(UserError, match="unknown round"):
-        pair(name)
+        members(name)
 
 
 @pytest.mark.parametrize("ask", ("stage", "owners", "plan"))

@@ -17,7 +17,9 @@ from benchmarks import originals
 from medm2g_jax.config import get_config
 from medm2g_jax.convert import converted, stable_diffusion
 from medm2g_jax.data.text import Tokenizers
-from medm2g_jax.generate import Generator, Request, _noise
+from medm2g_jax.generate import Request
+from medm2g_jax.keys import row_normal, salt
+from medm2g_jax.loading import Model
 from medm2g_jax.model import apply, build
 from medm2g_jax.nn.clip import CLIPText
 from medm2g_jax.train.results import tuples
@@ -73,7 +75,7 @@ def our_generator(folder, size, tokenizers, dtype):
     for name, value in values(folder).items():
         part, _, rest = name.partition("/")
         params[f"{owners[part]}/{rest}"] = jnp.asarray(value)
-    return Generator(model, params, tokenizers, {"clip": size["text"]["length"]})
+    return Model(model, params, tokenizers, {"lengths": {"clip": size["text"]["length"]}}, {})
 
 
 @oracles.at_both_sizes(TINY, FULL, seeds=1)
@@ -81,7 +83,7 @@ def test_equals_stable_diffusion_pipeline(jit, record_property, tmp_path, size, 
     """DDIM with guidance from the same noise: every step's UNet, the sampler, and the decoder on what they made."""
     side = size["side"]
     tokenizers = Tokenizers.train([TEXT], tmp_path / "tokenizers", 600)
-    start = _noise(jax.random.key(seed)[None], (side, side, 4), "ct", "start")
+    start = row_normal(jax.random.key(seed)[None], (side, side, 4), salt("start ct"))
     pipeline = torch_pipeline(size, tmp_path / "tokenizers" / "clip", seed)
     expected = pipeline(
         TEXT,
@@ -102,8 +104,9 @@ def test_equals_stable_diffusion_pipeline(jit, record_property, tmp_path, size, 
         given = {"text": generator.ids([TEXT])}
         model, params = generator.model, generator.params
         z = generator.sample(request, given, jax.random.key(seed)[None], GUIDANCE, 0.0)["ct"] / model.scales["image"]
-        # In colour, where `decode_image` takes the mean of the channels.
-        image = jit(lambda params, z: apply(model.vaes["image"], params, "image/vae", z, method="decode"))(params, z)
+        # In colour, where `decode` takes the mean of the channels.
+        vae = model.families["image"].vae()
+        image = jit(lambda params, z: apply(vae, params, "image/vae", z, method="decode"))(params, z)
         return oracles.relative_error(np.clip(image / 2 + 0.5, 0, 1), expected)
 
     errors = {"float32": error(jnp.float32)} | ({"bf16": error(jnp.bfloat16)} if size is FULL else {})

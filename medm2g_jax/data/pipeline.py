@@ -13,7 +13,11 @@ A batch:
      "text": {"clip": (b n), "bert": (b m), "gpt2": (b k)} int32 ids,
      "image": (b size size 1)                                    under `Rows.merge`: one stream of any of several
      "about": {"stream": {modality: (b,) int32},                 which stream, for modalities that have several
-               "prompt": {modality: as above}, "present": {modality: (b,) bool}}}
+               "prompt": {modality: as above}, "present": {modality: (b,) bool},
+               "record": (b,) int32                              `Rows.identify`: which record
+               "has": {modality: (b,) bool},                     `Rows.contrasts`: required modalities that are there,
+               "partner": {modality: (b,) bool},                 does the partner guide it, and which other contrasts
+               "others": {modality: {"x": (b k size size 1), "stream": (b k), "has": (b k)}}}}
 """
 
 import functools
@@ -30,7 +34,7 @@ from jaxtyping import Int
 from medm2g_jax.data.source import Record, Source
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.errors import UserError
-from medm2g_jax.modality import MODALITIES
+from medm2g_jax.modality import MODALITIES, centre
 
 Batch = dict[str, Any]
 ENDLESS = 2**62  # rows
@@ -48,12 +52,28 @@ class Rows:
       prompts: a record must have at least one of them; all it has are given. One that is required too means another
         contrast of it, never the drawn one: Eq. 2's prompt y must not be x itself.
       merge: the key of `any_of`.
+      unprompted: share of rows from records without any of `prompts`, where there are such; all rows where there are no
+        others. 0: they are not drawn.
+      contrasts: required modalities that are guided by their own other contrasts too: by a random non-empty subset of
+        what the record has besides the target, the partner among it. A record may then lack the rest of `require`.
+        Never the target's own stream; never a contrast beside a target whose contrast is not stated.
+      others: so many other contrasts at most.
+      identify: rows say which record they are of.
     """
 
     require: tuple[str, ...] = ()
     any_of: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()
     merge: str = ""
+    unprompted: float = 0.0
+    contrasts: tuple[str, ...] = ()
+    others: int = 0
+    identify: bool = False
+
+    @property
+    def only_contrasts(self) -> bool:
+        """Is the one modality of a row guided by nothing but its own other contrasts?"""
+        return bool(self.contrasts) and self.require == self.contrasts
 
 
 def _streams(record: Record, modality: str) -> list[str]:
@@ -70,37 +90,56 @@ def _can_prompt(record: Record, rows: Rows, modality: str) -> bool:
 
 
 def _fits(record: Record, rows: Rows) -> bool:
-    return (
-        all(_streams(record, m) for m in rows.require)
-        and (not rows.any_of or any(_streams(record, m) for m in rows.any_of))
-        and (not rows.prompts or any(_can_prompt(record, rows, m) for m in rows.prompts))
+    """Can the record make a row, prompts aside?"""
+    several = any(len(_stated(record, m)) > 1 for m in rows.contrasts)
+    whole = all(_streams(record, m) for m in rows.require)
+    # Of a single modality guided by itself the other contrasts are all there is to be guided by.
+    return (several or (whole and not rows.only_contrasts)) and (
+        not rows.any_of or any(_streams(record, m) for m in rows.any_of)
     )
 
 
+def fitting(source: Source, rows: Rows, split: str) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "m"]]:
+    """Indices of the records of `split` that hold what `rows` asks for: with a prompt, and, where `rows.unprompted`
+    admits them, without. Where no prompt is asked for, all are of the first kind."""
+    unknown = {*rows.require, *rows.any_of, *rows.prompts} - set(MODALITIES)
+    if unknown or bool(rows.any_of) != bool(rows.merge) or not (rows.require or rows.any_of):
+        raise ValueError(f"bad {rows}: modalities must be registered, and any_of and merge go together")
+    index = [i for i, r in enumerate(source.records) if r.split == split and _fits(r, rows)]
+    told = [not rows.prompts or any(_can_prompt(source.records[i], rows, m) for m in rows.prompts) for i in index]
+    with_, without = ([i for i, has in zip(index, told, strict=True) if has == want] for want in (True, False))
+    return np.asarray(with_, int), np.asarray(without if rows.unprompted else [], int)
+
+
 def matching(source: Source, rows: Rows, split: str) -> Int[np.ndarray, "n"]:
-    """Indices of the records of `split` that hold what `rows` asks for.
+    """Indices of the records of `split` that hold what `rows` asks for: those with a prompt, or all where none has one
+    and `rows.unprompted` admits that.
 
     Raises:
       UserError: there is none; says what the stage needs and how many records have which stream.
     """
-    unknown = {*rows.require, *rows.any_of, *rows.prompts} - set(MODALITIES)
-    if unknown or bool(rows.any_of) != bool(rows.merge) or not (rows.require or rows.any_of):
-        raise ValueError(f"bad {rows}: modalities must be registered, and any_of and merge go together")
-    index = [i for i, record in enumerate(source.records) if record.split == split and _fits(record, rows)]
-    if not index:
+    told, untold = fitting(source, rows, split)
+    index = told if len(told) else untold
+    if not len(index):
         of_split = [record for record in source.records if record.split == split]
         held = Counter(stream for record in of_split for stream in record.streams)
-        needs = [*rows.require]
-        if rows.any_of:
-            needs.append("any of " + ", ".join(rows.any_of))
-        if rows.prompts:
-            other = [f"another {m} with its contrast stated" if m in rows.require else m for m in rows.prompts]
-            needs.append("any of " + ", ".join(other))
         raise UserError(
-            f"data {source.name!r}: no record of split {split!r} holds, together, {' and '.join(needs)}; its "
+            f"data {source.name!r}: no record of split {split!r} holds, together, {needs(rows)}; its "
             f"{len(of_split)} records hold {', '.join(f'{s} {n}' for s, n in sorted(held.items())) or 'nothing'}"
         )
-    return np.asarray(index)
+    return index
+
+
+def needs(rows: Rows) -> str:
+    """What a record must hold, in words."""
+    words = [] if rows.only_contrasts else [*rows.require]
+    if rows.any_of:
+        words.append("any of " + ", ".join(rows.any_of))
+    if rows.prompts and not rows.unprompted:
+        other = [f"another {m} with its contrast stated" if m in rows.require else m for m in rows.prompts]
+        words.append("any of " + ", ".join(other))
+    contrasts = " or ".join(f"two contrasts of {m}" for m in rows.contrasts)
+    return " or, without it, ".join(filter(None, (" and ".join(words), contrasts)))
 
 
 def _draw(streams: list[str], rng: np.random.Generator) -> str:
@@ -117,7 +156,7 @@ class _Reader:
         self.source, self.rows = source, rows
         used = {*rows.require, *rows.any_of, *rows.prompts}
         self.encode: Callable[[str], dict] | None = None
-        if any(MODALITIES[m].kind == "text" for m in used):
+        if not all(MODALITIES[m].is_image for m in used):
             if tokenizers is None or lengths is None:
                 raise ValueError(f"{rows} has texts: tokenizers and lengths are needed")
             self.encode = functools.partial(tokenizers.encode, lengths=lengths)
@@ -129,13 +168,27 @@ class _Reader:
 
     def _target(self, record: Record, modality: str, rng: np.random.Generator) -> str:
         rows = self.rows
-        if modality in rows.prompts and not any(_can_prompt(record, rows, m) for m in rows.prompts if m != modality):
+        others = [m for m in rows.prompts if m != modality and _can_prompt(record, rows, m)]
+        if modality in rows.prompts and not others and _can_prompt(record, rows, modality):
             return _draw(_stated(record, modality), rng)  # the only prompt is another contrast: state both
+        partner = rows.require != (modality,) and all(_streams(record, m) for m in rows.require)
+        if modality in rows.contrasts and not partner:
+            return _draw(_stated(record, modality), rng)  # other contrasts alone guide it
         return _draw(_streams(record, modality), rng)
 
     def __call__(self, index: int, rng: np.random.Generator) -> Batch:
         record, row, about = self.source.records[index], {}, {}
-        drawn = {modality: self._target(record, modality, rng) for modality in self.rows.require}
+        if self.rows.identify:
+            about["record"] = np.int32(index)
+        there = {m: bool(_streams(record, m)) for m in self.rows.require}
+        if self.rows.contrasts:
+            about["has"] = {m: np.bool_(has) for m, has in there.items()}
+        drawn = {modality: self._target(record, modality, rng) for modality, has in there.items() if has}
+        for modality in self.rows.require:
+            if modality not in drawn:
+                row[modality] = self._nothing(modality)
+                if len(MODALITIES[modality].streams) > 1:
+                    about.setdefault("stream", {})[modality] = np.int32(0)
         for modality, stream in drawn.items():
             row[modality] = self._value(index, stream, rng)
             if len(streams := MODALITIES[modality].streams) > 1:
@@ -151,10 +204,41 @@ class _Reader:
             if streams:
                 value = self._value(index, _draw(streams, rng), rng)
             else:
-                value = self.encode("") if MODALITIES[modality].kind == "text" else self.blank
+                value = self._nothing(modality)
             about.setdefault("prompt", {})[modality] = value
             about.setdefault("present", {})[modality] = np.bool_(bool(streams))
+        for modality in self.rows.contrasts:
+            partner, others = self._guides(record, modality, drawn, rng)
+            about.setdefault("partner", {})[modality] = np.bool_(partner)
+            about.setdefault("others", {})[modality] = self._others(index, modality, others, rng)
         return row | ({"about": about} if about else {})
+
+    def _nothing(self, modality: str) -> Any:
+        """Stands where a record has no such modality."""
+        return self.blank if MODALITIES[modality].is_image else self.encode("")
+
+    def _guides(
+        self, record: Record, modality: str, drawn: Mapping[str, str], rng: np.random.Generator
+    ) -> tuple[bool, list[str]]:
+        """Which guides the row's target of a modality has: the partner or not, and other contrasts; not none of all."""
+        target = drawn.get(modality, modality)
+        pool = [s for s in _stated(record, modality) if s != target] if target != modality else []
+        partner = all(m in drawn for m in self.rows.require if m != modality) and len(self.rows.require) > 1
+        choices = [*pool, *([""] if partner else [])]
+        count = rng.integers(1, len(choices) + 1) if choices else 0
+        chosen = [choices[i] for i in rng.permutation(len(choices))[:count]]
+        others = [s for s in chosen if s][: self.rows.others]
+        return "" in chosen, others
+
+    def _others(self, index: int, modality: str, streams: list[str], rng: np.random.Generator) -> Batch:
+        """Other contrasts of a modality, `Rows.others` places."""
+        empty = self.rows.others - len(streams)
+        places = MODALITIES[modality].streams
+        return {
+            "x": np.stack([self._value(index, s, rng) for s in streams] + [self.blank] * empty),
+            "stream": np.asarray([places.index(s) for s in streams] + [0] * empty, np.int32),
+            "has": np.arange(self.rows.others) < len(streams),
+        }
 
 
 def batches(
@@ -187,6 +271,8 @@ def batches(
         fits = f"{below} or {below + hosts}" if below else f"{hosts}"
         raise UserError(f"batch size {batch_size} does not divide by {hosts} hosts; {fits} does")
     index = matching(source, rows, split)
+    told, untold = fitting(source, rows, split)
+    untold = untold if len(told) else untold[:0]
     read = _Reader(source, rows, size, tokenizers, lengths)
 
     # Not grain's own shuffle: it takes 30 ms / n an element of a set of n (measured; 8 ms where n is 3).
@@ -195,6 +281,10 @@ def batches(
         return np.random.default_rng([seed, epoch, 1]).permutation(index)  # 1: apart from the rows' own rng
 
     def read_row(row: int) -> Batch:
+        if len(untold):
+            rng = np.random.default_rng([seed, row, 2])
+            if rng.random() < rows.unprompted:
+                return read(int(rng.choice(untold)), rng)
         epoch, position = divmod(row, len(index))
         return read(int(order(epoch)[position]), np.random.default_rng([seed, row]))
 
@@ -237,7 +327,8 @@ def texts(source: Source, split: str, seed: int) -> list[str]:
     Raises:
       UserError: there is none.
     """
+    name = centre().name
     return [
-        str(source.read(int(i), "text", np.random.default_rng([seed, int(i)])))
-        for i in matching(source, Rows(require=("text",)), split)
+        str(source.read(int(i), name, np.random.default_rng([seed, int(i)])))
+        for i in matching(source, Rows(require=(name,)), split)
     ]

@@ -28,12 +28,12 @@ from medm2g_jax import rounds
 from medm2g_jax.arrays import Params
 from medm2g_jax.data.phantom.render import Phantom
 from medm2g_jax.data.phantom.report import finding_f1, write
-from medm2g_jax.diffusion import add_noise, eps_loss
+from medm2g_jax.diffusion import denoising_loss
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.probes import as_indices, train_probe
 from medm2g_jax.loading import Model, load
 from medm2g_jax.modality import MODALITIES, centre
-from medm2g_jax.model import prompt_context
+from medm2g_jax.model import null_context
 from medm2g_jax.nn.attention import mask
 from medm2g_jax.recipes import EVAL_TIMES
 
@@ -141,13 +141,13 @@ class _Bench:
             )
             request = self.model.request(tuple(given), tuple(make), **options)
             inputs = {
-                s: self.model.generator.ids([v[i] for i in chosen]) if isinstance(v, list) else v[np.asarray(chosen)]
+                s: self.model.ids([v[i] for i in chosen]) if isinstance(v, list) else v[np.asarray(chosen)]
                 for s, v in given.items()
             }
             d = self.model.defaults
-            z = self.model.generator.sample(request, inputs, keys, d["guidance"], d["eta"])
+            z = self.model.sample(request, inputs, keys, d["guidance"], d["eta"])
             for m in make:
-                parts[m] += list(self.model.generator.decode(m, z[m]))
+                parts[m] += list(self.model.decode(m, z[m]))
         return {m: np.stack(p[:n]) if not isinstance(p[0], str) else p[:n] for m, p in parts.items()}
 
     def image_from_report(self, m: str) -> None:
@@ -185,13 +185,13 @@ class _Bench:
             print(f"  {name}: finding F1 {f1:.3f}", flush=True)
 
     def _reconstructed(self) -> list[str]:
-        g, text = self.model.generator, centre().name
+        g, text = self.model, centre().name
         z = jax.jit(lambda p, x: g.model.encode(p, text, x))(g.params, g.ids(self.reports))
         return g.decode(text, z)
 
     def eps(self, m: str) -> None:
         """Held-out eps loss of each flow of the pair, prompt emptied, clean source: true, shuffled, none."""
-        g, text = self.model.generator, centre().name
+        g, text = self.model, centre().name
         inputs = {text: g.ids(self.reports), m: self.images(m, self.indices)}
         order = np.random.default_rng(self.seed + 2).permutation(len(self.indices))
         for source, target in ((text, m), (m, text)):
@@ -233,13 +233,14 @@ class _Bench:
 
 def _eps_of(model, params: Params, source: str, target: str, given, x, key, t, empty):
     given, on = given
+    params = {**params, **model.null(params, empty)}
     flow = model.flows[target]
     z0 = model.encode(params, target, x)
     b = z0.shape[0]
     eps = jax.random.normal(key, z0.shape)
     times = jnp.full((b,), t)
-    null = model.flows[centre().name].prompt(params, empty).tokens
-    nothing = prompt_context(null, {"": (jnp.zeros((b, 1, null.shape[-1])), jnp.zeros((b,), bool))})
     guide, _ = model.flows[source].source(params, model.encode(params, source, given), jnp.zeros_like(times))
     guide = mask(guide, jnp.broadcast_to(on, (b,)))
-    return eps_loss(eps, flow.eps(params, add_noise(z0, times, eps), times, nothing, guide))
+    z_t = flow.process.add_noise(z0, times, eps)
+    prediction = flow.predict(params, z_t, times, null_context(flow.null(params), b), guide)
+    return denoising_loss(eps, flow.process.split(prediction, z_t, times)[1])

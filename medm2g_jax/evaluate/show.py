@@ -24,14 +24,14 @@ from medm2g_jax import rounds
 from medm2g_jax.align import info_nce, retrieval_at_1
 from medm2g_jax.arrays import Params
 from medm2g_jax.autoencode import psnr
-from medm2g_jax.config import stage_graph
 from medm2g_jax.data.phantom.report import finding_f1, parse, swap_side
 from medm2g_jax.data.pipeline import Rows
 from medm2g_jax.device import jit
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.pictures import grid
-from medm2g_jax.generate import Generator, Request
+from medm2g_jax.generate import Request
 from medm2g_jax.keys import row_keys
+from medm2g_jax.loading import Model
 from medm2g_jax.modality import MODALITIES, centre
 from medm2g_jax.model import MedM2G
 from medm2g_jax.train.log import SLOW, duration
@@ -39,10 +39,12 @@ from medm2g_jax.train.log import SLOW, duration
 PICTURED = 8  # records in a picture
 
 
-def show(*, config: ConfigDict, folder: epath.Path, model: MedM2G, params: Params, data, meta: dict, log) -> dict:
+def show(
+    *, config: ConfigDict, graph: rounds.Graph, folder: epath.Path, model: MedM2G, params: Params, data, meta: dict, log
+) -> dict:
     """Draw and measure the stage that has just been trained; returns its numbers by name."""
-    stage = stage_graph(config).stage(config.stage)
-    generator = Generator(model, params, data.tokenizers, data.lengths)
+    stage = graph.stage(config.stage)
+    generator = Model(model, params, data.tokenizers, meta, config.sample)
     draw = {"vae": _autoencoder, "align": _alignment, "ldm": _single_flow, "round": _round}[stage.verb]
     numbers = draw(config, folder, generator, data, stage, meta)
     log.write_scalars(config.steps, {f"result/{k}": v for k, v in numbers.items()})
@@ -137,7 +139,7 @@ def _text_autoencoder(config, folder, generator, data, kind) -> dict:
 
 def _image_autoencoder(config, folder, generator, data, kind) -> dict:
     model, params = generator.model, generator.params
-    again = jit(lambda p, x: model.decode_image(p, kind, model.posterior(p, kind, x)[0] * model.scales[kind]))
+    again = {m: jit(lambda p, x, m=m: model.decode(p, m, model.encode(p, m, x))) for m in model.flows}
     rows, numbers = [], {}
     for m in rounds.graph(config.listing).modalities:
         if MODALITIES[m].kind != kind:
@@ -147,7 +149,7 @@ def _image_autoencoder(config, folder, generator, data, kind) -> dict:
             mean = data.fixed(Rows(require=(m,)), "train", 2 * config.sample.rows)[m].mean(0, keepdims=True)
         except UserError:
             continue  # this source holds no such images
-        y = _in_parts(config, lambda part: again(params, part), x)
+        y = _in_parts(config, lambda part, m=m: again[m](params, part), x)
         numbers[f"{MODALITIES[m].word} PSNR dB"] = _psnr(x, y)
         numbers[f"{MODALITIES[m].word} PSNR dB of the mean image"] = _psnr(x, np.broadcast_to(mean, x.shape))
         rows += [(f"{MODALITIES[m].word}, real", _images(x[:PICTURED])), ("reconstructed", _images(y[:PICTURED]))]
@@ -214,7 +216,7 @@ def _retrieved(folder, data, stage, batch, u) -> None:
 def _request(config, meta, given: tuple[str, ...], make: tuple[str, ...], **kwargs) -> Request:
     s = config.sample
     pairs = {f"{k}_pairs": tuple(tuple(p) for p in meta["pairs"][k]) for k in ("prompt", "guide")}
-    return Request(given, make, s.steps, s.sampler, s.guide, **(pairs | kwargs))
+    return Request(given, make, s.steps, s.sampler, s.spacing, s.guide, **(pairs | kwargs))
 
 
 def _sampled(config, generator, request: Request, given: dict) -> Any:

@@ -49,6 +49,7 @@ logging.getLogger("asyncio").addFilter(lambda record: not re.search("orbax|tenso
 warnings.filterwarnings("ignore", message="coroutine '(_read_array|async_deserialize)", category=RuntimeWarning)
 sys.unraisablehook = _report_unraisable
 
+FORMAT = 2  # of model.json
 _UNFINISHED = "unfinished"
 _ASIDE = ".replaced"  # the copy of a step that a forced save is about to replace
 
@@ -296,7 +297,8 @@ def save_model(folder: epath.PathLike, params: Params, meta: Mapping[str, Any]) 
     """
     folder = _absolute(folder)
     path = folder / "model.json"
-    text = json.dumps({**meta, "format": 1, **_describe(params, fingerprints(params))}, indent=1)
+    kept = {"format": FORMAT, "storage": "orbax", **_describe(params, fingerprints(params))}
+    text = json.dumps({**meta, **kept}, indent=1)
     try:
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -369,8 +371,11 @@ def read_meta(folder: epath.PathLike) -> dict[str, Any] | None:
         raise UserError(
             f"{path} is damaged: {_reason(error)}; delete {folder} and run the command that trained it again"
         ) from error
-    if found != 1:
-        raise UserError(f"{path}: format {found}, this version reads format 1; install the version that wrote it")
+    if found != FORMAT:
+        raise UserError(
+            f"{path}: format {found}, this version reads format {FORMAT}; train it again, or install the version that "
+            "wrote it"
+        )
     return meta
 
 

@@ -14,10 +14,12 @@ Everything random is a function of (seed, stage, step, global row, stream), so t
 started again by the same command ends with the same bits.
 """
 
+import dataclasses
+import functools
 import json
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -38,10 +40,11 @@ from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.device import activation_dtype, jit
 from medm2g_jax.errors import UserError
 from medm2g_jax.keys import salt
-from medm2g_jax.recipes import Recipe, recipe
-from medm2g_jax.train import checkpoint, optim, results, sharding
+from medm2g_jax.recipes import Recipe
+from medm2g_jax.train import checkpoint, results, sharding
 from medm2g_jax.train.log import SLOW, Log, memory, versions
-from medm2g_jax.train.state import State, create, make_eval_step, make_train_step
+from medm2g_jax.train.setup import Setup, assemble, frozen_dtype
+from medm2g_jax.train.state import State, create
 
 # What may differ between a stopped stage and the command that resumes it.
 FREE = (
@@ -66,10 +69,10 @@ FINISH_BATCHES = 8
 
 @dataclass(frozen=True)
 class Data:
-    """The source of a run and what reads its texts."""
+    """The source of a run and what reads its texts: no tokenizers, and no lengths, where the run has no text."""
 
     source: Source
-    tokenizers: Tokenizers
+    tokenizers: Tokenizers | None
     lengths: dict[str, int]
     size: int
 
@@ -88,20 +91,35 @@ class Data:
         )
 
     def fixed(self, rows: pipeline.Rows, split: str, count: int, seed: int = 0) -> pipeline.Batch:
-        """A held-out batch; of the training records where the source holds out none that fit."""
-        try:
-            return pipeline.fixed(
-                self.source, rows, split, count, seed, size=self.size, tokenizers=self.tokenizers, lengths=self.lengths
+        """A held-out batch; of the training records, which is said, where the source holds out none that fit."""
+        if split != "train" and not self.holds(rows, split):
+            _say_once(
+                f"  no record is held out ({split}) for {pipeline.needs(rows)}: training records stand in for them"
             )
-        except UserError:
-            if split == "train":
-                raise
-            return self.fixed(rows, "train", count, seed)
+            split = "train"
+        return pipeline.fixed(
+            self.source, rows, split, count, seed, size=self.size, tokenizers=self.tokenizers, lengths=self.lengths
+        )
+
+    def holds(self, rows: pipeline.Rows, split: str) -> int:
+        """How many records of the split serve these rows."""
+        return sum(map(len, pipeline.fitting(self.source, rows, split)))
+
+    @property
+    def vocab(self) -> dict[str, int]:
+        """Sizes of the tokenizers."""
+        return dict(self.tokenizers.sizes) if self.tokenizers else {}
 
     @property
     def empty(self) -> dict[str, np.ndarray]:
         """Ids of the empty text, one row: the null prompt."""
-        return {name: ids[None] for name, ids in self.tokenizers.encode("", self.lengths).items()}
+        return {k: ids[None] for k, ids in self.tokenizers.encode("", self.lengths).items()} if self.tokenizers else {}
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)
 
 
 class Stopped(Exception):
@@ -144,62 +162,45 @@ def run_stage(
 
     Args:
       plan_eta: seconds that the stages after this one are expected to take.
-      show: called with (config, folder, model, params, data, meta) after the last step: draws the stage's picture and
-        returns its numbers.
+      show: called with (config, graph, folder, model, params, data, meta, log) after the last step: draws the stage's
+        picture and returns its numbers.
     """
     folder = root / config.stage
     began = time.time()
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(config.batch, mesh)
-    stage = results.graph_of(config, root).stage(config.stage)
-    if stage.verb == "align" and config.accumulate > 1:
+    graph = results.graph_of(config, root)
+    if graph.stage(config.stage).verb == "align" and config.accumulate > 1:
         raise UserError(
             f"{config.stage}: config.accumulate={config.accumulate} would change the loss, whose negatives are the "
             "rows of one batch; leave it at 1 and choose config.batch"
         )
+    sharding.check_batch(config.batch, mesh)
     _record(config, folder)
 
     dtype = activation_dtype(config.dtype)
     place = lambda name, shape: sharding.param_sharding(name, shape, mesh)  # noqa: E731
-    vocab = data.tokenizers.sizes
-    upstream = results.load_upstream(config, root, place, None if dtype == jnp.float32 else dtype, vocab)
-    model = results.build_model(config, vocab, upstream.scales, dtype)
-    spec = recipe(config, model, gpt2_pad=vocab["gpt2"] - 3, stage=stage)
-    key = jax.random.fold_in(jax.random.key(config.seed), salt(config.stage))
+    upstream = results.load_upstream(config, root, graph, place, frozen_dtype(dtype), data.vocab)
+    setup = assemble(config, graph, mesh, data.vocab, upstream.scales, upstream.predict, dtype)
+    spec = setup.recipe
+    few = data.holds(spec.rows, "train")
+    if few < config.batch and jax.process_index() == 0:
+        print(f"  {config.stage}: a batch of {config.batch} rows from {few} training records: rows repeat", flush=True)
 
-    frozen = {k: v for k, v in upstream.params.items() if not results.trains(stage, k)}
-    empty = jax.device_put(data.empty, sharding.replicated(mesh))
     seed = (config.seed + salt(config.stage)) % 2**31
     host = (jax.process_index(), jax.process_count())
 
     def loader(start: int):
         return data.batches(spec.rows, "train", config.batch, seed, start, host)
 
-    # Converted weights, fresh parameters for the rest, then what earlier stages trained of them (an open partner), then
-    # what `start` draws from data.
-    shapes = jax.eval_shape(spec.init, key)
-    placed = {name: place(name, x.shape) for name, x in shapes.items()}
-    sizes = {name: x.shape for name, x in shapes.items()}
-    begun, _, _ = results.converted_params(config, stage.trains, sizes, place, jnp.float32)
-    fresh = results.fresh_params(spec.init, key, {n: at for n, at in placed.items() if n not in begun})
-    trainable = {**begun, **fresh}
-    trainable |= {k: v.astype(jnp.float32) for k, v in upstream.params.items() if k in trainable}
-    del begun, fresh
-    if spec.start is not None:
-        first = sharding.put_batch(next(loader(0)), mesh)
-        drawn, extra = spec.start(frozen, [first], key, empty)
-        trainable |= {k: jax.device_put(v, placed[k]) for k, v in drawn.items() if k in trainable}
-        frozen |= jax.device_put(extra, sharding.replicated(mesh))
-
-    tx, state_shardings = state_layout(config, trainable, placed, mesh)
-    state = jit(lambda p: create(p, tx), out_shardings=state_shardings)(trainable)
+    key = jax.random.fold_in(jax.random.key(config.seed), salt(config.stage))
+    trainable, frozen = _parameters(config, setup, upstream, data, loader, key, mesh)
+    state_shardings = setup.layout
+    state = jit(lambda p: create(p, setup.tx), out_shardings=state_shardings)(trainable)
     del trainable
     saving = dict(save_memory=config.remat)
-    train_step = jit(
-        make_train_step(spec, config, tx), out_shardings=(state_shardings, None), donate_argnums=0, **saving
-    )
+    train_step = jit(setup.train_step, out_shardings=(state_shardings, None), donate_argnums=0, **saving)
     norm = jit(optax.global_norm)
-    eval_step = jit(make_eval_step(spec, config), **saving)
+    eval_step = jit(setup.eval_step, **saving)
 
     saves = checkpoint.Checkpoints(folder / "checkpoints", keep=config.keep)
     total = config.steps * config.accumulate
@@ -226,7 +227,13 @@ def run_stage(
         batches = iter(loader(step)) if step < total else iter(())
         stopping = False
         while step < total:
-            batch = sharding.put_batch(next(batches), mesh)
+            try:
+                batch = sharding.put_batch(next(batches), mesh)
+            except UserError:  # of the data: what has been learnt so far is kept
+                if step and step % config.accumulate == 0:
+                    saves.save(step // config.accumulate, _as_dict(state))
+                    saves.wait()
+                raise
             state, metrics = train_step(state, frozen, batch, key)
             step += 1
             stopping = stopping or stop.at(step)
@@ -254,7 +261,7 @@ def run_stage(
                 saves.save(done, _as_dict(state), metric=evaluate(state))
             elif done % config.checkpoint_every == 0:
                 saves.save(done, _as_dict(state))
-            if step % config.checkpoint_every == 0 or last:
+            if done % config.checkpoint_every == 0 or last:
                 log.sync()
             if stopping and not last:
                 saves.save(done, _as_dict(state), force=True)
@@ -274,19 +281,20 @@ def run_stage(
 
     kept = {k: v for k, v in params.items() if not k.startswith(spec.temporary)}
     kept |= {k: frozen[k].astype(jnp.float32) for k in upstream.own if k in frozen}
-    meta = results.describe(config, stage, data, upstream, model)
+    meta = results.describe(config, graph, data, upstream, setup.model)
+    model = setup.model
     if spec.finish is not None:
         some = (sharding.put_batch(b, mesh) for b in islice(loader(0), FINISH_BATCHES))
         finished = spec.finish({**frozen, **kept}, some)
         meta["scales"] = meta["scales"] | finished.get("scales", {})
-        model = results.build_model(config, vocab, meta["scales"], dtype)
+        model = dataclasses.replace(model, scales=model.scales | finished.get("scales", {}))
     meta["step"] = best
     meta["parameters"] = int(sum(v.size for v in kept.values()))
     if show is not None:
         everything = _here({**frozen, **params})
         if jax.process_index() == 0:
             meta["numbers"] = show(
-                config=config, folder=folder, model=model, params=everything, data=data, meta=meta, log=log
+                config=config, graph=graph, folder=folder, model=model, params=everything, data=data, meta=meta, log=log
             )
     meta["finished"] = time.time()
     meta["seconds"] = round(meta["finished"] - began, 1)  # of this process: a resumed stage counts its last part
@@ -312,23 +320,31 @@ def _abstract(state: State, shardings: State) -> dict[str, Any]:
     return _as_dict(abstract)
 
 
-def state_layout(
-    config: ConfigDict, trainable: Mapping[str, Any], placed: Mapping[str, Any], mesh
-) -> tuple[optax.GradientTransformation, State]:
-    """The optimizer of a stage and where its state lives: optimizer slots and EMA beside their parameter, counters
-    everywhere.
-
-    Args:
-      trainable: arrays, or their shapes.
-      placed: name -> sharding of each of them.
-    """
-    tx = optim.make(config, trainable)
-
-    def where(path, leaf):
-        names = [p.key for p in path if isinstance(p, jax.tree_util.DictKey)]
-        return placed[names[-1]] if names and names[-1] in placed else sharding.replicated(mesh)
-
-    return tx, jax.tree_util.tree_map_with_path(where, jax.eval_shape(lambda p: create(p, tx), trainable))
+def _parameters(
+    config: ConfigDict,
+    setup: Setup,
+    upstream: results.Upstream,
+    data: Data,
+    loader: Callable,
+    key: jax.Array,
+    mesh: jax.sharding.Mesh,
+) -> tuple[Params, Params]:
+    """(trainable, frozen): converted weights, fresh parameters for the rest, then what earlier stages trained of them
+    (an open partner), then what `start` draws from data."""
+    spec, placed = setup.recipe, setup.placed
+    frozen = {k: v for k, v in upstream.params.items() if not setup.trains(k)}
+    sizes = {name: x.shape for name, x in setup.shapes.items()}
+    place = lambda name, shape: placed[name]  # noqa: E731
+    begun, _, _ = results.converted_params(config, setup.stage.trains, sizes, place, jnp.float32)
+    fresh = results.fresh_params(spec.init, key, {n: at for n, at in placed.items() if n not in begun})
+    trainable = {**begun, **fresh} | {k: v for k, v in upstream.params.items() if setup.trains(k)}
+    if spec.start is not None:
+        first = sharding.put_batch(next(loader(0)), mesh)
+        empty = jax.device_put(data.empty, sharding.replicated(mesh))
+        drawn, extra = spec.start(frozen, [first], key, empty)
+        trainable |= {k: jax.device_put(v, placed[k]) for k, v in drawn.items() if k in trainable}
+        frozen |= jax.device_put(extra, sharding.replicated(mesh))
+    return trainable, frozen
 
 
 def _held_out(data: Data, spec: Recipe, config: ConfigDict, mesh) -> list[Any]:

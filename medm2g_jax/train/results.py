@@ -39,6 +39,7 @@ class Upstream:
     standing_in: tuple[str, ...]  # stages whose result was initialised instead (upstream="init")
     own: tuple[str, ...]  # names among params that no other result or folder holds: this one has to
     rounds: tuple[str, ...]  # that its results stand on
+    predict: dict[str, str]  # what each flow's UNet predicts
     licences: tuple[str, ...] = ()  # of converted weights, and of what its results stand on
 
 
@@ -91,10 +92,16 @@ def config_path(stage: str) -> str:
 def config_words(config: ConfigDict, stage: str) -> str:
     """What follows --config= to run a stage with this config's preset and variant."""
     words = [stage.split("_", 1)[1]] if stage.startswith(("align_", "ldm_")) else []
-    words += [config.preset] + ([config.variant] if config.variant else [])
-    names = {listing: name for name, listing in rounds.LISTINGS.items()}
-    words += [names[config.listing]] if names.get(config.listing, "default") != "default" else []
+    words += [config.preset] + ([config.variant] if config.variant else []) + listing_words(config.listing)
     return f"{config_path(stage)}:{','.join(words)}"
+
+
+def listing_words(listing: tuple[str, ...]) -> list[str]:
+    """The words after the colon of a config that choose a listing."""
+    name = next((name for name, known in rounds.LISTINGS.items() if known == tuple(listing)), None)
+    if name is not None:
+        return [] if name == "default" else [name]
+    return ["+".join(listing), *(["alone"] if len(listing) == 1 else [])]
 
 
 def graph_of(config: ConfigDict, root: epath.Path) -> rounds.Graph:
@@ -111,20 +118,27 @@ def converted_stage(config: ConfigDict, name: str) -> bool:
 
 
 def load_upstream(
-    config: ConfigDict, root: epath.Path, place: Callable, dtype=None, vocab: Mapping[str, int] | None = None
+    config: ConfigDict,
+    root: epath.Path,
+    graph: rounds.Graph,
+    place: Callable,
+    dtype: Any = None,
+    vocab: Mapping[str, int] | None = None,
 ) -> Upstream:
     """Every group that config.stage reads and does not train first itself, from the stages that own them.
 
     What has no result comes from converted weights and, with upstream="init", starts fresh where these have nothing.
 
     Args:
+      graph: the run's own.
       place: (name, shape) -> sharding.
-      dtype: of frozen parameters, None to keep float32.
+      dtype: of frozen parameters, None to keep float32; what trains on is read in float32 all the same.
       vocab: sizes of the tokenizers; what stands in for missing results is made with them.
     """
-    graph = graph_of(config, root)
+    stage = graph.stage(config.stage)
     params: Params = {}
     scales: dict[str, float] = {}
+    predict: dict[str, str] = {}
     lineage: dict[str, dict] = {}
     missing, standing_in, groups_in, done, licences = [], [], [], set(), set()
     owners = graph.owners(config.stage)
@@ -139,33 +153,62 @@ def load_upstream(
             else:
                 missing.append(owner)
             continue
-        regex = re.compile(rounds.group_regex(groups))
         meta = checkpoint.read_meta(folder)
         done |= set(meta["rounds"])
         licences |= set(meta["licences"])
-        params |= checkpoint.load_model(
-            folder,
-            names=lambda n, regex=regex: regex.match(n) is not None,
-            shardings=lambda n, x: place(n, x.shape),
-            dtype=dtype,
-        )
+        for some, stored in (
+            ([g for g in groups if g not in stage.trains], dtype),
+            (set(groups) & {*stage.trains}, None),
+        ):
+            regex = re.compile(rounds.group_regex(sorted(some)))
+            if some:
+                params |= checkpoint.load_model(
+                    folder,
+                    names=lambda n, regex=regex: regex.match(n) is not None,
+                    shardings=lambda n, x: place(n, x.shape),
+                    dtype=stored,
+                )
         scales |= meta["scales"]
+        predict |= meta["predict"]
         lineage |= meta["from"]
         lineage |= {g: dict(stage=owner, fingerprint=group_fingerprint(meta["fingerprints"], g)) for g in groups}
     if missing:
         raise UserError(f"{config.stage}: no result of {', '.join(missing)} in {root}")
     own: tuple[str, ...] = ()
     if groups_in:
+        predict |= predictions(config, groups_in)
         stood, origins, more, own = stand_in(config, groups_in, place, dtype or jnp.float32, vocab)
         params |= stood
         lineage |= origins
         scales |= more
     # A group that trains here may start from converted weights as well.
-    begun = (*groups_in, *graph.stage(config.stage).trains)
+    begun = (*groups_in, *stage.trains)
     used = {weights.source_of(g)[0] for g in begun if weights.offers(config.weights, g)}
     licences |= {converted.read(config.weights, part).meta["licence"] for part in used}
     ordered = tuple(r for r in config.listing if r in done)
-    return Upstream(params, scales, lineage, tuple(standing_in), own, ordered, tuple(sorted(licences)))
+    return Upstream(params, scales, lineage, tuple(standing_in), own, ordered, predict, tuple(sorted(licences)))
+
+
+def predictions(config: ConfigDict, groups: Sequence[str]) -> dict[str, str]:
+    """What the UNets among these groups predict, as their own stages' configs say: {modality: name}.
+
+    Raises:
+      UserError: converted weights are to begin one, and it is to predict anything but what they do, eps.
+    """
+    found = {}
+    for group in groups:
+        modality, part = group.split("/")
+        name = f"ldm_{modality}"
+        if part != "flow":
+            continue
+        found[modality] = (config if name == config.stage else config.stages[name]).predict
+        if found[modality] != "eps" and weights.offers(config.weights, group):
+            field = "config" if name == config.stage else f"config.stages.{name}"
+            raise UserError(
+                f"{field}.predict={found[modality]!r}, but {name} begins from the converted weights in "
+                f"{config.weights}, which predict eps; leave it at 'eps', or start afresh with --config.weights="
+            )
+    return found
 
 
 def stand_in(
@@ -229,11 +272,17 @@ def converted_params(
     return params, lineage, scales
 
 
-def build_model(config: ConfigDict, vocab: Mapping[str, int], scales: Mapping[str, float], dtype=jnp.float32) -> MedM2G:
+def build_model(
+    config: ConfigDict,
+    vocab: Mapping[str, int],
+    scales: Mapping[str, float],
+    dtype: Any = jnp.float32,
+    predict: Mapping[str, str] | None = None,
+) -> MedM2G:
     """The recipe of all modalities of the config's listing."""
-    net = json.loads(config.net.to_json_best_effort())
-    modalities = rounds.graph(config.listing).modalities
-    return build(tuples(net), modalities, vocab, scales, config.image_size, dtype, config.remat)
+    net, graph = tuples(json.loads(config.net.to_json_best_effort())), rounds.graph(config.listing)
+    options = dict(remat=config.remat, predict=predict, centred=bool(graph.centre))
+    return build(net, graph.modalities, vocab, scales, config.image_size, dtype, **options)
 
 
 def tuples(x: Any) -> Any:
@@ -242,18 +291,21 @@ def tuples(x: Any) -> Any:
     return tuple(tuples(v) for v in x) if isinstance(x, list) else x
 
 
-def describe(config: ConfigDict, stage: rounds.Stage, data, upstream: Upstream, model: MedM2G) -> dict[str, Any]:
+def describe(config: ConfigDict, graph: rounds.Graph, data, upstream: Upstream, model: MedM2G) -> dict[str, Any]:
     """model.json of a result, without what only the finished parameters tell."""
-    graph = stage_graph(config)
+    stage = graph.stage(config.stage)
     done = [name for name in config.listing if name in (*upstream.rounds, config.stage)]
+    origins = dict(upstream.lineage) | {g: {"stage": config.stage} for g in stage.trains}
+    flows = [m for m in graph.modalities if f"{m}/flow" in origins]
     return {
         "stage": config.stage,
         "shared": shared(config),
         "trains": list(stage.trains),
-        "from": dict(upstream.lineage) | {g: {"stage": config.stage} for g in stage.trains},
+        "from": origins,
         "rounds": done,
-        "pairs": graph.trained_pairs(done),
-        "vocab": dict(data.tokenizers.sizes),
+        "pairs": graph.trained_pairs(flows, done),
+        "predict": {m: model.flows[m].process.predict for m in flows},
+        "vocab": data.vocab,
         "lengths": dict(data.lengths),
         "scales": dict(upstream.scales),
         "modalities": {m: asdict(MODALITIES[m]) for m in graph.modalities},

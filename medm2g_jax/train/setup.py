@@ -1,0 +1,86 @@
+"""A stage put together: networks, losses, optimizer and where all of it lives. The loop runs what the plan compiles.
+
+Nothing is allocated here: parameters are shapes and places.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from medm2g_jax import rounds
+from medm2g_jax.model import MedM2G
+from medm2g_jax.recipes import Recipe, recipe
+from medm2g_jax.train import optim, results, sharding
+from medm2g_jax.train.state import State, create, make_eval_step, make_train_step
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A stage of one run on one mesh.
+
+    Attributes:
+      shapes, placed: of what trains, by name.
+      layout: the shardings of its State.
+      train_step, eval_step: see `train.state`; to be jitted.
+    """
+
+    graph: rounds.Graph
+    stage: rounds.Stage
+    model: MedM2G
+    recipe: Recipe
+    tx: optax.GradientTransformation
+    shapes: dict[str, jax.ShapeDtypeStruct]
+    placed: dict[str, NamedSharding]
+    layout: State
+    train_step: Callable
+    eval_step: Callable
+
+    def trains(self, name: str) -> bool:
+        return results.trains(self.stage, name)
+
+
+def assemble(
+    config: ConfigDict,
+    graph: rounds.Graph,
+    mesh: Mesh,
+    vocab: Mapping[str, int],
+    scales: Mapping[str, float],
+    predict: Mapping[str, str],
+    dtype: Any,
+) -> Setup:
+    """config.stage in the run's graph.
+
+    Args:
+      vocab, scales, predict: of tokenizers, of latents, and of the flows that were trained before.
+      dtype: of activations.
+
+    Raises:
+      UserError: the batch does not divide over the mesh, or a field holds what there is not.
+    """
+    sharding.check_batch(config.batch, mesh)
+    stage = graph.stage(config.stage)
+    model = results.build_model(config, vocab, scales, dtype, {**predict, **results.predictions(config, stage.trains)})
+    spec = recipe(config, model, graph)
+    shapes = jax.eval_shape(spec.init, jax.eval_shape(lambda: jax.random.key(0)))
+    placed = {name: sharding.param_sharding(name, x.shape, mesh) for name, x in shapes.items()}
+    tx = optim.make(config, shapes)
+
+    def where(path, leaf):
+        # Optimizer slots and EMA beside their parameter, counters everywhere.
+        names = [p.key for p in path if isinstance(p, jax.tree_util.DictKey)]
+        return placed[names[-1]] if names and names[-1] in placed else sharding.replicated(mesh)
+
+    layout = jax.tree_util.tree_map_with_path(where, jax.eval_shape(lambda p: create(p, tx), shapes))
+    steps = make_train_step(spec, config, tx), make_eval_step(spec, config)
+    return Setup(graph, stage, model, spec, tx, shapes, placed, layout, *steps)
+
+
+def frozen_dtype(dtype: Any) -> Any:
+    """In which frozen parameters are held beside activations of this dtype: None is as they are stored."""
+    return None if dtype == jnp.float32 else dtype
