@@ -48,6 +48,8 @@ def open_data(config: ConfigDict, root: epath.Path) -> loop.Data:
         seed=config.seed,
         pairs=graph.pairs,
         template_text=d.template_text,
+        range=d.range,
+        most_pixels=d.most_pixels,
         phantom=dict(train=d.train, val=d.val, test=d.test),
     )
     folder = root / "tokenizers"
