@@ -97,7 +97,7 @@ def test_a_file_cut_anywhere_is_named(tmp_path, name):
     whole = file.read_bytes()
     for end in (0, 5, 20, 40, 60, 200, len(whole) // 2, len(whole) - 30):
         file.write_bytes(whole[:end])
-        with pytest.raises(UserError, match=f"{name}: not a whole PNG or JPEG"):
+        with pytest.raises(UserError, match=f"{name}: (not a whole|empty, not one of|begins as none of) .*(PNG|JPEG)"):
             read(file, MOST_PIXELS)
     for content in (b"GIF89a" + whole[6:], whole[:60] + bytes(200) + whole[260:]):
         file.write_bytes(content)

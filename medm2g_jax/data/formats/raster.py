@@ -20,7 +20,6 @@ from medm2g_jax.errors import UserError
 
 # By content, not by name; and not Image.open, whose limit of pixels is one for the whole process.
 _KINDS = {b"\x89PNG\r\n\x1a\n": PngImageFile, b"\xff\xd8\xff": JpegImageFile}
-_EXPECTED = "PNG or JPEG"
 
 # What PIL's decoders raise for damaged files: a byte that differs ends anywhere in them.
 _DAMAGED = (
@@ -62,7 +61,8 @@ def decode(content: bytes, name: str, most_pixels: int) -> Picture:
     """
     kind = next((kind for start, kind in _KINDS.items() if content.startswith(start)), None)
     if kind is None:
-        raise UserError(f"{name}: not a whole {_EXPECTED} file ({'empty' if not content else 'begins otherwise'})")
+        expected = ", ".join(dict.fromkeys(kind.format for kind in _KINDS.values()))
+        raise UserError(f"{name}: {'begins as none of' if content else 'empty, not one of'} {expected}")
     try:
         if kind is PngImageFile:
             _check_crc(content)
@@ -80,7 +80,7 @@ def decode(content: bytes, name: str, most_pixels: int) -> Picture:
             pixels = np.asarray(upright if deep else upright.convert("L"))
     except _DAMAGED as error:
         what = " ".join(str(error).split()) or "nothing more is known"
-        raise UserError(f"{name}: not a whole {_EXPECTED} file ({type(error).__name__}: {what})") from error
+        raise UserError(f"{name}: not a whole {kind.format} file ({type(error).__name__}: {what})") from error
     pixels = pixels.astype(np.uint16 if deep else np.uint8)  # "I;16B" is big-endian
     return Picture(pixels, (0, np.iinfo(pixels.dtype).max), path=name)
 
