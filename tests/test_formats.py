@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, ImageOps
 
 from medm2g_jax.data.formats import FORMATS, format_of, raster, read
@@ -97,7 +98,9 @@ def test_a_file_cut_anywhere_is_named(tmp_path, name):
     whole = file.read_bytes()
     for end in (0, 5, 20, 40, 60, 200, len(whole) // 2, len(whole) - 30):
         file.write_bytes(whole[:end])
-        with pytest.raises(UserError, match=f"{name}: (not a whole|empty, not one of|begins as none of) .*(PNG|JPEG)"):
+        with pytest.raises(
+            UserError, match=f"{name}: (not a whole|empty, not one of|begins as none of) .*(PNG|JPEG|TIFF)"
+        ):
             read(file, MOST_PIXELS)
     for content in (b"GIF89a" + whole[6:], whole[:60] + bytes(200) + whole[260:]):
         file.write_bytes(content)
@@ -106,11 +109,11 @@ def test_a_file_cut_anywhere_is_named(tmp_path, name):
                 read(file, MOST_PIXELS)
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.jpg", "deep.png", "exif.jpg", "palette.png"])
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "deep.png", "exif.jpg", "palette.png", "deep.tif"])
 def test_changed_bytes_are_an_error_that_names_the_file_or_still_a_picture(tmp_path, name):
     """A PNG has checksums: there any changed byte is found."""
     file = tmp_path / name
-    image = Image.fromarray(noise((24, 24), np.uint16, 4095) if name == "deep.png" else noise((24, 24)))
+    image = Image.fromarray(noise((24, 24), np.uint16, 4095) if "deep" in name else noise((24, 24)))
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x010E] = "some words"
@@ -131,7 +134,32 @@ def test_changed_bytes_are_an_error_that_names_the_file_or_still_a_picture(tmp_p
             except UserError as error:
                 assert name in str(error) and "\n" not in str(error)
                 seen += 1
-    assert seen > (290 if name.endswith("png") else 10)
+    assert seen > (290 if name.endswith("png") else 5)
+
+
+@pytest.mark.parametrize("byteorder, compression", [("<", None), (">", None), ("<", "deflate")])
+def test_16_bit_tiff_as_another_library_writes_it(tmp_path, byteorder, compression):
+    levels = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    tifffile.imwrite(tmp_path / "a.TIFF", levels, byteorder=byteorder, compression=compression)
+    picture = read(tmp_path / "a.TIFF", MOST_PIXELS)
+    np.testing.assert_array_equal(picture.pixels, levels)
+    assert picture.pixels.dtype == np.uint16 and picture.pixels.dtype.isnative and picture.span == (0, 65535)
+
+
+@pytest.mark.parametrize(
+    "array, options, message",
+    [
+        (np.zeros((3, 8, 8), np.uint16), {"photometric": "minisblack"}, "3 pages"),
+        (np.zeros((8, 8), np.int16), {}, "signed or 32-bit"),
+        (np.zeros((8, 8), np.float32), {}, "signed or 32-bit"),
+        (np.zeros((8, 8), np.uint16), {"photometric": "miniswhite"}, "0 means white"),
+        (np.zeros((8, 8, 3), np.uint16), {"photometric": "rgb"}, "16 bits of colour"),
+    ],
+)
+def test_tiffs_that_are_no_windowed_picture_are_refused(tmp_path, array, options, message):
+    tifffile.imwrite(tmp_path / "a.tif", array, **options)
+    with pytest.raises(UserError, match=f"a.tif: {message}"):
+        read(tmp_path / "a.tif", MOST_PIXELS)
 
 
 def test_a_bomb_is_not_decoded(tmp_path):

@@ -102,7 +102,7 @@ def test_what_is_left_out_is_counted_in_one_line(folder, caplog):
         source = Manifest(folder, 8)
     assert [r.streams for r in source.records] == [("xray",)]
     (line,) = [r.getMessage() for r in caplog.records]
-    for part in ("1 of 3 rows", "2 images not PNG or JPEG", "1 of unknown key 'mra'", "1 template texts"):
+    for part in ("1 of 3 rows", "2 images not PNG or JPEG or TIFF", "1 of unknown key 'mra'", "1 template texts"):
         assert part in line
     write(folder, [row(0, images={"mra": "a.png"}), row(1, images={"ct": "b.dcm"})])
     with pytest.raises(UserError, match="2 rows hold nothing that can be used .*unknown key 'mra'"):

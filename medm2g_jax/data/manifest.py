@@ -6,7 +6,7 @@ A manifest folder holds `manifest.jsonl`, one JSON object a line:
      "text": "findings : ...", "text_origin": "report", "license": "CC BY 4.0"}
 
 `split` is train, val or test; the last four fields may be missing. Image keys are streams with "_" in place of ":"
-("mri_t1ce" is "mri:t1ce", also spelt "mri_t1gd"), files are of the formats in `data.formats`. PNG and JPEG carry no
+("mri_t1ce" is "mri:t1ce", also spelt "mri_t1gd"), files are of the formats in `data.formats`. PNG, JPEG, TIFF carry no
 Hounsfield units: they are taken as windowed already, 8-bit ones over 0 .. 255, 16-bit ones as `data.check` says.
 
 `id` and `subject` are strings or whole numbers: 1, 1.0 and " 1" are one subject. Half a character in a text (JSON can

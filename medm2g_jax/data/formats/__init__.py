@@ -28,6 +28,8 @@ FORMATS: dict[str, Format] = {
     ".png": Format("PNG", raster.read, raster.write_png),
     ".jpg": Format("JPEG", raster.read, raster.write_jpeg),
     ".jpeg": Format("JPEG", raster.read, raster.write_jpeg),
+    ".tif": Format("TIFF", raster.read, raster.write_tiff),
+    ".tiff": Format("TIFF", raster.read, raster.write_tiff),
 }
 NAMES = " or ".join(dict.fromkeys(f.name for f in FORMATS.values()))  # for messages
 

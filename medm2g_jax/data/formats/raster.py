@@ -1,4 +1,4 @@
-"""PNG and JPEG, from files and from bytes: grey, upright as a viewer shows it, all levels kept.
+"""PNG, JPEG and TIFF, from files and from bytes: grey, upright as a viewer shows it, all levels kept.
 
 These carry no physical values: they are windowed already, over all that their bits hold, 0 .. 255 or 0 .. 65535. A
 16-bit file seldom uses that whole range; what a data set's files do use is found over all of it (`data.check`).
@@ -11,15 +11,21 @@ from collections.abc import Mapping
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile, PngInfo
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from medm2g_jax.data.picture import Picture
 from medm2g_jax.errors import UserError
 
 # By content, not by name; and not Image.open, whose limit of pixels is one for the whole process.
-_KINDS = {b"\x89PNG\r\n\x1a\n": PngImageFile, b"\xff\xd8\xff": JpegImageFile}
+_KINDS = {
+    b"\x89PNG\r\n\x1a\n": PngImageFile,
+    b"\xff\xd8\xff": JpegImageFile,
+    b"II*\0": TiffImageFile,
+    b"MM\0*": TiffImageFile,
+}
 
 # What PIL's decoders raise for damaged files: a byte that differs ends anywhere in them.
 _DAMAGED = (
@@ -40,10 +46,10 @@ _DAMAGED = (
 
 
 def read(path: epath.PathLike, most_pixels: int) -> Picture:
-    """The picture in a PNG or JPEG file.
+    """The picture in a file.
 
     Raises:
-      UserError: the file is missing, damaged, too large, or neither PNG nor JPEG.
+      UserError: the file is missing, damaged, too large, or of another kind than these.
     """
     try:
         content = epath.Path(path).read_bytes()
@@ -54,7 +60,7 @@ def read(path: epath.PathLike, most_pixels: int) -> Picture:
 
 
 def decode(content: bytes, name: str, most_pixels: int) -> Picture:
-    """The picture in the bytes of a PNG or JPEG file; `name` says in messages which.
+    """The picture in the bytes of a file; `name` says in messages which.
 
     Raises:
       UserError: see `read`.
@@ -73,6 +79,8 @@ def decode(content: bytes, name: str, most_pixels: int) -> Picture:
                     f"{name}: {width} x {height} pixels, more than the {most_pixels} that are read; make it smaller, "
                     "or, if it is what it says, raise --config.data.most_pixels"
                 )
+            if kind is TiffImageFile:
+                _check_tiff(file, name)
             if _deep(file) and not file.mode.startswith("I;16"):
                 raise UserError(f"{name}: 16 bits of colour, of which 8 would be lost; save it as 16-bit grey")
             deep = file.mode.startswith("I")
@@ -87,6 +95,16 @@ def decode(content: bytes, name: str, most_pixels: int) -> Picture:
 
 def _deep(file: Image.Image) -> bool:
     return any(";16" in str(tile.args) for tile in file.tile)
+
+
+def _check_tiff(file: TiffImageFile, name: str) -> None:
+    """TIFF holds more than pictures that are windowed already."""
+    if file.n_frames > 1:
+        raise UserError(f"{name}: {file.n_frames} pages; a picture is one, save each as a file of its own")
+    if file.mode in ("I", "F"):
+        raise UserError(f"{name}: signed or 32-bit values; expected grey of 8 or 16 bits, from 0 up")
+    if file.mode.startswith("I;16") and file.tag_v2[PHOTOMETRIC_INTERPRETATION] == 0:  # PIL turns 8-bit ones only
+        raise UserError(f"{name}: 0 means white in it; save it with 0 as black")
 
 
 def _check_crc(content: bytes) -> None:
@@ -117,6 +135,12 @@ def write_jpeg(path: epath.PathLike, picture: Picture, notes: Mapping[str, str])
         raise ValueError(f"JPEG holds 8 bits, not {picture.pixels.dtype}")
     comment = "\n".join(f"{name}: {note}" for name, note in notes.items())
     _save(path, picture, format="JPEG", quality=95, comment=comment.encode())
+
+
+def write_tiff(path: epath.PathLike, picture: Picture, notes: Mapping[str, str]) -> None:
+    """8- or 16-bit grey TIFF; notes become its description."""
+    description = "\n".join(f"{name}: {note}" for name, note in notes.items())
+    _save(path, picture, format="TIFF", tiffinfo={ExifTags.Base.ImageDescription: description})
 
 
 def _save(path: epath.PathLike, picture: Picture, **options) -> None:
