@@ -255,10 +255,10 @@ class Model:
 
     def model_input(self, stream: str, items: Sequence[Any]) -> Any:
         """Values of a stream -> what the networks read: ids, or float32 (n size size 1) in [-1, 1]."""
-        modality = MODALITIES[split_stream(stream)[0]]
+        modality, values = MODALITIES[split_stream(stream)[0]], self.opened(stream, items)
         if modality.kind == "text":
-            return self.generator.ids(self.opened(stream, items))
-        return np.stack([network_input(picture, modality, self.size) for picture in self.opened(stream, items)])
+            return self.generator.ids(values)
+        return np.stack([network_input(picture, modality, self.size) for picture in values])
 
     def _picture(self, stream: str, item: Any) -> Picture:
         if isinstance(item, Picture):
