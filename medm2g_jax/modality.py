@@ -8,9 +8,8 @@ weights and differ by one learned embedding; the bare name means that the contra
 """
 
 from dataclasses import dataclass
+from typing import Any
 
-import jax
-import numpy as np
 from jaxtyping import Float
 
 from medm2g_jax.errors import UserError
@@ -47,12 +46,12 @@ class Modality:
         """All streams; index 0 is the bare one, and the index is what the networks embed."""
         return (self.name, *(f"{self.name}:{contrast}" for contrast in self.contrasts))
 
-    def normalise(self, values: Float[jax.Array | np.ndarray, "*shape"]) -> Float[jax.Array | np.ndarray, "*shape"]:
+    def normalise(self, values: Float[Any, "*shape"]) -> Float[Any, "*shape"]:
         """Values in the modality's unit -> [-1, 1] of its window; what lies outside is cut off."""
         low, high = self.window
         return ((values - low) / (high - low)).clip(0, 1) * 2 - 1
 
-    def in_unit(self, values: Float[jax.Array | np.ndarray, "*shape"]) -> Float[jax.Array | np.ndarray, "*shape"]:
+    def in_unit(self, values: Float[Any, "*shape"]) -> Float[Any, "*shape"]:
         """[-1, 1] -> the modality's unit."""
         low, high = self.window
         return (values + 1) / 2 * (high - low) + low

@@ -244,7 +244,8 @@ class Tokenizers:
                     pairs.append((len(ids), len(self._ids(name, plain))))
             if pairs:
                 read, there = (sum(column) for column in zip(*pairs, strict=True))
-                how = "impression and findings first" if name == "clip" else "from the beginning"
+                sections = name == "clip" and any(impression_first(plain) for plain in plains)
+                how = "impression and findings first" if sections else "from the beginning"
                 lines.append(f"{_of(pairs, texts)} longer than {name} holds: {read} of {there} ids are read, {how}")
         words = [word for plain in plains for word in plain.split()]
         unknown = sum(any(self._is_unknown(name, word) for name in lengths) for word in words)
