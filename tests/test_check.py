@@ -96,6 +96,14 @@ def test_the_cache_knows_files_by_name_size_and_time(tmp_path):
     assert [f.name for f in cache.parent.iterdir()] == ["cache.json"]
 
 
+def test_a_file_that_has_become_another_is_an_error():
+    data = Set([1])
+    examined = data.examined()
+    examined.check(say=str)
+    with pytest.raises(UserError, match="of 16 bits now, which it was not when the data were checked"):
+        examined.ranged("ct", data.read(0))
+
+
 def test_progress_is_said_where_it_is_slow(monkeypatch):
     monkeypatch.setattr(check, "SLOW", -1.0)
     said = []

@@ -252,7 +252,7 @@ def test_12_bits_in_16_count_over_12_bits_and_all_levels_are_kept(tmp_path, capl
             np.testing.assert_allclose(source.read(2, "xray", RNG), -0.6, atol=1e-6)
             assert len(np.unique(source.read(0, "xray", RNG))) == 4096
     (line,) = [r.getMessage() for r in caplog.records]
-    for part in ("ct 0 to 1023", "xray 0 to 4095", "the greatest value is 4095", "--config.data.range"):
+    for part in ("ct 0 to 1023", "xray 0 to 4095", "the greatest value is 4095", "--config.data.range=ct=LOW:HIGH"):
         assert part in line
     assert source.ranges == {"ct": (0, 1023), "xray": (0, 4095)}
 
@@ -266,7 +266,7 @@ def test_a_range_that_the_user_says_stands(tmp_path):
     source = Manifest(tmp_path, 8, ranges={"mri": (0, 200), "ct": (0, 10)})
     np.testing.assert_allclose([source.read(0, s, RNG) for s in ("mri:t2", "ct")], 0, atol=2e-5)
     assert source.ranges == {"mri:t2": (0, 200), "ct": (0, 10)}
-    with pytest.raises(UserError, match="data range of 'xray': .* has images of ct, mri:t2 only"):
+    with pytest.raises(UserError, match="data range of 'xray': .* has images of ct, mri:t2"):
         Manifest(tmp_path, 8, ranges={"xray": (0, 1)}).check()
 
 

@@ -11,11 +11,13 @@ import json
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 from etils import epath
 
 from medm2g_jax.data.picture import Picture, Span
@@ -84,7 +86,14 @@ class Examined:
         """The picture, with the range that the set's 16-bit pictures of this stream have."""
         if picture.span is None or picture.pixels.dtype != np.uint16:
             return picture
-        span = self._said(stream) or (self._found or self.ranges)[stream]
+        span = self._said(stream)
+        if span is None:
+            found = self._found or self.ranges
+            if stream not in found:
+                raise UserError(
+                    f"{picture.path}: of 16 bits now, which it was not when the data were checked; start again"
+                )
+            span = found[stream]
         return dataclasses.replace(picture, span=span)
 
     def check(self, cache: epath.PathLike | None = None, say: Callable[[str], Any] | None = None) -> None:
@@ -107,7 +116,7 @@ class Examined:
         held = sorted({item.stream for item in items})
         for stream in self._asked:
             if not any(stream in (s, split_stream(s)[0]) for s in held):
-                raise UserError(f"data range of {stream!r}: {self.name} has images of {', '.join(held)} only")
+                raise UserError(f"data range of {stream!r}: {self.name} has images of {', '.join(held) or 'nothing'}")
         known = _read_cache(cache, self._most_pixels)
         todo = [item for item in items if known.get(item.key, [None])[:2] != [*item.stamp]]
         broken = []
@@ -139,12 +148,11 @@ class Examined:
         if first and self._found:
             why = {s: "as said" if self._said(s) else f"the greatest value is {top}" for s, top in tops.items()}
             spans = ", ".join(f"{s} {low:g} to {high:g} ({why[s]})" for s, (low, high) in self._found.items())
-            say(f"data {self.name}: 16-bit images count from -1 to +1 over {spans}; --config.data.range says others")
+            other = f"--config.data.range={next(iter(self._found))}=LOW:HIGH says another"
+            say(f"data {self.name}: 16-bit images count from -1 to +1 over {spans}; {other}")
 
 
 def _log(line: str) -> None:
-    from absl import logging
-
     logging.warning("%s", line)
 
 
@@ -177,6 +185,6 @@ def _read_cache(path: epath.PathLike | None, most_pixels: int) -> dict[str, list
 def _write_cache(path: epath.PathLike, most_pixels: int, pictures: Mapping[str, list]) -> None:
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # other processes may be at it too
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # other processes may be at it too
     part.write_text(json.dumps({"most_pixels": most_pixels, "pictures": pictures}, separators=(",", ":")))
     part.replace(path)

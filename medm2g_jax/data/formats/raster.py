@@ -81,7 +81,7 @@ def decode(content: bytes, name: str, most_pixels: int) -> Picture:
                 )
             if kind is TiffImageFile:
                 _check_tiff(file, name)
-            if _deep(file) and not file.mode.startswith("I;16"):
+            if _deep(file) and not file.mode.startswith("I"):
                 raise UserError(f"{name}: 16 bits of colour, of which 8 would be lost; save it as 16-bit grey")
             deep = file.mode.startswith("I")
             upright = ImageOps.exif_transpose(file)
