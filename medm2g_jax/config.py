@@ -93,6 +93,8 @@ def _shared(preset: str, variant: str, listing: tuple[str, ...]) -> ConfigDict:
             data=dict(
                 source="phantom",  # or manifest:PATH, tfds:NAME
                 template_text=False,  # take texts written from metadata for reports
+                range="",  # of 16-bit images, as in "xray=0:4095,mri:t2=0:1200"; found over the whole set if not said
+                most_pixels=2**26,  # of one image
                 # The phantom's subjects. Train and validation are shared out among the listing's pairs.
                 train=6000 if tiny else 60000,
                 val=384,

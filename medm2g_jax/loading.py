@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from etils import epath
 from jaxtyping import Array
 
@@ -18,7 +19,8 @@ from medm2g_jax import rounds
 from medm2g_jax.arrays import Params
 from medm2g_jax.convert import weights
 from medm2g_jax.convert.files import open_tensors
-from medm2g_jax.data import images
+from medm2g_jax.data import formats, images
+from medm2g_jax.data.picture import Picture, network_input
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.device import activation_dtype, jit, use_compilation_cache
 from medm2g_jax.errors import UserError
@@ -299,7 +301,7 @@ class Model:
         Raises:
           UserError: unknown streams or options, batches of different lengths, unreadable images.
         """
-        values = {s: list(v) if isinstance(v, (list, tuple)) else [v] for s, v in given.items()}
+        values = {s: self.opened(s, v if isinstance(v, (list, tuple)) else [v]) for s, v in given.items()}
         lengths = {len(v) for v in values.values()} - {1}
         if len(lengths) > 1:
             raise UserError(f"given values differ in number: { {s: len(v) for s, v in values.items()} }")
@@ -322,37 +324,58 @@ class Model:
         kept = {s: np.asarray(latents[s]) for s in request.make}
         return Generated(samples, request.pairs(), seed, independent, kept)
 
-    def model_input(self, stream: str, items: Sequence[Any]) -> Any:
-        """Values of a stream -> what the networks read: ids, or float32 (n size size 1) in [-1, 1]."""
+    def opened(self, stream: str, items: Sequence[Any]) -> list[Any]:
+        """Values of a stream, images as pictures: each file is read here and nowhere else.
+
+        Raises:
+          UserError: a value that is none of what `generate` takes, or a file that cannot be read.
+        """
         modality = MODALITIES[split_stream(stream)[0]]
-        if modality.kind == "text":
+        if not modality.is_image:
             for item in items:
                 if not isinstance(item, str):
                     raise UserError(f"{stream}: expected a str, found {type(item).__name__}")
-            return self.ids(items)
-        return np.stack([self._image(stream, modality.window, item) for item in items])[..., None]
+            return list(items)
+        return [self._picture(stream, item) for item in items]
 
-    def _image(self, stream: str, window: tuple[float, float], item: Any) -> np.ndarray:
+    def model_input(self, stream: str, items: Sequence[Any]) -> Any:
+        """Values of a stream -> what the networks read: ids, or float32 (n size size 1) in [-1, 1]."""
+        modality, values = MODALITIES[split_stream(stream)[0]], self.opened(stream, items)
+        if not modality.is_image:
+            return self.ids(values)
+        return np.stack([network_input(picture, modality, self.size) for picture in values])
+
+    def _picture(self, stream: str, item: Any) -> Picture:
+        if isinstance(item, Picture):
+            return item
         if isinstance(item, (str, Path)):
-            return images.square(images.read(item), self.size)
-        x = np.asarray(item, np.float32)
-        if x.ndim != 2:
-            raise UserError(f"{stream}: expected an image (h w), found an array of shape {x.shape}")
-        low, high = window
-        return images.square(np.clip(2 * (x - low) / (high - low) - 1, -1, 1), self.size)
+            picture = formats.read(item, self.meta["shared"]["data"]["most_pixels"])
+            if picture.span is None or picture.pixels.dtype != np.uint16:
+                return picture
+            # A 16-bit file counts as those of its stream did in training, else over all its bits: one image alone
+            # does not tell its range.
+            known = self.meta["ranges"] if "ranges" in self.meta else {}
+            low, high = known[stream] if stream in known else picture.span
+            why = "as in training" if stream in known else "all its bits: training met no 16-bit image of this stream"
+            logging.warning("%s: counts from -1 to +1 over %g to %g (%s)", item, low, high, why)
+            return dataclasses.replace(picture, span=(low, high))
+        try:
+            pixels = np.asarray(item, np.float32)
+        except (TypeError, ValueError):
+            raise UserError(f"{stream}: expected an image (h w) or its path, found {type(item).__name__}") from None
+        if pixels.ndim != 2:
+            raise UserError(f"{stream}: expected an image (h w), found an array of shape {pixels.shape}")
+        return Picture(pixels, span=None)
 
     def _grid(self, given: Mapping[str, Sequence[Any]]) -> tuple[int, int]:
         """(height, width) of the given images where all have the same: what is made of them comes on their grid."""
-        pictures = [x for s, items in given.items() if MODALITIES[split_stream(s)[0]].kind == "image" for x in items]
-        shapes = {images.read(x).shape if isinstance(x, (str, Path)) else np.shape(x) for x in pictures}
+        shapes = {x.pixels.shape for items in given.values() for x in items if isinstance(x, Picture)}
         return shapes.pop() if len(shapes) == 1 else (self.size, self.size)
 
     def in_units(self, stream: str, value: Any, grid: tuple[int, int] | None = None) -> Any:
         """[-1, 1] -> the modality's unit, (n h w), on `grid` as `images.undo` brings it there; texts as they are."""
         modality = MODALITIES[split_stream(stream)[0]]
-        if modality.kind == "text":
+        if not modality.is_image:
             return value
-        low, high = modality.window
         pixels = np.asarray(value, np.float32)[..., 0]
-        pixels = np.stack([images.undo(x, grid or x.shape) for x in pixels])
-        return (pixels + 1) / 2 * (high - low) + low
+        return modality.in_unit(np.stack([images.undo(x, grid or x.shape) for x in pixels]))

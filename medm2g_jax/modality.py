@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from jaxtyping import Float
+
 from medm2g_jax.errors import UserError
 
 KINDS = ("text", "image")
@@ -49,6 +51,16 @@ class Modality:
     def streams(self) -> tuple[str, ...]:
         """All streams; index 0 is the bare one, and the index is what the networks embed."""
         return (self.name, *(f"{self.name}:{contrast}" for contrast in self.contrasts))
+
+    def normalise(self, values: Float[Any, "*shape"]) -> Float[Any, "*shape"]:
+        """Values in the modality's unit -> [-1, 1] of its window; what lies outside is cut off."""
+        low, high = self.window
+        return ((values - low) / (high - low)).clip(0, 1) * 2 - 1
+
+    def in_unit(self, values: Float[Any, "*shape"]) -> Float[Any, "*shape"]:
+        """[-1, 1] -> the modality's unit."""
+        low, high = self.window
+        return (values + 1) / 2 * (high - low) + low
 
 
 MODALITIES: dict[str, Modality] = {}

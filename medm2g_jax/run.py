@@ -50,6 +50,8 @@ def open_records(config: ConfigDict) -> Source:
         seed=config.seed,
         pairs=rounds.graph(config.listing).pairs,
         template_text=d.template_text,
+        range=d.range,
+        most_pixels=d.most_pixels,
         phantom=dict(train=d.train, val=d.val, test=d.test),
     )
 

@@ -99,6 +99,18 @@ def test_a_never_paired_source_uses_its_pooled_token(model):
     assert out.pairs == {"xray -> ct": "prompt pooled, guide pooled"}
 
 
+def test_a_given_file_is_read_once(model, tmp_path, monkeypatch):
+    from PIL import Image
+
+    from medm2g_jax.data.formats import raster
+
+    Image.fromarray(np.full((40, 30), 128, np.uint8)).save(tmp_path / "a.png")
+    decode, read = raster.decode, []
+    monkeypatch.setattr(raster, "decode", lambda *args: read.append(args) or decode(*args))
+    out = model.generate(given={"xray": tmp_path / "a.png"}, make=["ct"], count=2)
+    assert out.samples["ct"].shape == (2, 40, 30) and len(read) == 1
+
+
 def test_flows_that_no_pair_links_take_the_text_along(model):
     assert with_bridges(model.request([], ["ct", "xray"])) == ("ct", "xray", "text")
     assert with_bridges(model.request(["text"], ["ct", "xray"])) == ("ct", "xray")

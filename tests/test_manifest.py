@@ -1,3 +1,4 @@
+import io
 import json
 import logging
 from pathlib import Path
@@ -101,7 +102,7 @@ def test_what_is_left_out_is_counted_in_one_line(folder, caplog):
         source = Manifest(folder, 8)
     assert [r.streams for r in source.records] == [("xray",)]
     (line,) = [r.getMessage() for r in caplog.records]
-    for part in ("1 of 3 rows", "2 images not PNG or JPEG", "1 of unknown key 'mra'", "1 template texts"):
+    for part in ("1 of 3 rows", "2 images not PNG or JPEG or TIFF", "1 of unknown key 'mra'", "1 template texts"):
         assert part in line
     write(folder, [row(0, images={"mra": "a.png"}), row(1, images={"ct": "b.dcm"})])
     with pytest.raises(UserError, match="2 rows hold nothing that can be used .*unknown key 'mra'"):
@@ -130,6 +131,21 @@ BAD = [  # rows, and what the error says
     ([row(0, text="t"), row(0, text="t")], "manifest.jsonl:2: id 'r0' is taken by line 1"),
     ([row(0, images={"ct": "gone.png"})], "manifest.jsonl:1: row 'r0': no file .*gone.png"),
     ([row(0, images={"mri_t1gd": "x.png", "mri_t1ce": "x.png"})], "two images for stream 'mri:t1ce'"),
+    (
+        [row(0, images={"ct": "gone.png", "mri": "too.png"})],
+        "row 'r0': no file .*gone.png; .*: row 'r0': no file .*too.png",
+    ),
+    ([row(0, text="t", subject=float("nan"))], "manifest.jsonl:1: 'subject': .*found a number that is not whole"),
+    ([row(0, text="t", subject=True)], "'subject': expected a string or a whole number, found a bool"),
+    ([row(0, text="t", subject=["Jane"])], "'subject': .*found a list"),
+    ([row(0, text="t", subject={"name": "Jane"})], "'subject': .*found a dict"),
+    ([row(0, text="t", subject="  ")], "'subject': .*found nothing"),
+    ([row(0, text="t", subject="Jane\ud800")], "'subject': .*found half a character"),
+    ([row(0, text="t", id=1.5)], "'id': expected a string or a whole number, found a number that is not whole"),
+    ([row(0, text="t", id=1), row(1, text="t", id="1.0")], "manifest.jsonl:2: id '1' is taken by line 1"),
+    ([row(0, images={"ct": "\udcff.png"})], "manifest.jsonl:1: 'images' holds half a character"),
+    (["[" * 100_000], r"manifest.jsonl:1: not JSON that can be read \(RecursionError\)"),
+    (['{"id": ' + "1" * 5000 + "}"], r"manifest.jsonl:1: not JSON that can be read \(ValueError\)"),
     (
         [row(i, subject=f"Jane {i // 2}", split=("train", "test")[i % 2], text="t") for i in range(4)],
         "2 subjects are in",
@@ -188,6 +204,115 @@ def test_open_source_knows_three_forms(folder):
     for spec in ("manifest", "manifest:", "hf:x", "phantom:x", ""):
         with pytest.raises(UserError, match="expected phantom, manifest:PATH or tfds:NAME"):
             open_source(spec, **options)
+
+
+@pytest.mark.parametrize("other", [1.0, "1", " 1 ", "1.0", "1\u00a0"])
+def test_one_person_written_in_two_ways_is_one_person(tmp_path, other):
+    rows = [row(0, subject=1, text="t"), row(1, subject=other, split="test", text="t")]
+    with pytest.raises(UserError, match="1 subjects are in more than one split"):
+        Manifest(write(tmp_path, rows), 8)
+
+
+def test_what_differs_stays_apart(tmp_path):
+    subjects = [1, 2, "01", "a", "A", "1.5", -1, 10**30]
+    source = Manifest(write(tmp_path, [row(i, subject=s, text="t") for i, s in enumerate(subjects)]), 8)
+    assert [r.subject for r in source.records] == ["1", "2", "01", "a", "A", "1.5", "-1", str(10**30)]
+
+
+def test_half_characters_in_texts_are_replaced_and_counted(tmp_path, caplog):
+    rows = [row(0, text="a \ud800 b \udcff", license="CC0 \ud800"), row(1, text="whole \U0001f642")]
+    assert "\\ud83d" in json.dumps(rows[1])  # a pair is how JSON spells a whole one
+    with caplog.at_level(logging.WARNING):
+        source = Manifest(write(tmp_path, rows), 8)
+    assert source.read(0, "text", RNG) == "a \ufffd b \ufffd" and source.read(1, "text", RNG) == "whole \U0001f642"
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert "2 half characters" in line and "U+FFFD" in line
+    assert source.licences == {"CC0 \ufffd": 1, "CC0": 1}
+
+
+def deep(folder: Path, name: str, values: np.ndarray) -> str:
+    Image.fromarray(values.astype(np.uint16)).save(folder / name)
+    return name
+
+
+def test_12_bits_in_16_count_over_12_bits_and_all_levels_are_kept(tmp_path, caplog):
+    """And never by one image's own greatest value: the same value is the same grey in each."""
+    levels = np.arange(4096).reshape(64, 64)
+    rows = [
+        row(0, images={"xray": deep(tmp_path, "a.png", levels), "ct": deep(tmp_path, "ct.png", levels // 4)}),
+        row(1, split="test", images={"xray": deep(tmp_path, "b.png", levels // 2)}),
+        row(2, images={"xray": picture(tmp_path, "8.png", 51, (64, 64))}),
+    ]
+    source = Manifest(write(tmp_path, rows), 64)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):  # read, and remembered
+            np.testing.assert_allclose(source.read(0, "xray", RNG)[..., 0], levels / 2047.5 - 1, atol=3e-5)
+            np.testing.assert_allclose(source.read(1, "xray", RNG)[..., 0], levels // 2 / 2047.5 - 1, atol=3e-5)
+            np.testing.assert_allclose(source.read(0, "ct", RNG)[..., 0], levels // 4 / 511.5 - 1, atol=3e-5)
+            np.testing.assert_allclose(source.read(2, "xray", RNG), -0.6, atol=1e-6)
+            assert len(np.unique(source.read(0, "xray", RNG))) == 4096
+    (line,) = [r.getMessage() for r in caplog.records]
+    for part in ("ct 0 to 1023", "xray 0 to 4095", "the greatest value is 4095", "--config.data.range=ct=LOW:HIGH"):
+        assert part in line
+    assert source.ranges == {"ct": (0, 1023), "xray": (0, 4095)}
+
+
+def test_a_range_that_the_user_says_stands(tmp_path):
+    images = {
+        "mri_t2": deep(tmp_path, "a.png", np.full((8, 8), 100)),
+        "ct": deep(tmp_path, "b.png", np.full((8, 8), 5)),
+    }
+    write(tmp_path, [row(0, images=images)])
+    source = Manifest(tmp_path, 8, ranges={"mri": (0, 200), "ct": (0, 10)})
+    np.testing.assert_allclose([source.read(0, s, RNG) for s in ("mri:t2", "ct")], 0, atol=2e-5)
+    assert source.ranges == {"mri:t2": (0, 200), "ct": (0, 10)}
+    with pytest.raises(UserError, match="data range of 'xray': .* has images of ct, mri:t2"):
+        Manifest(tmp_path, 8, ranges={"xray": (0, 1)}).check()
+
+
+def test_memory_keeps_as_many_bits_as_the_file_has(tmp_path):
+    images = {"xray": deep(tmp_path, "a.png", np.eye(8) * 4095), "ct": picture(tmp_path, "b.png", 3)}
+    source = Manifest(write(tmp_path, [row(0, images=images)]), 8)
+    source.read(0, "xray", RNG), source.read(0, "ct", RNG)
+    assert sorted(str(kept.dtype) for kept in source._memory.values()) == ["uint16", "uint8"]
+
+
+def test_all_broken_images_are_listed_before_training(tmp_path):
+    for i in range(6):
+        picture(tmp_path, f"{i}.png", 10 * i)
+    write(tmp_path, [row(i, images={"ct": f"{i}.png"}) for i in range(6)])
+    for i in (1, 4):
+        (tmp_path / f"{i}.png").write_bytes((tmp_path / f"{i}.png").read_bytes()[:-20])
+    source = Manifest(tmp_path, 8)
+    with pytest.raises(UserError, match=r"2 of 6 images cannot be read.*row 'r1': .*1\.png.*row 'r4': .*4\.png"):
+        source.check(tmp_path / "cache.json")
+    for i in (1, 4):
+        picture(tmp_path, f"{i}.png", 1)
+    Manifest(tmp_path, 8).check(tmp_path / "cache.json")
+
+
+def test_the_limit_of_pixels_names_row_and_file(tmp_path):
+    write(tmp_path, [row(0, images={"ct": picture(tmp_path, "a.png", 1, (20, 30))})])
+    with pytest.raises(UserError, match="row 'r0': .*a.png: 30 x 20 pixels, more than the 599"):
+        Manifest(tmp_path, 8, most_pixels=599).read(0, "ct", RNG)
+
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no real data here")
+def test_real_sets_open_and_every_image_is_read(tmp_path):
+    held = {}
+    for manifest in sorted(SHARED.glob("*/manifest.jsonl")):
+        lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+        if any("format" in line for line in lines):  # volumes, of formats to come
+            continue
+        source = Manifest(manifest.parent, 16)
+        source.check(tmp_path / "cache.json", say=lambda line: pytest.fail(line))  # all are of 8 bits
+        held[source.name] = len(source.records)
+        image = source.read(0, next(s for s in source.records[0].streams if s != "text"), RNG)
+        assert image.shape == (16, 16, 1) and image.min() < image.max()
+    assert held == {"ct_mri": 129, "ct_text": 138, "mri_contrasts": 103, "xray_text": 139}
 
 
 # --- tfds -----------------------------------------------------------------------------------------------------------
@@ -259,7 +384,8 @@ def test_tfds_with_a_map_of_features(prepared):
     source = Tfds("small", 8, {"other": "xray"}, {"validation": "test"}, prepared)
     assert [(r.split, r.streams) for r in source.records] == [("test", ("xray",))] * 2  # 6 and 8; 7 has none
     values = sorted(float(source.read(i, "xray", RNG)[0, 0, 0]) for i in range(2))
-    np.testing.assert_allclose(values, [6000 / 32767.5 - 1, 8000 / 32767.5 - 1], atol=1e-6)
+    # 13 bits hold the greatest value of the set, 8000.
+    np.testing.assert_allclose(values, [6000 / 4095.5 - 1, 8000 / 4095.5 - 1], atol=1e-6)
     assert len({r.subject for r in source.records}) == 2
 
 
@@ -277,3 +403,82 @@ def test_tfds_errors(prepared):
         Tfds("mnist", 8, {"image": "xray"}, data_dir=prepared)
     with pytest.raises(UserError, match=r"1 subjects are in .* train at example train/0 and val at example valid"):
         Tfds("small", 8, {"ct": "ct", "hospital": "subject"}, data_dir=prepared)
+
+
+def jpeg(image: np.ndarray, orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", exif=exif, quality=95)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def awkward(tmp_path_factory):
+    """Turned JPEGs, 12-bit X-rays, texts in Latin-1, subjects as numbers."""
+    import tensorflow_datasets as tfds
+
+    class Awkward(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {
+                "ct": tfds.features.Image(shape=(None, None, 1)),
+                "xray": tfds.features.Tensor(shape=(16, 16, 1), dtype=np.uint16),
+                "text": tfds.features.Text(),
+                "subject": tfds.features.Scalar(np.float32),
+            }
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            half = np.zeros((16, 16), np.uint8)
+            half[:, :8] = 255
+            for i, orientation in enumerate((1, 2, 6)):
+                levels = np.arange(256).reshape(16, 16, 1) * (16 if i else 1)
+                yield (
+                    i,
+                    {
+                        "ct": io.BytesIO(jpeg(half, orientation)),
+                        "xray": levels.astype(np.uint16),
+                        "text": b"d\xe9j\xe0 vu" if i else "whole",
+                        "subject": i,
+                    },
+                )
+
+    folder = tmp_path_factory.mktemp("awkward")
+    Awkward(data_dir=folder, file_format="array_record").download_and_prepare()
+    return str(folder)
+
+
+def test_tfds_goes_the_way_of_all_files(awkward, caplog, tmp_path):
+    from medm2g_jax.data.tfds import Tfds
+
+    with caplog.at_level(logging.WARNING):
+        source = Tfds("awkward", 16, data_dir=awkward)
+    assert any("4 bytes of texts that are no UTF-8 became U+FFFD" in r.getMessage() for r in caplog.records)
+    said = []
+    source.check(tmp_path / "cache.json", said.append)
+    assert len(said) == 1 and "xray 0 to 4095 (the greatest value is 4080)" in said[0]
+    bright = {}
+    for index, record in enumerate(source.records):
+        number = int(record.subject)
+        ct = source.read(index, "ct", RNG)[..., 0]
+        bright[number] = ct[:, :8].mean() > 0.8, ct[:8].mean() > 0.8, ct[:, 8:].mean() > 0.8
+        levels = np.arange(256).reshape(16, 16) * (16 if number else 1)
+        np.testing.assert_allclose(source.read(index, "xray", RNG)[..., 0], levels / 2047.5 - 1, atol=1e-6)
+        assert source.read(index, "text", RNG) == ("d\ufffdj\ufffd vu" if number else "whole")
+    assert bright == {0: (True, False, False), 1: (False, False, True), 2: (False, True, False)}  # left, right, top
+    again = Tfds("awkward", 16, data_dir=awkward)
+    again._decode["xray"] = None  # nothing is decoded that the cache knows
+    again.check(tmp_path / "cache.json", said.append)
+    assert again.ranges == source.ranges == {"xray": (0, 4095)}
+
+
+def test_tfds_lists_all_broken_images(awkward):
+    from medm2g_jax.data.tfds import Tfds
+
+    with pytest.raises(UserError, match=r"awkward: 3 of 6 images cannot be read.*example train/0, ct: .*train/2, ct: "):
+        Tfds("awkward", 16, data_dir=awkward, most_pixels=255).check()

@@ -1,5 +1,8 @@
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from medm2g_jax.errors import UserError
@@ -32,6 +35,18 @@ def test_streams_and_their_indices():
     for i, stream in enumerate(streams):
         assert split_stream(stream) == ("mri", i)
     assert [split_stream(m) for m in ("text", "xray", "ct")] == [("text", 0), ("xray", 0), ("ct", 0)]
+
+
+def test_the_window_is_applied_and_undone_in_arrays_of_both_kinds():
+    hu = np.array([-2000.0, -1000.0, -300.0, 400.0, 3000.0], np.float32)
+    ct = MODALITIES["ct"]
+    for values, apply in ((hu, ct.normalise), (jnp.asarray(hu), jax.jit(ct.normalise))):
+        out = apply(values)
+        np.testing.assert_allclose(out, [-1, -1, 0, 1, 1], atol=1e-6)
+        assert out.dtype == np.float32
+        np.testing.assert_allclose(ct.in_unit(out), [-1000, -1000, -300, 400, 400], atol=1e-3)
+    pet = Modality("pet", "image", "PET", window=(0.0, 20.0), unit="SUV", dicom="PT")
+    np.testing.assert_allclose(pet.in_unit(np.float32([-1, 0.5])), [0, 15])
 
 
 @pytest.mark.parametrize("stream", ("mri:t9", "mri:", "ct:t1", "pet", "", ":t1", "MRI"))

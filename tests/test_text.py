@@ -211,6 +211,95 @@ def test_no_more_words_are_read_than_the_config_says(tmp_path):
         assert not np.array_equal(ids, whole.encode("alpha beta gamma", lengths)[name])
 
 
+def test_the_impression_reaches_the_prompt_encoder_whatever_the_words_limit(folder):
+    """86 words of findings, then the only sentence that differs."""
+    findings = "findings : " + "heart size is normal . there is no effusion . " * 8 + "no opacity left ."
+    assert len(findings.split()) == 86
+    sides = [f"{findings} impression : large mass in the {s} lung ." for s in ("left upper", "right lower")]
+    tokenizers = Tokenizers.load(folder, report_words=60)
+    lengths = {"clip": 36, "bert": 36, "gpt2": 36}
+    for text, side in zip(sides, ("left upper", "right lower"), strict=True):
+        ids = list(tokenizers.encode(text, lengths)["clip"])
+        first = tokenizers._ids(
+            "clip", f"impression : large mass in the {side} lung . findings : heart size is normal ."
+        )
+        assert ids[1 : 1 + len(first)] == first
+    bert = [tokenizers.encode(text, lengths)["bert"] for text in (*sides, findings)]
+    np.testing.assert_array_equal(bert[0], bert[2])  # the autoencoder gets the beginning
+    assert tokenizers.truncated == {"clip": 1.0, "bert": 1.0, "gpt2": 1.0}
+
+
+def test_a_long_impression_is_cut_by_both_limits(folder):
+    text = "findings : no opacity . impression : " + "large left mass " * 20
+    for words, length, kept in ((10, 77, 10), (60, 12, 10), (None, 12, 10)):
+        tokenizers = Tokenizers.load(folder, words)
+        expected = tokenizers._ids("clip", "impression : " + "large left mass " * 20)[:kept]
+        ids = list(tokenizers.encode(text, {"clip": length})["clip"])
+        assert ids[1 : kept + 1] == expected and ids[kept + 1] == tokenizers.sizes["clip"] - 1
+
+
+def test_other_names_of_the_impression():
+    for head in ("IMPRESSION:", "Impressions :", "Conclusion:", "CONCLUSIONS :"):
+        assert impression_first(f"Finding: clear . {head} mass .") == [f"{head} mass .", "Finding: clear ."]
+
+
+def test_words_that_are_cut_are_counted_as_ids_are(folder):
+    tokenizers = Tokenizers.load(folder, report_words=4)
+    for text in ("left lung", "small left mass in the lung"):
+        tokenizers.encode(text, {"clip": 77, "bert": 96})
+    assert tokenizers.truncated == {"clip": 0.5, "bert": 0.5}
+
+
+def test_what_is_not_read_of_a_text_is_said_in_numbers(folder):
+    tokenizers = Tokenizers.load(folder, report_words=20)
+    lengths = {"clip": 16, "bert": 36, "gpt2": 36}
+    assert tokenizers.report_on([], lengths) == []
+    assert tokenizers.report_on(["", "small mass in the left upper lung ."], lengths) == []
+    long = "findings : " + "heart size is normal . " * 4 + "impression : small mass ."  # 27 words
+    words, ids = tokenizers.report_on([long], lengths)
+    assert words == "the text is longer than 20 words: 7 of 27 words are cut from the end"
+    # "impression : small mass ." and "findings : heart size is normal ." of all 27
+    assert ids == "the text is longer than clip holds: 12 of 27 ids are read, impression and findings first"
+    (line,) = tokenizers.report_on(["mass " * 18], lengths)
+    assert line == "the text is longer than clip holds: 14 of 18 ids are read, from the beginning"
+    (line,) = tokenizers.report_on(["mass", "mass " * 18], lengths | {"clip": 77, "bert": 12})
+    assert line == "1 of 2 texts are longer than bert holds: 10 of 18 ids are read, from the beginning"
+
+
+def test_words_that_fall_into_letters_are_counted(tokenizers):
+    history = (
+        "the patient has a history of cough and saw a family doctor today . there is a small mass in the left lung ."
+    )
+    (line,) = tokenizers.report_on([history], LENGTHS)
+    count, total = (int(word) for word in line.split() if word.isdigit())
+    known = set(" ".join(TEXTS).split())
+    unknown = [word for word in history.split() if word not in known and len(word) > 1]
+    assert total == len(history.split()) and count == len(unknown) == 10
+    assert "unknown" in line and "doctor" not in line  # numbers, not what it says
+    assert tokenizers.report_on(["3.5 cm mass , 12 %"], LENGTHS) == []  # digits and marks are single ids by design
+    (line,) = tokenizers.report_on(["肺炎 mass"], LENGTHS)
+    assert line.startswith("1 of 2 words are unknown")
+
+
+def test_half_characters_are_read_as_one_and_counted(tokenizers):
+    """A lone surrogate, and a Latin-1 byte as Python hands it over from a command line."""
+    text = "small mass \ud800 " + b"d\xe9j\xe0".decode(errors="surrogateescape")
+    for name, ids in tokenizers.encode(text, LENGTHS).items():
+        np.testing.assert_array_equal(ids, tokenizers.encode("small mass \ufffd d\ufffdj\ufffd", LENGTHS)[name])
+    assert "3 bytes or half characters that are no Unicode became U+FFFD" in tokenizers.report_on([text], LENGTHS)
+
+
+def test_half_characters_train(tmp_path):
+    trained = Tokenizers.train(["mass \ud800"] * 3, tmp_path, 700)
+    assert trained.decode(trained.encode("mass \udcff", LENGTHS)["gpt2"]) == "mass \ufffd"
+
+
+def test_each_tokenizers_padding_is_said(tokenizers):
+    ids = tokenizers.encode("mass", LENGTHS)
+    assert tokenizers.pad == {name: ids[name][-1] for name in LENGTHS}
+    assert tokenizers.pad["gpt2"] == tokenizers.sizes["gpt2"] - 3 and tokenizers.pad["bert"] == 0
+
+
 def test_cut_words():
     assert cut_words("a  b\nc d", 3) == "a b c" and cut_words("a b", 3) == "a b"
 

@@ -1,32 +1,13 @@
-"""Image files and the square: read, pad, resize, undo (the paper does not say how its images became square).
+"""The square: pad, resize, undo (the paper does not say how its images became square).
 
 Images are float32 in [-1, 1], -1 the lower end of the modality's window. An image is padded to a square with -1,
 centred, then resized with antialiasing. The transform depends on height and width alone, so that images on one grid
 (the CT and MRI of a slice) stay aligned, and `undo` needs only the old shape.
 """
 
-from pathlib import Path
-
 import numpy as np
 from jaxtyping import Float
 from PIL import Image
-
-from medm2g_jax.errors import UserError
-
-
-def read(path: str | Path) -> Float[np.ndarray, "h w"]:
-    """A PNG or JPEG as grey in [-1, 1]: the file's whole range (8 or 16 bit) is taken as the window.
-
-    Raises:
-      UserError: the file is missing, truncated, or neither PNG nor JPEG.
-    """
-    try:
-        with Image.open(path, formats=("PNG", "JPEG")) as file:
-            deep = file.mode.startswith("I")  # 16-bit grey; convert("L") would clip it at 255
-            pixels = np.asarray(file if deep else file.convert("L"), np.float32)
-    except (OSError, SyntaxError, ValueError) as error:  # PIL has all three for broken files
-        raise UserError(f"{path}: not a whole PNG or JPEG file ({type(error).__name__}: {error})") from error
-    return pixels / (32767.5 if deep else 127.5) - 1
 
 
 def square(image: Float[np.ndarray, "h w"], size: int) -> Float[np.ndarray, "size size"]:

@@ -6,25 +6,33 @@ A manifest folder holds `manifest.jsonl`, one JSON object a line:
      "text": "findings : ...", "text_origin": "report", "license": "CC BY 4.0"}
 
 `split` is train, val or test; the last four fields may be missing. Image keys are streams with "_" in place of ":"
-("mri_t1ce" is "mri:t1ce", also spelt "mri_t1gd"), files are PNG or JPEG. 8-bit files carry no Hounsfield units: they
-are taken as windowed already, 0 as -1 and 255 as +1.
+("mri_t1ce" is "mri:t1ce", also spelt "mri_t1gd"), files are of the formats in `data.formats`. PNG, JPEG, TIFF carry no
+Hounsfield units: they are taken as windowed already, 8-bit ones over 0 .. 255, 16-bit ones as `data.check` says.
+
+`id` and `subject` are strings or whole numbers: 1, 1.0 and " 1" are one subject. Half a character in a text (JSON can
+spell a lone surrogate) becomes U+FFFD; how many is said in one line.
 """
 
+import functools
 import json
+import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
+from etils import epath
 
-from medm2g_jax.data import images
-from medm2g_jax.data.source import SPLITS, Record, check_subjects, is_open, stream_of
+from medm2g_jax.data import formats
+from medm2g_jax.data.check import Examined, Item
+from medm2g_jax.data.picture import MOST_PIXELS, Span, network_input
+from medm2g_jax.data.source import SPLITS, SURROGATE, Record, check_subjects, identity, is_open, stream_of
 from medm2g_jax.errors import UserError
-from medm2g_jax.modality import MODALITIES
+from medm2g_jax.modality import MODALITIES, split_stream
 
-FORMATS = (".png", ".jpg", ".jpeg")
+LISTED = 200  # missing files in a message
 MEMORY = 2 * 2**30  # bytes of decoded images kept; what goes beyond is decoded anew each time
 
 
@@ -43,29 +51,44 @@ class _Row(NamedTuple):
 class Manifest:
     """A `Source` over one manifest folder, or over the manifest folders in one folder."""
 
-    def __init__(self, path: str | Path, size: int, template_text: bool = False):
+    def __init__(
+        self,
+        path: str | Path,
+        size: int,
+        template_text: bool = False,
+        ranges: Mapping[str, Span] | None = None,
+        most_pixels: int = MOST_PIXELS,
+    ):
         """Open `path`; images are padded to a square and resized to `size`.
 
         Images of other formats and keys that are no stream are left out and counted in one log line.
 
         Args:
           template_text: also take texts written from metadata (`text_origin` "template"), which are no reports.
+          ranges: stream or modality -> the values of its 16-bit images that count as -1 and +1; found if not said.
+          most_pixels: an image of more is an error: a file of a few kB can hold gigabytes.
 
         Raises:
-          UserError: no manifest, a bad line, a missing image, a subject in two splits, or nothing that can be used.
+          UserError: no manifest, a bad line, missing images, a subject in two splits, or nothing that can be used.
         """
         path = Path(path).expanduser()
         self.name = path.resolve().name
         rows = [row for folder in _folders(path) for row in _read_manifest(folder)]
         check_subjects(str(path), ((row.subject, row.split, row.where) for row in rows))
         left_out: Counter[str] = Counter()
-        values = [_values(row, template_text, left_out) for row in rows]
+        missing: list[str] = []
+        values = [_values(row, template_text, left_out, missing) for row in rows]
+        if missing:
+            more = f"; and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
+            raise UserError(f"{'; '.join(missing[:LISTED])}{more}")
         kept = [(row, value) for row, value in zip(rows, values, strict=True) if value]
         counts = ", ".join(f"{count} {what}" for what, count in sorted(left_out.items()))
         if not kept:
             raise UserError(f"{path}: {len(rows)} rows hold nothing that can be used (left out: {counts or 'nothing'})")
         if counts:
             logging.warning("data %s: %d of %d rows used; left out: %s", self.name, len(kept), len(rows), counts)
+        if halves := sum(len(SURROGATE.findall(row.text)) for row, value in kept if "text" in value):
+            logging.warning("data %s: %d half characters (lone surrogates) in texts became U+FFFD", self.name, halves)
         times = Counter(row.id for row, _ in kept)
         self.records: Sequence[Record] = [
             Record(
@@ -79,8 +102,28 @@ class Manifest:
         ]
         self.open = all(is_open(record.licence) for record in self.records)
         self._values = [value for _, value in kept]
-        self._size = size
-        self._memory: dict[Path, np.ndarray] = {}
+        self._size, self._most_pixels = size, most_pixels
+        self._examined = Examined(self.name, ranges or {}, most_pixels, self._items)
+        self._memory: dict[tuple[Path, str], np.ndarray] = {}
+        self._remembered = 0  # bytes
+        self._lock = threading.Lock()
+
+    def _items(self) -> Iterator[Item]:
+        for record, value in zip(self.records, self._values, strict=True):
+            for stream, file in value.items():
+                if isinstance(file, Path):
+                    about = file.stat()
+                    read = functools.partial(formats.read, file, self._most_pixels)
+                    yield Item(f"row {record.id!r}: ", stream, str(file), (about.st_size, about.st_mtime_ns), read)
+
+    def check(self, cache: epath.PathLike | None = None, say: Callable[[str], Any] | None = None) -> None:
+        """See `source.check`: opens every image once, and finds the range of the 16-bit ones."""
+        self._examined.check(cache, say)
+
+    @property
+    def ranges(self) -> dict[str, Span]:
+        """See `source.ranges`."""
+        return self._examined.ranges
 
     @property
     def licences(self) -> dict[str, int]:
@@ -97,16 +140,23 @@ class Manifest:
         value = self._values[index][stream]
         if isinstance(value, str):
             return value
-        small = self._memory.get(value)
+        small = self._memory.get((value, stream))
         if small is None:
             try:
-                image = images.square(images.read(value), self._size)
+                picture = formats.read(value, self._most_pixels)
+                image = network_input(
+                    self._examined.ranged(stream, picture), MODALITIES[split_stream(stream)[0]], self._size
+                )
             except UserError as error:
                 raise UserError(f"row {self.records[index].id!r}: {error}") from error
-            small = np.round((image + 1) * 127.5).astype(np.uint8)  # a quarter of the memory; the files have 8 bits
-            if len(self._memory) * small.nbytes < MEMORY:
-                self._memory[value] = small
-        return (small.astype(np.float32) / 127.5 - 1)[..., None]
+            # As many levels as the file has, over the window: a quarter, or half, of the memory.
+            code = np.uint8 if picture.pixels.dtype == np.uint8 else np.uint16
+            small = np.round((image + 1) * (np.iinfo(code).max / 2)).astype(code)
+            with self._lock:
+                if (value, stream) not in self._memory and self._remembered + small.nbytes <= MEMORY:
+                    self._memory[value, stream] = small
+                    self._remembered += small.nbytes
+        return small.astype(np.float32) / (np.iinfo(small.dtype).max / 2) - 1
 
 
 def _folders(path: Path) -> list[Path]:
@@ -132,6 +182,8 @@ def _read_manifest(folder: Path) -> list[_Row]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+            raise UserError(f"{where}: not JSON that can be read ({type(error).__name__})") from None
         rows.append(_checked(where, folder, row))
         if (first := lines.setdefault(rows[-1].id, number)) != number:
             raise UserError(f"{where}: id {rows[-1].id!r} is taken by line {first}; ids are unique in a manifest")
@@ -146,33 +198,41 @@ def _checked(where: str, folder: Path, row: Any) -> _Row:
     for field in ("id", "subject", "split"):
         if row.get(field) in (None, ""):
             raise UserError(f"{where}: no {field!r}; a row needs id, subject, split, and images or text or both")
+    names = {}
+    for field in ("id", "subject"):
+        try:
+            names[field] = identity(row[field])
+        except UserError as error:
+            raise UserError(f"{where}: {field!r}: {error}") from None
     if row["split"] not in SPLITS:
         raise UserError(f"{where}: split {row['split']!r}; expected one of {', '.join(SPLITS)}")
     files, text = row.get("images") or {}, row.get("text") or ""
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise UserError(f"{where}: 'images' must map stream keys to file names")
+    if any(SURROGATE.search(name) for name in (*files, *files.values())):
+        raise UserError(f"{where}: 'images' holds half a character (a lone surrogate), which no file name can")
     if not isinstance(text, str):
         raise UserError(f"{where}: 'text' must be a string, found {type(text).__name__}")
-    origin, licence = str(row.get("text_origin") or ""), str(row.get("license") or "")
-    return _Row(where, folder, str(row["id"]), str(row["subject"]), row["split"], files, text.strip(), origin, licence)
+    origin, licence = (SURROGATE.sub("\ufffd", str(row.get(f) or "")) for f in ("text_origin", "license"))
+    return _Row(where, folder, names["id"], names["subject"], row["split"], files, text.strip(), origin, licence)
 
 
-def _values(row: _Row, template_text: bool, left_out: Counter) -> dict[str, Path | str]:
+def _values(row: _Row, template_text: bool, left_out: Counter, missing: list[str]) -> dict[str, Path | str]:
     values: dict[str, Path | str] = {}
     for key, name in row.images.items():
         stream = stream_of(key)
-        if stream is None or MODALITIES[stream.partition(":")[0]].kind != "image":
+        if stream is None or not MODALITIES[stream.partition(":")[0]].is_image:
             left_out[f"of unknown key {key!r}"] += 1
-        elif not name.lower().endswith(FORMATS):
-            left_out["images not PNG or JPEG"] += 1
+        elif formats.format_of(name) is None:
+            left_out[f"images not {formats.NAMES}"] += 1
         elif stream in values:
             raise UserError(f"{row.where}: row {row.id!r} has two images for stream {stream!r}")
         elif not (file := row.folder / name).is_file():
-            raise UserError(f"{row.where}: row {row.id!r}: no file {file}")
+            missing.append(f"{row.where}: row {row.id!r}: no file {file}")
         else:
             values[stream] = file
     if row.text and row.origin == "template" and not template_text:
         left_out["template texts (they are no reports)"] += 1
     elif row.text:
-        values["text"] = row.text
+        values["text"] = SURROGATE.sub("\ufffd", row.text)
     return values

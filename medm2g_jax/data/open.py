@@ -2,31 +2,45 @@
 
 from typing import Any
 
+from medm2g_jax.data.check import parse_ranges
 from medm2g_jax.data.manifest import Manifest
+from medm2g_jax.data.picture import MOST_PIXELS
 from medm2g_jax.data.source import Source
 from medm2g_jax.errors import UserError
 
 
-def open_source(spec: str, *, size: int, seed: int, pairs: Any, template_text: bool, phantom: dict) -> Source:
+def open_source(
+    spec: str,
+    *,
+    size: int,
+    seed: int,
+    pairs: Any,
+    template_text: bool,
+    phantom: dict,
+    range: str = "",
+    most_pixels: int = MOST_PIXELS,
+) -> Source:
     """The source that `spec` names: "phantom", "manifest:PATH" or "tfds:NAME".
 
     Args:
       size: side of the images.
       seed, pairs, phantom: of the phantom alone.
-      template_text: see `Manifest`.
+      template_text, most_pixels: see `Manifest`.
+      range: of 16-bit images, see `check.parse_ranges`; "" finds it.
 
     Raises:
       UserError: no such form, or the data cannot be opened.
     """
     scheme, _, name = spec.partition(":")
+    ranges = parse_ranges(range)
     if spec == "phantom":
         from medm2g_jax.data.phantom.render import Phantom
 
         return Phantom(size=size, seed=seed, pairs=pairs, **phantom)
     if scheme == "manifest" and name:
-        return Manifest(name, size, template_text)
+        return Manifest(name, size, template_text, ranges, most_pixels)
     if scheme == "tfds" and name:
         from medm2g_jax.data.tfds import Tfds
 
-        return Tfds(name, size)
+        return Tfds(name, size, ranges=ranges, most_pixels=most_pixels)
     raise UserError(f"data {spec!r}: expected phantom, manifest:PATH or tfds:NAME")

@@ -1,17 +1,21 @@
 """What a data set is to the rest: records, and a way to read one stream of one record. Readers share what is here."""
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from etils import epath
 
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES
 
 SPLITS = ("train", "val", "test")
 
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can spell one, and no encoding can write it
+_WHOLE = re.compile(r"([+-]?\d+)\.0*")
 _OPEN = re.compile(r"(cc[ -]by|cc[ -]?0|apache|mit|bsd|public domain|synthetic)\b", re.IGNORECASE)
 
 
@@ -50,6 +54,48 @@ def labeller(source: Source) -> Callable[[str], Any] | None:
 def labels(source: Source) -> Callable[[int], Any] | None:
     """What there is to find in record number i, known exactly, `source.labels`; None where nobody knows."""
     return getattr(source, "labels", None)
+
+
+def check(source: Source, cache: epath.PathLike | None, say: Callable[[str], Any]) -> None:
+    """What the source looks at before training, `source.check`: that its files are whole; nothing where it has none.
+
+    Args:
+      cache: a file in which it may remember what it has seen.
+      say: is given lines for the user.
+
+    Raises:
+      UserError: lists all that is broken.
+    """
+    if (own := getattr(source, "check", None)) is not None:
+        own(cache, say)
+
+
+def ranges(source: Source) -> dict[str, tuple[float, float]]:
+    """The range of the source's 16-bit images by stream, `source.ranges`: stored values that count as -1 and +1."""
+    return dict(getattr(source, "ranges", {}))
+
+
+def identity(value: Any) -> str:
+    """A subject or an id as the same string however it was written: 1, 1.0, "1", " 1" and "1.0" are one.
+
+    Raises:
+      UserError: it is no string and no whole number, or empty; says what it is, not its value.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, bytes):
+        value = value.decode(errors="backslashreplace")
+    if isinstance(value, float) and value.is_integer():  # never NaN
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        what = "a number that is not whole" if isinstance(value, float) else f"a {type(value).__name__}"
+        raise UserError(f"expected a string or a whole number, found {what}")
+    text = " ".join(unicodedata.normalize("NFC", str(value)).split())
+    if whole := _WHOLE.fullmatch(text):
+        text = whole[1]
+    if not text or SURROGATE.search(text):
+        raise UserError(f"expected a string or a whole number, found {'half a character' if text else 'nothing'}")
+    return text
 
 
 def stream_of(key: str) -> str | None:

@@ -7,8 +7,11 @@ Texts are lower-cased, with single spaces, before any of them. Formats, n ids ea
     bert  [CLS] ids [SEP] then [PAD] = 0; the caller lower-cases, the vocabulary is taken as cased
     gpt2  <BOS> ids <EOS> then <PAD>; one space is put in front; pad, bos, eos are the last three ids
 
-Either trained here on a data set's texts or read from folders in the published layouts. A report that is too long for
-C_T gives its impression first, then findings sentences, whole ones as long as they fit.
+Either trained here on a data set's texts or read from folders in the published layouts.
+
+Two limits cut a report: so many words are read of it (`report_words`), and so many ids are held. The autoencoder gets
+the first of both. C_T, where the whole does not fit, gets the impression first, then findings sentences, whole ones as
+long as they fit: what the words' limit would take away is chosen from as well.
 """
 
 import json
@@ -24,6 +27,7 @@ from etils import epath
 from jaxtyping import Int, Int32
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from medm2g_jax.data.source import SURROGATE
 from medm2g_jax.errors import UserError
 
 CLIP_BOS, CLIP_EOS = "<|startoftext|>", "<|endoftext|>"
@@ -32,13 +36,17 @@ GPT2_SPECIAL = ("<PAD>", "<BOS>", "<EOS>")
 CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 CACHED = 100_000  # texts, about 1 kB each, and words of each tokenizer
 
-_SECTION = re.compile(r"\b(findings|impression)\s*:", re.IGNORECASE)
+_SECTION = re.compile(r"\b(finding|impression|conclusion)s?\s*:", re.IGNORECASE)
+_LETTERS = re.compile(r"[^\W\d_]{2,}")
 _SENTENCE = re.compile(r"(?<=[.!?;])\s+")
 
 
 def normalise(text: str) -> str:
-    """Lower case, single spaces: the form that every tokenizer sees and `decode` gives back."""
-    return " ".join(text.lower().split())
+    """Lower case, single spaces: the form that every tokenizer sees and `decode` gives back.
+
+    Half characters (lone surrogates: a command line that is no UTF-8 has them) become U+FFFD.
+    """
+    return " ".join(SURROGATE.sub("\ufffd", text).lower().split())
 
 
 def cut_words(text: str, count: int) -> str:
@@ -48,12 +56,14 @@ def cut_words(text: str, count: int) -> str:
 
 def impression_first(text: str) -> list[str]:
     """Sentences of a report in the order in which C_T takes them: impression, then findings; [] without sections."""
-    sections: dict[str, list[str]] = {"impression": [], "findings": []}
+    first: list[str] = []  # impression, or conclusion, as some call it
+    findings: list[str] = []
     heads = list(_SECTION.finditer(text))
     ends = [head.start() for head in heads[1:]] + [len(text)]
     for head, end in zip(heads, ends, strict=False):  # no head: nothing
-        sections[head[1].lower()] += _SENTENCE.split(text[head.start() : end].strip())
-    return sections["impression"] + sections["findings"]
+        section = findings if head[1].lower() == "finding" else first
+        section += _SENTENCE.split(text[head.start() : end].strip())
+    return first + findings
 
 
 class Tokenizers:
@@ -61,12 +71,11 @@ class Tokenizers:
 
     Attributes:
       sizes: vocabulary sizes, {"clip": v, "bert": v, "gpt2": v}.
-      report_words: words of a text that are read at all; None for all.
+      pad: each tokenizer's padding id.
+      report_words: words of a text that are read; None for all.
     """
 
-    def __init__(
-        self, clip: hf.Tokenizer, bert: hf.Tokenizer, gpt2: hf.Tokenizer, report_words: int | None = None
-    ):
+    def __init__(self, clip: hf.Tokenizer, bert: hf.Tokenizer, gpt2: hf.Tokenizer, report_words: int | None = None):
         self.report_words = report_words
         self._backends = {"clip": clip, "bert": bert, "gpt2": gpt2}
         for backend in self._backends.values():
@@ -79,6 +88,8 @@ class Tokenizers:
             "bert": tuple(bert.token_to_id(t) for t in ("[CLS]", "[SEP]", "[PAD]")),
             "gpt2": tuple(gpt2.token_to_id(t) for t in ("<BOS>", "<EOS>", "<PAD>")),
         }
+        self.pad = {name: pad for name, (_, _, pad) in self._frame.items()}
+        self._unknown_id = {"bert": bert.token_to_id("[UNK]")}  # the others spell in bytes what they do not know
         self._specials = {*self._frame["gpt2"], gpt2.token_to_id("<|endoftext|>")}
         self._words: dict[str, dict[str, list[int]]] = {name: {} for name in self._backends}
         self._cache: dict[tuple, dict[str, np.ndarray]] = {}
@@ -141,14 +152,11 @@ class Tokenizers:
         if (known := self._cache.get(key)) is not None:
             return known
         plain, result, cut = normalise(text), {}, []
-        if self.report_words is not None:
-            plain = cut_words(plain, self.report_words)
         for name, length in lengths.items():
             begin, end, pad = self._frame[name]
-            ids = self._ids(name, plain)
-            if len(ids) > length - 2:
+            ids, whole = self._fitted(name, plain, length)
+            if not whole:
                 cut.append(name)
-                ids = (self._fit(plain, length - 2) if name == "clip" else None) or ids[: length - 2]
             result[name] = np.full(length, pad, np.int32)
             result[name][: len(ids) + 2] = [begin, *ids, end]
             result[name].setflags(write=False)
@@ -159,6 +167,28 @@ class Tokenizers:
                 self._cache.clear()
             self._cache[key] = result
         return result
+
+    def _fitted(self, name: str, plain: str, length: int) -> tuple[list[int], bool]:
+        """Ids of a normalised text without its frame, and whether they are all of it."""
+        room, words = length - 2, plain.split()
+        most = len(words) if self.report_words is None else self.report_words
+        first = self._ids(name, " ".join(words[:most]))
+        if len(first) <= room and len(words) <= most:
+            return first, True
+        chosen = self._impression_first(plain, room, most) if name == "clip" else []
+        return chosen or first[:room], False
+
+    def _impression_first(self, plain: str, room: int, most: int) -> list[int]:
+        """Ids of the sentences that C_T takes of a text that is too long; [] where it has no sections."""
+        taken: list[int] = []
+        words = 0
+        for sentence in impression_first(plain):
+            ids = self._ids("clip", sentence)
+            words += len(sentence.split())
+            if len(taken) + len(ids) > room or words > most:
+                return taken or self._ids("clip", cut_words(sentence, most))[:room]
+            taken += ids
+        return taken
 
     def _ids(self, name: str, text: str) -> list[int]:
         # All three split at spaces first, so that a word's ids do not depend on its neighbours: a new text of known
@@ -174,15 +204,6 @@ class Tokenizers:
             ids += known
         return ids
 
-    def _fit(self, text: str, room: int) -> list[int]:
-        taken: list[int] = []
-        for sentence in impression_first(text):
-            ids = self._ids("clip", sentence)
-            if len(taken) + len(ids) > room:
-                return taken or ids[:room]
-            taken += ids
-        return taken
-
     def decode(self, ids: Int[np.ndarray, "n"]) -> str:
         """GPT-2 ids to text: up to the first <EOS>, without special tokens."""
         end, kept = self._frame["gpt2"][1], []
@@ -195,8 +216,55 @@ class Tokenizers:
 
     @property
     def truncated(self) -> dict[str, float]:
-        """Share of the texts encoded so far that did not fit, by tokenizer."""
+        """Share of the texts encoded so far of which words or ids were cut, by tokenizer."""
         return {name: self._cut[name] / seen for name, seen in self._seen.items()}
+
+    def report_on(self, texts: Iterable[str], lengths: Mapping[str, int]) -> list[str]:
+        """What of these texts is not read, or hardly: a line each for the words' limit, each tokenizer's ids, unknown
+        words and half characters; [] where all is well. Numbers only, never what the texts say.
+
+        A word is unknown where a tokenizer knows no more of it than its letters: it then takes as many ids as a whole
+        sentence may, and means nothing to the networks.
+        """
+        texts = list(texts)
+        plains = [normalise(text) for text in texts]
+        lines = []
+        counts = [len(plain.split()) for plain in plains]
+        most = max(counts, default=0) if self.report_words is None else self.report_words
+        if over := [count for count in counts if count > most]:
+            cut = sum(over) - most * len(over)
+            lines.append(
+                f"{_of(over, texts)} longer than {most} words: {cut} of {sum(over)} words are cut from the end"
+            )
+        for name, length in lengths.items():
+            pairs = []  # ids read, and all ids, of the texts that have more than the room; C_T's own choice counts too
+            for plain in plains:
+                ids, whole = self._fitted(name, plain, length)
+                if not whole and (name == "clip" or len(ids) == length - 2):
+                    pairs.append((len(ids), len(self._ids(name, plain))))
+            if pairs:
+                read, there = (sum(column) for column in zip(*pairs, strict=True))
+                sections = name == "clip" and any(impression_first(plain) for plain in plains)
+                how = "impression and findings first" if sections else "from the beginning"
+                lines.append(f"{_of(pairs, texts)} longer than {name} holds: {read} of {there} ids are read, {how}")
+        words = [word for plain in plains for word in plain.split()]
+        unknown = sum(any(self._is_unknown(name, word) for name in lengths) for word in words)
+        if unknown:
+            lines.append(f"{unknown} of {len(words)} words are unknown to this model; it reads them letter by letter")
+        if halves := sum(len(SURROGATE.findall(text)) for text in texts):
+            lines.append(f"{halves} bytes or half characters that are no Unicode became U+FFFD")
+        return lines
+
+    def _is_unknown(self, name: str, word: str) -> bool:
+        if name in self._unknown_id and self._unknown_id[name] in self._ids(name, word):
+            return True
+        # Numbers and marks are single ids by design; only runs of letters can be unknown.
+        runs = _LETTERS.findall(word)
+        return any((count := len(self._ids(name, run))) > 1 and 2 * count > len(run) for run in runs)
+
+
+def _of(some: Sequence, texts: Sequence[str]) -> str:
+    return "the text is" if len(texts) == 1 else f"{len(some)} of {len(texts)} texts are"
 
 
 def clip_ids(folder: epath.PathLike, texts: Sequence[str], length: int) -> Int32[np.ndarray, "texts n"]:

@@ -1,19 +1,25 @@
 """TensorFlow Datasets stored as ArrayRecord, read without TensorFlow.
 
-Images may be `Image` features (8-bit) or `Tensor` features of (h w) or (h w 1): uint8 and uint16 are taken as windowed
-over their whole range, floats as in [-1, 1]. `Tensor(..., optional=True)` may be missing; an empty text is no text.
+Images may be `Image` features (files of 8 or 16 bits, read as any other file is) or `Tensor` features of (h w) or
+(h w 1): uint8 counts from -1 to +1 over 0 .. 255, uint16 as `data.check` says, floats over [-1, 1].
+`Tensor(..., optional=True)` may be missing; an empty text is no text. Bytes of a text that are no UTF-8 become U+FFFD.
 """
 
+import functools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from absl import logging
+from etils import epath
 
-from medm2g_jax.data import images
-from medm2g_jax.data.source import Record, check_subjects, is_open, stream_of
+from medm2g_jax.data.check import Examined, Item
+from medm2g_jax.data.formats import raster
+from medm2g_jax.data.picture import MOST_PIXELS, Picture, Span, network_input
+from medm2g_jax.data.source import SURROGATE, Record, check_subjects, identity, is_open, stream_of
 from medm2g_jax.errors import UserError
-from medm2g_jax.modality import MODALITIES
+from medm2g_jax.modality import MODALITIES, split_stream
 
 SPLITS = {"train": "train", "validation": "val", "val": "val", "test": "test"}
 
@@ -28,6 +34,8 @@ class Tfds:
         features: Mapping[str, str] | None = None,
         splits: Mapping[str, str] = SPLITS,
         data_dir: str | None = None,
+        ranges: Mapping[str, Span] | None = None,
+        most_pixels: int = MOST_PIXELS,
     ):
         """Open the prepared data set `name`.
 
@@ -36,6 +44,7 @@ class Tfds:
             "subject"). Without subjects every example is a subject of its own.
           splits: the set's split -> train, val or test; the set need not have them all.
           data_dir: TFDS's own default if None.
+          ranges, most_pixels: see `Manifest`.
 
         Raises:
           UserError: the set is not there, not ArrayRecord, lacks a feature, or has a subject in two splits.
@@ -69,20 +78,37 @@ class Tfds:
             raise UserError(f"tfds:{name}: not prepared in {builder.data_dir}, or none of its splits is in {splits}")
 
         self._features = {stream: feature for feature, stream in features.items()}
-        self._decode = {s: info.features[f].decode_example_np for f, s in features.items() if _is_image(s)}
+        # Image files go the way of all image files; what else there is TFDS decodes.
+        files = {f for f in features if isinstance(info.features[f], tfds.features.Image)}
+        files = {f for f in files if info.features[f].np_dtype in (np.uint8, np.uint16)}
+        self._decode = {
+            s: None if f in files else info.features[f].decode_example_np for f, s in features.items() if _is_image(s)
+        }
+        self._most_pixels = most_pixels
         licence = info.redistribution_info.license or ""
         self.open = is_open(licence)
         self.records: Sequence[Record] = []
         self._places: list[tuple[str, int]] = []
+        lost = 0
         for split, data in self._data.items():
             for i in range(len(data)):
                 example = data[i]
                 held = tuple(s for s, f in self._features.items() if s != "subject" and not _missing(example[f]))
                 if held:
                     subject = self._features.get("subject")
-                    who = f"{split}/{i}" if subject is None else _text(example[subject])
+                    try:
+                        who = f"{split}/{i}" if subject is None else identity(example[subject])
+                    except UserError as error:
+                        raise UserError(f"tfds:{name}: example {split}/{i}: {subject!r}: {error}") from None
+                    lost += sum(_text(example[self._features[s]])[1] for s in held if not _is_image(s))
                     self.records.append(Record(f"{split}/{i}", who, splits[split], held, licence))
                     self._places.append((split, i))
+        if lost:
+            logging.warning("data %s: %d bytes of texts that are no UTF-8 became U+FFFD", name, lost)
+        stats = [file.stat() for file in epath.Path(builder.data_dir).iterdir()]
+        self._stamp = (sum(stat.length for stat in stats), int(max(stat.mtime for stat in stats)))
+        self._folder = str(builder.data_dir)
+        self._examined = Examined(name, ranges or {}, most_pixels, self._items)
         check_subjects(f"tfds:{name}", ((r.subject, r.split, f"example {r.id}") for r in self.records))
 
     @property
@@ -97,36 +123,61 @@ class Tfds:
           UserError: an image of a dtype, shape or range that is not described above.
         """
         del rng
-        split, number = self._places[index]
-        value = self._data[split][number][self._features[stream]]
         if not _is_image(stream):
-            return _text(value)
-        try:
-            grey = _grey(self._decode[stream](value))
-        except UserError as error:
-            raise UserError(f"tfds:{self.name}: example {self.records[index].id}, {stream}: {error}") from error
-        return images.square(grey, self._size)[..., None]
+            return _text(self._value(index, stream))[0]
+        picture = self._examined.ranged(stream, self._picture(index, stream))
+        return network_input(picture, MODALITIES[split_stream(stream)[0]], self._size)
+
+    def check(self, cache: epath.PathLike | None = None, say: Callable[[str], Any] | None = None) -> None:
+        """See `source.check`: decodes every image once, and finds the range of the 16-bit ones."""
+        self._examined.check(cache, say)
+
+    @property
+    def ranges(self) -> dict[str, Span]:
+        """See `source.ranges`."""
+        return self._examined.ranges
+
+    def _items(self) -> Iterator[Item]:
+        for index, record in enumerate(self.records):
+            for stream in filter(_is_image, record.streams):
+                read = functools.partial(self._picture, index, stream)
+                yield Item("", stream, f"{self._folder}/{record.id} {stream}", self._stamp, read)
+
+    def _value(self, index: int, stream: str) -> Any:
+        split, number = self._places[index]
+        return self._data[split][number][self._features[stream]]
+
+    def _picture(self, index: int, stream: str) -> Picture:
+        value = self._value(index, stream)
+        where = f"tfds:{self.name}: example {self.records[index].id}, {stream}"
+        decode = self._decode[stream]
+        return _picture(decode(value), where) if decode else raster.decode(value, where, self._most_pixels)
 
 
 def _is_image(stream: str) -> bool:
     modality = MODALITIES.get(stream.partition(":")[0])
-    return modality is not None and modality.kind == "image"
+    return modality is not None and modality.is_image
 
 
 def _missing(value: object) -> bool:
     return value is None or (isinstance(value, bytes | str) and not value)
 
 
-def _text(value: bytes | str) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+def _text(value: bytes | str) -> tuple[str, int]:
+    """The text, and how many bytes or half characters of it became U+FFFD."""
+    text = value.decode(errors="surrogateescape") if isinstance(value, bytes) else str(value)
+    return SURROGATE.sub("\ufffd", text), len(SURROGATE.findall(text))
 
 
-def _grey(image: np.ndarray) -> Float[np.ndarray, "h w"]:
-    flat = image.mean(-1) if image.ndim == 3 and image.shape[-1] in (1, 3) else image
+def _picture(image: np.ndarray, where: str) -> Picture:
+    flat = image
+    if image.ndim == 3 and image.shape[-1] in (1, 3):
+        mean = image.mean(-1)
+        flat = mean if np.issubdtype(image.dtype, np.floating) else np.round(mean).astype(image.dtype)
     if flat.ndim != 2:
-        raise UserError(f"expected an image (h w), (h w 1) or (h w 3), found {image.shape}")
+        raise UserError(f"{where}: expected an image (h w), (h w 1) or (h w 3), found {image.shape}")
     if image.dtype in (np.uint8, np.uint16):
-        return (flat / (np.iinfo(image.dtype).max / 2) - 1).astype(np.float32)
+        return Picture(flat, (0, np.iinfo(image.dtype).max), path=where)
     if not np.issubdtype(image.dtype, np.floating) or not (np.abs(flat) <= 1).all():
-        raise UserError(f"expected uint8, uint16, or floats in [-1, 1], found {image.dtype} outside that")
-    return flat.astype(np.float32)
+        raise UserError(f"{where}: expected uint8, uint16, or floats in [-1, 1], found {image.dtype} outside that")
+    return Picture(flat, (-1, 1), path=where)

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from jaxtyping import Float
 
-from medm2g_jax.modality import MODALITIES, split_stream
+from medm2g_jax.data.formats import format_of
+from medm2g_jax.data.picture import Picture
+from medm2g_jax.modality import MODALITIES, Modality, split_stream
 
 NOTE = "Synthetic, made by medm2g_jax. Not for clinical use."
 
@@ -29,12 +30,12 @@ def write_samples(folder: epath.PathLike, samples: Mapping[str, Any], record: Ma
         modality = MODALITIES[split_stream(stream)[0]]
         for i, value in enumerate(values):
             stem = f"{stream.replace(':', '-')}_{i:03d}"
-            if modality.kind == "text":
+            if not modality.is_image:
                 path = folder / f"{stem}.txt"
                 path.write_text(value + "\n")
             else:
                 path = folder / f"{stem}.png"
-                _write_png(path, value, modality.window)
+                format_of(path.name).write(path, shown(value, modality), _notes(modality))
                 with (folder / f"{stem}.npy").open("wb") as f:
                     np.save(f, np.asarray(value, np.float32))
             written.append(path)
@@ -44,11 +45,12 @@ def write_samples(folder: epath.PathLike, samples: Mapping[str, Any], record: Ma
     return written
 
 
-def _write_png(path: epath.Path, image: np.ndarray, window: tuple[float, float]) -> None:
-    low, high = window
-    grey = np.uint8(np.clip((image - low) / (high - low) * 255, 0, 255).round())
-    text = PngInfo()
-    text.add_text("Description", NOTE)
-    text.add_text("Window", f"{low} {high}")
-    with path.open("wb") as f:
-        Image.fromarray(grey).save(f, format="PNG", pnginfo=text)
+def shown(values: Float[np.ndarray, "h w"], modality: Modality) -> Picture:
+    """Values in the modality's unit as an 8-bit picture over its window."""
+    levels = np.round((modality.normalise(values) + 1) * 127.5).astype(np.uint8)
+    return Picture(levels, span=(0, 255))
+
+
+def _notes(modality: Modality) -> dict[str, str]:
+    low, high = modality.window
+    return {"Description": NOTE, "Window": f"{low} {high}"}

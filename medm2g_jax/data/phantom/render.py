@@ -80,10 +80,6 @@ def _texture(grains, size):
     return 1.22 * jax.image.resize(grains, (size, size), "cubic")
 
 
-def _window(values, low, high):
-    return jnp.clip((values - low) / (high - low), 0, 1) * 2 - 1
-
-
 def _grid(half, size):
     return ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32) * half
 
@@ -100,7 +96,7 @@ def ct(s: Subject, key: Key[Array, ""], size: int) -> Float[Array, "h w 1"]:
     # Vessels and bronchi below a pixel make lungs mottled; the rest of the body is smooth.
     texture = _texture(grains, size) * (6 + 30 * fractions["lung"])
     hu = hounsfield(fractions) + texture + CT_NOISE * noise
-    return _window(hu, *MODALITIES["ct"].window)[..., None]
+    return MODALITIES["ct"].normalise(hu)[..., None]
 
 
 def xray(s: Subject, key: Key[Array, ""], size: int) -> Float[Array, "h w 1"]:
@@ -111,7 +107,9 @@ def xray(s: Subject, key: Key[Array, ""], size: int) -> Float[Array, "h w 1"]:
     )
     counts = PHOTONS * jnp.exp(-path)
     counts += jnp.sqrt(counts) * _normals(key, counts.shape)[0]  # Poisson, at counts as large as these
-    return _window(-jnp.log(jnp.maximum(counts, 1) / PHOTONS), *XRAY_WINDOW)[..., None]
+    clear, dense = XRAY_WINDOW
+    attenuation = (-jnp.log(jnp.maximum(counts, 1) / PHOTONS) - clear) / (dense - clear)
+    return MODALITIES["xray"].normalise(attenuation)[..., None]
 
 
 def mri(s: Subject, key: Key[Array, ""], size: int) -> Float[Array, "h w c"]:
@@ -133,7 +131,7 @@ def mri(s: Subject, key: Key[Array, ""], size: int) -> Float[Array, "h w c"]:
     bias = weights[0] * x + weights[1] * y + weights[2] * x * y + weights[3] * (x * x - y * y)
     gain = (1 + 0.2 * bias / jnp.abs(weights).sum()) * (1 + 0.05 * _texture(grains, size))
     magnitude = jnp.hypot(signal * gain + 0.015 * noise[0], 0.015 * noise[1])  # Rician
-    return jnp.moveaxis(_window(magnitude, 0.0, 1.0), 0, -1)
+    return jnp.moveaxis(MODALITIES["mri"].normalise(magnitude), 0, -1)
 
 
 RENDERERS = {"ct": ct, "xray": xray, "mri": mri}
