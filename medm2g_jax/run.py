@@ -13,6 +13,7 @@ from medm2g_jax.config import text_lengths
 from medm2g_jax.convert import weights
 from medm2g_jax.data import pipeline
 from medm2g_jax.data.open import open_source
+from medm2g_jax.data.source import labeller
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.device import use_compilation_cache
 from medm2g_jax.errors import UserError
@@ -129,7 +130,7 @@ def run(config: ConfigDict, workdir: str | None = None) -> epath.Path:
     if cut:
         say(f"texts that were longer than the networks read, and were cut: {cut}")
     if first:
-        say(f"\nwrote {write_report(root, config.listing, data.source.name == 'phantom')}")
+        say(f"\nwrote {write_report(root, config.listing, labeller(data.source))}")
     verb = rounds.graph(config.listing).stages[config.stage].verb
     if verb == "round":
         say(f"next, any to any:\n  {_next_command(config, root)}")

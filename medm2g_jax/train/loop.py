@@ -138,14 +138,14 @@ def run_stage(
     root: epath.Path,
     data: Data,
     plan_eta: float = 0.0,
-    show: Callable[..., dict] | None = None,
+    show: Callable[..., list[dict]] | None = None,
 ) -> dict:
     """Train one stage, all of whose upstream results exist, and write its result. Returns the result's model.json.
 
     Args:
       plan_eta: seconds that the stages after this one are expected to take.
       show: called with (config, folder, model, params, data, meta) after the last step: draws the stage's picture and
-        returns its numbers.
+        returns its figures, as plain values.
     """
     folder = root / config.stage
     began = time.time()
@@ -282,10 +282,11 @@ def run_stage(
         model = results.build_model(config, vocab, meta["scales"], dtype)
     meta["step"] = best
     meta["parameters"] = int(sum(v.size for v in kept.values()))
+    meta["figures"] = []
     if show is not None:
         everything = _here({**frozen, **params})
         if jax.process_index() == 0:
-            meta["numbers"] = show(
+            meta["figures"] = show(
                 config=config, folder=folder, model=model, params=everything, data=data, meta=meta, log=log
             )
     meta["finished"] = time.time()
