@@ -43,7 +43,7 @@ def test_slow_samples_say_how_far_they_are(monkeypatch, capsys):
     made = show._in_parts(config, lambda part: part + 1, np.arange(5))
     np.testing.assert_array_equal(made, np.arange(1, 6))
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [f"  text_ct: {n} of 5 held-out records, {left} s left" for n, left in ((2, 45), (4, 15))]
+    assert lines == [f"  text_ct: {n} of 5 records, {left} s left" for n, left in ((2, 45), (4, 15))]
 
 
 def test_the_report_puts_figures_between_floor_and_ceiling():

@@ -139,8 +139,3 @@ def line(figure: Figure) -> str:
 def scalars(figures: Iterable[Figure]) -> dict[str, float]:
     """For TensorBoard."""
     return {f"result/{f.task}, {f.metric}": f.value for f in figures}
-
-
-def find(figures: Iterable[Figure], task: str, metric: str, protocol: str) -> Figure | None:
-    """The figure of this task by this metric and protocol; None where nobody has measured it."""
-    return next((f for f in figures if (f.task, f.metric, f.protocol) == (task, metric, protocol)), None)

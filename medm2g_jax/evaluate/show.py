@@ -105,7 +105,7 @@ def _in_parts(config: ConfigDict, f: Any, batch: Any) -> Any:
         done, seconds = min(i + size, count), time.monotonic() - began
         if seconds > SLOW and done < count:
             left = duration((count - done) * seconds / done)
-            print(f"  {config.stage}: {done} of {count} held-out records, {left} left", flush=True)
+            print(f"  {config.stage}: {done} of {count} records, {left} left", flush=True)
     return sum(parts, []) if isinstance(parts[0], list) else np.concatenate(parts)
 
 
@@ -180,12 +180,13 @@ def _text_autoencoder(config, folder, generator, data) -> list[Figure]:
 def _image_autoencoder(config, folder, generator, data, kind) -> list[Figure]:
     model, params = generator.model, generator.params
     again = jit(lambda p, x: model.decode_image(p, kind, model.posterior(p, kind, x)[0] * model.scales[kind]))
-    rows, figures = [], []
+    rows, figures, measured = [], [], set()
     for m in rounds.graph(config.listing).modalities:
         wanted = Rows(require=(m,))
         if MODALITIES[m].kind != kind or not _fit(data, wanted, "train"):
             continue  # this source holds no such images to train on
         batch, which = _measured(data, wanted, config.sample.rows)
+        measured.add(which)
         x = np.asarray(batch[m])
         mean = data.fixed(wanted, "train", 2 * config.sample.rows)[m].mean(0, keepdims=True)
         y = _in_parts(config, lambda part: again(params, part), x)
@@ -193,7 +194,8 @@ def _image_autoencoder(config, folder, generator, data, kind) -> list[Figure]:
         figures += figures_of("image", _task(m, m, which=which), x, y, seed=SEED, floor=floor)
         rows += [(f"{MODALITIES[m].word}, real", _images(x[:PICTURED])), ("reconstructed", _images(y[:PICTURED]))]
     if data.source.open:
-        _picture(folder, "reconstructions.png", rows, title="Held-out images through the autoencoder")
+        titles = " and ".join(sorted(measured))
+        _picture(folder, "reconstructions.png", rows, title=f"images of {titles} through the autoencoder")
     return figures
 
 
