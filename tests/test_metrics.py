@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from scipy import stats
-from skimage.metrics import peak_signal_noise_ratio
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from medm2g_jax.data.phantom.report import Findings, parse, swap_side
 from medm2g_jax.evaluate.metrics import METRICS, figures_of, image, labels, retrieval, text, text_figures
@@ -24,6 +24,14 @@ def test_psnr_is_scikit_image_s_over_the_batch():
     expected = peak_signal_noise_ratio(real.astype(np.float64), made.astype(np.float64), data_range=2)
     assert image.psnr(real, made) == METRICS["PSNR dB"](real, made) == pytest.approx(expected, abs=1e-9)
     assert image.psnr(real, real) == float("inf")
+
+
+@pytest.mark.parametrize("side", (7, 16, 33))
+def test_ssim_is_scikit_image_s_of_each_image(side):
+    real, made = pictures(side=side)
+    expected = [structural_similarity(a, b, data_range=2, channel_axis=-1) for a, b in zip(real, made, strict=True)]
+    np.testing.assert_allclose(image.ssim(real, made), expected, atol=1e-6)
+    assert METRICS["SSIM"](real, made) == pytest.approx(np.mean(expected), abs=1e-6)
 
 
 def test_finding_f1_of_the_phantom():

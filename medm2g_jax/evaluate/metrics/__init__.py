@@ -55,6 +55,7 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "PSNR dB": Metric("image", image.squared_error, "range1", image.decibel),
+    "SSIM": Metric("image", image.ssim, "range1"),
     "exact": Metric("text", text.exact, "word for word"),
     "finding F1": Metric("findings", text.fact_counts, "findings", text.micro_f1),
     "retrieval@1": Metric("embedding", retrieval.both_ways, "gallery, own partner"),
