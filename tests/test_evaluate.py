@@ -1,8 +1,8 @@
 """`medm2g evaluate`: which data it takes, and what it calls joint."""
 
 import json
-from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from micro import micro
@@ -14,7 +14,7 @@ from medm2g_jax.evaluate import phantom
 from medm2g_jax.evaluate.probes import FIELDS
 from medm2g_jax.generate import Request
 from medm2g_jax.loading import Model
-from medm2g_jax.train import results
+from medm2g_jax.train import checkpoint, results
 
 
 def both(*pairs: tuple[str, str]) -> tuple[tuple[str, str], ...]:
@@ -124,12 +124,11 @@ def shared(source: str) -> dict:
     return results.shared(config)
 
 
-def test_a_folder_called_phantom_has_no_exact_labels(tmp_path, monkeypatch):
-    fields = shared(manifest(tmp_path / "phantom"))
-    model = SimpleNamespace(meta={"shared": fields}, modalities=("text", "ct"), size=32)
-    monkeypatch.setattr(phantom, "load", lambda path: model)
-    with pytest.raises(UserError, match=r"RUN was trained on manifest:.*/phantom, whose findings have no exact labels"):
-        phantom.measure("RUN")
+def test_a_folder_called_phantom_has_no_exact_labels(tmp_path):
+    meta = dict(stage="text_ct", rounds=["text_ct"], shared=shared(manifest(tmp_path / "phantom")))
+    checkpoint.save_model(tmp_path / "text_ct", {"ct/guide/x": jnp.ones(1)}, meta)
+    with pytest.raises(UserError, match=r"text_ct was trained on manifest:.*/phantom, whose findings have no exact"):
+        phantom.measure(str(tmp_path / "text_ct"))
 
 
 def test_the_phantom_is_opened_as_its_run_had_it():
@@ -142,3 +141,5 @@ def test_the_phantom_is_opened_as_its_run_had_it():
 def test_too_few_test_subjects(bench):
     with pytest.raises(UserError, match=r"--rows=999: phantom holds \d+ test subjects with a lesion"):
         bench(TEXT_CT, rows=999)
+    with pytest.raises(UserError, match="--rows=-3: expected at least one"):
+        phantom.measure("RUN", rows=-3)

@@ -43,6 +43,7 @@ from medm2g_jax.modality import MODALITIES, centre
 from medm2g_jax.model import prompt_context
 from medm2g_jax.nn.attention import mask
 from medm2g_jax.recipes import EVAL_TIMES
+from medm2g_jax.train import checkpoint
 
 PROBE_SUBJECTS = 4000
 CHUNK = 100  # samples generated at a time
@@ -56,8 +57,11 @@ def measure(path: str, rows: int = 200, seed: int = 0) -> list[Figure]:
       UserError: the data that it was trained on has no exact labels to judge by, or too few test subjects.
     """
     began = time.time()
+    if rows < 1:
+        raise UserError(f"--rows={rows}: expected at least one test subject")
+    folder = locate(path)
+    source = labelled_source(checkpoint.read_meta(folder)["shared"], path)
     model = load(path)
-    source = labelled_source(model.meta["shared"], path)
     text = centre().name
     images = [m for m in model.modalities if MODALITIES[m].kind == "image"]
     if text not in model.modalities:
@@ -80,7 +84,7 @@ def measure(path: str, rows: int = 200, seed: int = 0) -> list[Figure]:
     seconds = round(time.time() - began, 1)
     print(f"{seconds:.0f} s. Phantom only: not evidence for clinical performance.")
     found = dict(figures=to_json(bench.figures), seconds=seconds)
-    (locate(path) / "evaluation.json").write_text(json.dumps(found, indent=1))
+    (folder / "evaluation.json").write_text(json.dumps(found, indent=1))
     return bench.figures
 
 
