@@ -1,7 +1,7 @@
 """A figure: one measured number, with all that it takes to compare it. Every stage and `medm2g evaluate` write figures.
 
 A number without its protocol is worth little: one pair of images gives 28 or 35 dB depending on the data range, and a
-retrieval of 0.1 is good or bad depending on the gallery. So a figure names its protocol, a row of `PROTOCOLS`, and
+retrieval of 0.1 is good or bad depending on the gallery. So a figure names its protocol, a row of a table, and
 whoever measures puts the floor (what needs no model) and the ceiling (what no model of this kind can pass) beside it.
 
 In JSON a list of figures is a list of dicts with these fields, in this order; reports and pictures render them.
@@ -13,52 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-_BOOTSTRAP = "95 %, percentile bootstrap over the rows, 1000 draws"
-_WILSON = "95 %, Wilson"
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How a number was measured, in words; a field that means nothing here is empty.
-
-    Attributes:
-      data_range: what the greatest difference of two pixels is taken to be.
-      window: over which pixels, and how they are averaged.
-      resize: of the images, before they are compared.
-      judge: the extractor, labeller or gallery.
-      interval: how it was drawn.
-    """
-
-    judge: str = ""
-    data_range: str = ""
-    window: str = ""
-    resize: str = ""
-    interval: str = ""
-
-
-PROTOCOLS: dict[str, Protocol] = {
-    "range1": Protocol(
-        data_range="the modality's window: 2 of images in [-1, 1], which is 1 of images in [0, 1]",
-        window="the whole image; PSNR of the mean squared error over all rows, else the mean over rows; local "
-        "statistics in uniform 7 x 7 windows",
-        resize="at the model's size, as its networks read them",
-        interval=_BOOTSTRAP,
-    ),
-    "word for word": Protocol(judge="equality of the decoded texts", interval=_WILSON),
-    "findings": Protocol(judge="what the source's own labeller reads, micro-averaged", interval=_BOOTSTRAP),
-    "gallery, own partner": Protocol(judge="cosine; the n rows; a hit is one's own partner", interval=_BOOTSTRAP),
-    "gallery, same words": Protocol(judge="cosine; the n rows; a hit has the same words", interval=_BOOTSTRAP),
-    "gallery, same findings": Protocol(
-        judge="cosine; the n rows; a hit states the same findings by the source's labeller", interval=_BOOTSTRAP
-    ),
-    "tau 0.07": Protocol(judge="InfoNCE, symmetric, tau 0.07; the negatives are the other rows"),
-    "probe": Protocol(
-        judge="a CNN trained on real images of this modality, against exact labels",
-        resize="at the model's size",
-        interval=_WILSON,
-    ),
-    "fixed noise": Protocol(judge="mean square error of eps at ten fixed times with fixed noise"),
-}
+from medm2g_jax.evaluate.protocols import PROTOCOLS
 
 
 class Reference(NamedTuple):
@@ -75,7 +30,7 @@ class Figure:
     Attributes:
       task: what was measured: "report -> CT"; "CT -> CT" through the autoencoder.
       metric: its name, with the unit where it has one.
-      protocol: a row of `PROTOCOLS`.
+      protocol: a row of `protocols.PROTOCOLS`.
       interval: (low, high), 95 %.
       n: rows measured.
       seed: of what was drawn for it: noise, shuffles, the gallery.

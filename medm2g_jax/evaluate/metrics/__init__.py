@@ -29,7 +29,7 @@ class Metric:
     Attributes:
       of: what it compares: "image", "text", "findings" (texts, and a labeller), "embedding", "label".
       scores: (real, made, ...) -> (n ...), of each row.
-      protocol: see `figures.PROTOCOLS`.
+      protocol: see `protocols.PROTOCOLS`.
       value: of all scores; of shares, which are true or false, the interval is Wilson's.
       higher: whether more is better.
     """
