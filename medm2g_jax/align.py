@@ -48,11 +48,3 @@ def info_nce(
     both = -jnp.diagonal(jax.nn.log_softmax(logits, 1)) - jnp.diagonal(jax.nn.log_softmax(logits, 0))
     count = rows.sum()
     return jnp.where(count > 1, 0.5 * jnp.sum(jnp.where(rows, both, 0.0)) / jnp.maximum(count, 1), 0.0)
-
-
-def retrieval_at_1(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "n d"], classes=None) -> float:
-    """Share of rows of `a` whose nearest row of `b` by cosine is theirs, or one of the same class where classes (n,)
-    are given (identical captions cannot be told apart)."""
-    classes = np.arange(len(a)) if classes is None else np.asarray(classes)
-    cosine = (a / np.linalg.norm(a, axis=1, keepdims=True)) @ (b / np.linalg.norm(b, axis=1, keepdims=True)).T
-    return float(np.mean(classes[np.argmax(cosine, axis=1)] == classes))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from medm2g_jax.arrays import Image, Latent
+from medm2g_jax.arrays import Latent
 
 
 def kl_per_dimension(mean: Latent, logvar: Latent) -> Float[Array, ""]:
@@ -27,8 +27,3 @@ def token_cross_entropy(logits: Float[Array, "b n v"], ids: Int[Array, "b m"], p
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], -1)[..., 0]
     real = target != pad
     return jnp.sum(jnp.where(real, nll, 0.0)) / jnp.maximum(real.sum(), 1)
-
-
-def psnr(x: Image, y: Image) -> Float[Array, ""]:
-    """Peak signal-to-noise ratio in dB over the whole batch; data range 2, since images are in [-1, 1]."""
-    return 10 * jnp.log10(4.0 / jnp.mean((x.astype(jnp.float32) - y.astype(jnp.float32)) ** 2))

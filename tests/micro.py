@@ -87,5 +87,5 @@ if __name__ == "__main__":
     device.CPU_OPTIONS = {}
     drawn = run.show
     # What the stages before it end with is tested elsewhere, and half of the time.
-    run.show = lambda config, **rest: drawn(config=config, **rest) if config.stage == sys.argv[1] else {}
+    run.show = lambda config, **rest: drawn(config=config, **rest) if config.stage == sys.argv[1] else []
     run.run(micro(sys.argv[1], steps=3), sys.argv[2])

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from medm2g_jax.align import LOG_SCALE_INIT, LOG_SCALE_MAX, info_nce, retrieval_at_1, unit
+from medm2g_jax.align import LOG_SCALE_INIT, LOG_SCALE_MAX, info_nce, unit
 from medm2g_jax.train.sharding import batch_sharding, make_mesh
 
 
@@ -95,15 +95,3 @@ def test_negatives_are_the_global_batch_on_a_mesh():
     rows = batch_sharding(make_mesh(dict(data=-1, fsdp=1, tensor=1)))
     ours = jax.jit(info_nce)(jax.device_put(a, rows), jax.device_put(b, rows), 2.0)
     assert float(ours) == pytest.approx(torch_loss(a, b, 2.0), rel=1e-5)
-
-
-def test_retrieval_at_1():
-    e = np.eye(4, dtype=np.float32)
-    assert retrieval_at_1(e, 5 * e) == 1.0
-    assert retrieval_at_1(e, e[[1, 0, 2, 3]]) == 0.5
-    assert retrieval_at_1(e, e[[1, 2, 3, 0]]) == 0.0
-    # Rows 0 and 1 carry the same caption: taking one for the other is no mistake.
-    assert retrieval_at_1(e, e[[1, 0, 2, 3]], np.array([7, 7, 2, 3])) == 1.0
-    # By cosine, not by length: row 1 of b is long, and no one's nearest but its own.
-    assert retrieval_at_1(e, e + np.float32(0.3), None) == 1.0
-    assert retrieval_at_1(e, e * np.float32([[1], [100], [1], [1]])) == 1.0

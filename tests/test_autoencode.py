@@ -2,10 +2,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from skimage.metrics import peak_signal_noise_ratio
 from torch.distributions import Normal, kl_divergence
 
-from medm2g_jax.autoencode import kl_per_dimension, psnr, token_cross_entropy
+from medm2g_jax.autoencode import kl_per_dimension, token_cross_entropy
 
 
 @pytest.mark.parametrize("shape", ((3, 8), (2, 4, 4, 5)))
@@ -38,9 +37,3 @@ def test_cross_entropy_is_torch_s_on_the_next_token():
     assert float(token_cross_entropy(jnp.asarray(logits), jnp.asarray(ids), pad)) == ours
     # Nothing but padding is no loss, not a division by zero.
     assert float(token_cross_entropy(jnp.asarray(logits), jnp.full((3, 6), pad), pad)) == 0
-
-
-def test_psnr_is_scikit_image_s():
-    x, y = np.random.default_rng(2).uniform(-1, 1, size=(2, 4, 8, 8, 1)).astype(np.float32)
-    expected = peak_signal_noise_ratio(x, y, data_range=2)
-    assert float(psnr(jnp.asarray(x), jnp.asarray(y))) == pytest.approx(expected, rel=1e-5)

@@ -140,7 +140,7 @@ def test_a_finished_run_has_everything_a_user_needs(uninterrupted):
     for stage in ("image_vae", "align_text_xray", STAGE):
         folder = uninterrupted / stage
         meta = json.loads((folder / "model.json").read_text())
-        assert meta["numbers"] and list(folder.glob("*.png"))
+        assert meta["figures"] and list(folder.glob("*.png"))
         assert json.loads((folder / "versions.json").read_text())["jax"] == jax.__version__
         assert json.loads((folder / "config.json").read_text())["stage"] == stage
         assert list((folder / "tensorboard").iterdir()) and (folder / "log.jsonl").read_text()

@@ -1,18 +1,39 @@
 """Pieces of what a stage ends with; whole pictures are drawn in the tests of runs."""
 
+import functools
 import re
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
+import pytest
+import torch
+from etils import epath
+from micro import micro
 from ml_collections import ConfigDict
 
+from medm2g_jax.data.phantom.report import parse
+from medm2g_jax.data.pipeline import matching
+from medm2g_jax.data.source import Record
 from medm2g_jax.evaluate import report, show
+from medm2g_jax.evaluate.figures import Figure, Reference, to_json
+from medm2g_jax.train import checkpoint, results
+
+MASS = "large left upper mass . the heart is enlarged ."
+
+
+def source(name: str = "set", splits=("train", "val"), streams=("text", "ct", "mri"), **abilities):
+    records = [Record(f"{s}{i}", f"{s}{i}", s, streams) for s in splits for i in range(8)]
+    return SimpleNamespace(name=name, open=False, records=records, read=lambda *_: "", **abilities)
 
 
 def test_pairs_without_text_are_all_told_apart():
     """A batch begins with `about`, which is no row of anything."""
     image = np.zeros((5, 4, 4, 1), np.float32)
-    batch = {"about": {"stream": {"mri": np.zeros(5, np.int32)}}, "ct": image, "mri": image}
-    np.testing.assert_array_equal(show._classes(batch, None), np.arange(5))
+    batch = {"about": {"stream": {"mri": np.zeros(7, np.int32)}}, "ct": image, "mri": image}
+    classes, protocol = show._classes(batch, None)
+    np.testing.assert_array_equal(classes, np.arange(5))
+    assert protocol == "gallery, own partner"
 
 
 def test_slow_samples_say_how_far_they_are(monkeypatch, capsys):
@@ -22,15 +43,110 @@ def test_slow_samples_say_how_far_they_are(monkeypatch, capsys):
     made = show._in_parts(config, lambda part: part + 1, np.arange(5))
     np.testing.assert_array_equal(made, np.arange(1, 6))
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [f"  text_ct: {n} of 5 held-out records, {left} s left" for n, left in ((2, 45), (4, 15))]
+    assert lines == [f"  text_ct: {n} of 5 records, {left} s left" for n, left in ((2, 45), (4, 15))]
 
 
 def test_the_report_puts_figures_between_floor_and_ceiling():
-    autoencoders = {"reconstruction, finding F1": 0.98, "CT PSNR dB": 26.9, "CT PSNR dB of the mean image": 16.2}
-    numbers = {"CT -> report, finding F1": 0.39, "CT -> report, finding F1 of the best constant report": 0.33}
-    page = report._numbers("text_ct", numbers | {"report -> CT, PSNR dB": 13.9}, autoencoders)
-    rows = [re.findall(r"\d+\.\d{3}", row) for row in page.split("<tr>")[2:]]
-    assert rows == [["0.330", "0.390", "0.980"], ["16.200", "13.900", "26.900"]]
-    # An autoencoder has a floor and no ceiling but perfection.
-    page = report._numbers("image_vae", {k: v for k, v in autoencoders.items() if "CT" in k}, autoencoders)
-    assert re.findall(r"\d+\.\d{3}", page) == ["16.200", "26.900"]
+    common = dict(n=16, seed=0)
+    bare = Figure(task="a & b", metric="PSNR dB", protocol="range1", value=float("nan"), **common)
+    whole = Figure(task="CT -> report", metric="finding F1", protocol="findings", value=0.39, interval=(0.3, 0.45),
+                   floor=Reference(0.33, "the best constant report"), ceiling=Reference(0.98, "the autoencoder"),
+                   **common)  # fmt: skip
+    page = report._figures([whole, bare])
+    rows = [re.findall(r"\d+\.\d{4}|nan", row) for row in page.split("<tr>")[2:]]
+    assert rows == [["0.3300", "0.3900", "0.3000", "0.4500", "0.9800"], ["nan"]]
+    assert "the best constant report" in page and "a &amp; b" in page
+
+
+def test_the_report_marks_findings_by_the_source_s_own_labeller():
+    texts = {"real": [MASS], "generated": [MASS.replace("left", "right")]}
+    page = report._texts(texts, parse)
+    assert page.count("class=yes") == 4 and page.count("class=no") == 1 and "side" in page.split("class=no")[1]
+    assert "class=" not in report._texts(texts, None)
+    page = report._texts(texts, lambda text: {word for word in ("mass", "left") if word in text.split()})
+    assert re.findall(r"class=(\w+)>&#\d+; (\w+)", page) == [("no", "left"), ("yes", "mass")]
+
+
+@pytest.fixture(scope="module")
+def embeddings():
+    """Pairs that a network has learnt by heart, and held-out ones of which it knows nothing."""
+    rng = np.random.default_rng(0)
+    train, a, b = rng.normal(size=(3, 8, 6)).astype(np.float32)
+    return {"train": {"ct": train, "mri": train}, "val": {"ct": a, "mri": b}}
+
+
+def aligned(embeddings, splits=("train", "val")):
+    """Figures of an alignment stage, by (task, metric)."""
+    flow = SimpleNamespace(prompt=lambda params, x: SimpleNamespace(pooled=jnp.asarray(x)))
+    generator = SimpleNamespace(model=SimpleNamespace(flows={"ct": flow, "mri": flow}), params={})
+    fixed = lambda rows, split, count: embeddings[split if split in splits else "train"]  # noqa: E731
+    data = SimpleNamespace(source=source(splits=splits), fixed=fixed)
+    config = ConfigDict(dict(sample=dict(rows=4)))
+    stage = SimpleNamespace(subjects=("ct", "mri"))
+    figures = show._alignment(config, epath.Path("/nowhere"), generator, data, stage, {})
+    return {(f.task, f.metric): f for f in figures}
+
+
+def test_the_infonce_of_an_alignment_is_that_of_held_out_rows(embeddings):
+    found = aligned(embeddings)
+
+    def nats(a, b):
+        a, b = (torch.nn.functional.normalize(torch.from_numpy(x), dim=1) for x in (a, b))
+        logits, own = a @ b.T / 0.07, torch.arange(len(a))
+        cross = torch.nn.functional.cross_entropy
+        return float(cross(logits, own) + cross(logits.T, own)) / 2
+
+    val, train = found["CT <-> MRI", "InfoNCE nats"], found["CT <-> MRI, training records", "InfoNCE nats"]
+    assert val.value == pytest.approx(nats(**dict(zip("ab", embeddings["val"].values(), strict=True))), rel=1e-4)
+    assert train.value < 0.5 < 2 < val.value
+    assert val.floor == (pytest.approx(np.log(8)), "chance")
+    assert found["CT <-> MRI, training records", "retrieval@1"].value == 1.0
+    assert found["CT <-> MRI", "retrieval@1"].floor == (1 / 8, "chance")
+
+
+def test_figures_of_training_records_say_so(embeddings):
+    """Where a source holds out nothing, no figure looks as if it did."""
+    found = aligned(embeddings, splits=("train",))
+    assert {task for task, _ in found} == {"CT <-> MRI, training records"}
+    for splits, which in ((("train",), "training records"), (("train", "val"), "held-out records")):
+        data = SimpleNamespace(source=source(splits=splits), fixed=lambda *_: {})
+        assert show._measured(data, show.Rows(require=("ct",)), 4)[1] == which
+    assert (
+        show._task("text", "ct", "prompt alone", "training records") == "report -> CT, prompt alone, training records"
+    )
+    assert matching(source(), show.Rows(require=("ct",)), "val").size == 8
+
+
+def test_what_is_generated_has_the_figures_of_its_autoencoder_as_ceiling(tmp_path):
+    config = micro("ldm", "xray,tiny")
+    own = Figure(task="X-ray -> X-ray", metric="PSNR dB", protocol="range1", value=40.0, n=4, seed=0,
+                 floor=Reference(3.0, "the mean image"))  # fmt: skip
+    other = Figure(task="CT -> CT", metric="PSNR dB", protocol="range1", value=50.0, n=4, seed=0)
+    meta = dict(shared=results.shared(config), figures=to_json([other, own]))
+    root = epath.Path(tmp_path)
+    at = functools.partial(show._of_autoencoder, config, root / "ldm_xray", "xray")
+    assert at("held-out records") == []
+    checkpoint.save_model(root / "image_vae", {"image/vae/x": jnp.ones(1)}, meta)
+    assert at("held-out records") == [own] and at("training records") == []
+    real = np.zeros((4, 8, 8, 1), np.float32)
+    made = show._compared(SimpleNamespace(), "report -> X-ray", "xray", real, real + 0.2, [own])
+    (figure,) = [f for f in made if f.metric == "PSNR dB"]
+    assert figure.value == pytest.approx(20.0, abs=1e-4)  # 10 log10(4 / 0.04)
+    assert (figure.floor, figure.ceiling) == (own.floor, (40.0, "the autoencoder"))
+
+
+def test_a_folder_called_phantom_is_not_the_phantom():
+    """What a source can do is its attribute: findings are read where it brings a labeller, whatever its name."""
+    texts = SimpleNamespace(decode=lambda row: [MASS, MASS.replace("large left", "big left")][int(row[0])])
+    batch = {"gpt2": np.asarray([[9, 0], [9, 1]])}
+
+    def measured(source):
+        data = SimpleNamespace(source=source, tokenizers=texts)
+        figures = show._compared(data, "CT -> report", "text", batch, [MASS, MASS], [])
+        return {f.metric: f.value for f in figures}, show._classes({"text": batch}, data)
+
+    values, (classes, protocol) = measured(source("phantom"))
+    assert values == {"exact": 0.5} and protocol == "gallery, same words" and list(classes) == [1, 0]
+    values, (classes, protocol) = measured(source("anything", labeller=parse))
+    assert values == {"exact": 0.5, "finding F1": 1.0}
+    assert protocol == "gallery, same findings" and list(classes) == [0, 0]

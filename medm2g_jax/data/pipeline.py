@@ -321,6 +321,29 @@ def fixed(
     return data.batch(len(chosen))[0]
 
 
+def of_streams(
+    source: Source,
+    streams: Sequence[str],
+    split: str,
+    count: int,
+    seed: int,
+    *,
+    tokenizers: Tokenizers | None = None,
+    lengths: Mapping[str, int] | None = None,
+) -> Batch:
+    """{stream: a batch's value} of `count` records of `split` that hold all these streams, always the same; fewer where
+    there are fewer, {} where there is none."""
+    index = [i for i, r in enumerate(source.records) if r.split == split and set(streams) <= set(r.streams)]
+    chosen = np.random.default_rng(seed).permutation(index)[:count].astype(int)
+    out: Batch = {}
+    for stream in streams if len(chosen) else ():
+        values = [source.read(int(i), stream, np.random.default_rng([seed, int(i)])) for i in chosen]
+        rows = [tokenizers.encode(v, lengths) if isinstance(v, str) else {"": v} for v in values]
+        columns = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        out[stream] = columns if isinstance(values[0], str) else columns[""]
+    return out
+
+
 def texts(source: Source, split: str, seed: int) -> list[str]:
     """One text of each record of `split` that has one: what the tokenizers train on.
 

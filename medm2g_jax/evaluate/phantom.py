@@ -1,98 +1,143 @@
-"""`medm2g evaluate`: what a round has learnt, measured on the phantom, each figure between its floor and its ceiling.
+"""`medm2g evaluate`: what a round has learnt, measured on data whose findings are known exactly: the phantom.
 
-For the newest round of a run whose pair holds the report (section 3.5):
+For every pair of the report and an imaging modality whose guides are trained (section 3.5):
 
     image from report   lesion side (and kind, size, level) by a probe trained on real images, on test subjects with a
                         lesion: prompt and guide; prompt emptied, so that only the guide carries the report; the same
-                        with shuffled reports; beside chance and the probe's accuracy on real images
-    report from image   finding F1, prompt and guide and guide alone, beside the best constant report, a random report
-                        and the text autoencoder's own reconstructions
+                        with shuffled reports; between the commonest answer and the probe's accuracy on real images
+    report from image   finding F1, prompt and guide and guide alone, between the best constant report and the text
+                        autoencoder's own reconstructions, beside another subject's report
     eps loss            held out, prompt emptied, with the true source, a shuffled one, and none
 
-For a model of more than one imaging modality also joint generation: all of them made from the report in one go beside
-each made on its own. Intervals are Wilson's, 95 %. All of it is phantom, not evidence for clinical performance.
+For a model of more than one imaging modality also all of them from one report: those that trained guides link are made
+jointly, beside each made on its own. Others share the report alone: made together they are bit for bit what they are
+made one by one, so they are measured once and called independent.
+
+Every figure is printed and goes to evaluation.json. All of it is phantom, not evidence for clinical performance.
 """
 
+import functools
 import json
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
-from scipy.stats import binomtest
+from jaxtyping import Float
 
 from medm2g_jax import rounds
 from medm2g_jax.arrays import Params
-from medm2g_jax.data.phantom.render import Phantom
-from medm2g_jax.data.phantom.report import finding_f1, write
+from medm2g_jax.data.open import open_source
+from medm2g_jax.data.source import Source, labeller, labels
 from medm2g_jax.diffusion import denoising_loss
 from medm2g_jax.errors import UserError
-from medm2g_jax.evaluate.probes import as_indices, train_probe
-from medm2g_jax.loading import Model, load
+from medm2g_jax.evaluate.figures import Figure, Reference, line, to_json
+from medm2g_jax.evaluate.metrics import METRICS, text_figures
+from medm2g_jax.evaluate.probes import FIELDS, as_indices, train_probe
+from medm2g_jax.loading import Model, load, locate
 from medm2g_jax.modality import MODALITIES, centre
 from medm2g_jax.model import null_context
 from medm2g_jax.nn.attention import mask
 from medm2g_jax.recipes import EVAL_TIMES
+from medm2g_jax.train import checkpoint
 
 PROBE_SUBJECTS = 4000
 CHUNK = 100  # samples generated at a time
+CONSTANTS = 12  # reports that the best constant one is chosen from
 
 
-def measure(path: str, rows: int = 200, seed: int = 0) -> dict[str, Any]:
-    """Measure the model at `path`, print the table, and write it to evaluation.json beside the round's result."""
+def measure(path: str, rows: int = 200, seed: int = 0) -> list[Figure]:
+    """Measure the model at `path`, print its figures, and write them to evaluation.json beside the round's result.
+
+    Raises:
+      UserError: the data that it was trained on has no exact labels to judge by, or too few test subjects.
+    """
     began = time.time()
+    if rows < 1:
+        raise UserError(f"--rows={rows}: expected at least one test subject")
+    folder = locate(path)
+    source = labelled_source(checkpoint.read_meta(folder)["shared"], path)
     model = load(path)
-    shared = model.meta["shared"]
-    if shared["data"]["source"] != "phantom":
+    text = centre().name
+    images = [m for m in model.modalities if MODALITIES[m].is_image]
+    if text not in model.modalities:
         raise UserError(
-            f"{path} was trained on {shared['data']['source']}; its findings have no exact labels to judge by"
+            f"{path}: `medm2g evaluate` measures what is made from reports and reports made from images; this model "
+            f"has {', '.join(model.modalities)}; give it a round with {text} (--model=RUN/ROUND)"
         )
-    graph = rounds.graph(shared["listing"])
-    d = shared["data"]
-    source = Phantom(
-        size=model.size, seed=shared["seed"], train=d["train"], val=d["val"], test=d["test"], pairs=graph.pairs
-    )
     print(
-        f"{path}: round {model.meta['stage']}; {rows} test subjects with a lesion; phantom, {model.size} px, "
+        f"{path}: round {model.meta['stage']}; {rows} test subjects with a lesion; {source.name}, {model.size} px, "
         f"{model.meta['rounds']} trained",
         flush=True,
     )
     bench = _Bench(model, source, rows, seed)
-    text = centre().name
-    for image in [m for m in model.modalities if (text, m) in bench.trained]:
+    for image in [m for m in images if (text, m) in bench.trained]:
         bench.image_from_report(image)
         bench.report_from_image(image)
         bench.eps(image)
-    images = [m for m in model.modalities if MODALITIES[m].kind == "image"]
     if len(images) > 1:
-        bench.joint(images)
-    bench.table["seconds"] = round(time.time() - began, 1)
-    print(f"{bench.table['seconds']:.0f} s. Phantom only: not evidence for clinical performance.")
-    folder = epath.Path(path) if (epath.Path(path) / "model.json").exists() else epath.Path(path) / model.meta["stage"]
-    (folder / "evaluation.json").write_text(json.dumps(bench.table, indent=1))
-    return bench.table
+        bench.together(images)
+    seconds = round(time.time() - began, 1)
+    print(f"{seconds:.0f} s. Phantom only: not evidence for clinical performance.")
+    found = dict(figures=to_json(bench.figures), seconds=seconds)
+    (folder / "evaluation.json").write_text(json.dumps(found, indent=1))
+    return bench.figures
+
+
+def labelled_source(shared: Mapping[str, Any], path: str) -> Source:
+    """The data set that a model was trained on, as `shared` of its model.json names it.
+
+    Raises:
+      UserError: nobody knows exactly what there is to find in its records.
+    """
+    d = shared["data"]
+    source = open_source(
+        d["source"],
+        size=shared["image_size"],
+        seed=shared["seed"],
+        pairs=rounds.graph(shared["listing"]).pairs,
+        template_text=d["template_text"],
+        phantom=dict(train=d["train"], val=d["val"], test=d["test"]),
+    )
+    if labels(source) is None:
+        raise UserError(
+            f"{path} was trained on {d['source']}, whose findings have no exact labels to judge by; expected a model "
+            "trained on data that has them, as --config.data.source=phantom"
+        )
+    return source
+
+
+def _words(streams: Sequence[str]) -> str:
+    return " + ".join(MODALITIES[m].word for m in streams)
 
 
 class _Bench:
-    """One evaluation: the model, the test subjects, the probes, and the table that fills."""
+    """One evaluation: the model, the test subjects, the probes, and the figures so far."""
 
-    def __init__(self, model: Model, source: Phantom, rows: int, seed: int):
+    def __init__(self, model: Model, source: Source, rows: int, seed: int):
         self.model, self.source, self.seed = model, source, seed
         self.trained = {tuple(p) for p in model.meta["pairs"]["guide"]}
+        self.labels_of, self.labeller = labels(source), labeller(source)
         test = [i for i, r in enumerate(source.records) if r.split == "test"]
-        lesions = [i for i in test if source.labels(i).kind != "none"]
+        lesions = [i for i in test if self.labels_of(i).kind != "none"]
         if len(lesions) < rows:
-            raise UserError(f"--rows={rows}: the phantom holds {len(lesions)} test subjects with a lesion")
+            raise UserError(f"--rows={rows}: {source.name} holds {len(lesions)} test subjects with a lesion")
         self.indices = np.asarray(lesions[:rows])
-        self.labels = [source.labels(int(i)) for i in self.indices]
-        self.target = as_indices(self.labels)
+        self.target = as_indices([self.labels_of(int(i)) for i in self.indices])
         rng = np.random.default_rng(seed)
         self.reports = [source.read(int(i), centre().name, rng) for i in self.indices]
-        self.probes: dict[str, Any] = {}
-        self.table: dict[str, Any] = {}
+        self.figures: list[Figure] = []
+        # Each is trained, and measured, once a modality.
+        self.probe, self.side_from_report = functools.cache(self._probe), functools.cache(self._side_from_report)
+
+    def add(self, *figures: Figure) -> None:
+        """Keep and print."""
+        for figure in figures:
+            print(f"  {line(figure)}", flush=True)
+        self.figures += figures
 
     # --- reading images ----------------------------------------------------------------------------------------
 
@@ -101,31 +146,37 @@ class _Bench:
         records = enumerate(self.source.records)
         return [i for i, r in records if r.split == "train" and m in r.streams][:PROBE_SUBJECTS]
 
-    def images(self, m: str, indices: np.ndarray) -> np.ndarray:
-        return self.source.images(indices, m)
+    def images(self, m: str, indices: np.ndarray) -> Float[np.ndarray, "n h w 1"]:
+        """An unstated contrast is drawn once and for all."""
+        seed = self.model.meta["shared"]["seed"]
+        return np.stack([self.source.read(int(i), m, np.random.default_rng([seed, int(i)])) for i in indices])
 
-    def probe(self, m: str):
-        if m not in self.probes:
-            train = np.asarray(self._train(m))
-            labels = [self.source.labels(int(i)) for i in train]
-            # Contrast is drawn anew for every image of a modality that has several.
-            self.probes[m] = train_probe(lambda i: self.images(m, i), labels, train, self.seed)
-            self.score(f"{MODALITIES[m].word}: real images (ceiling)", m, self.images(m, self.indices))
-        return self.probes[m]
+    def _probe(self, m: str):
+        """(reads images of m, {metric: what it reaches on real ones})."""
+        train = np.asarray(self._train(m))
+        found = [self.labels_of(int(i)) for i in train]
+        read = train_probe(lambda i: self.images(m, i), found, train, self.seed)
+        figures = self._judged(f"real {MODALITIES[m].word}", read(self.images(m, self.indices)), {})
+        self.add(*figures)
+        return read, {f.metric: Reference(f.value, "the probe on real images") for f in figures}
 
-    def score(self, name: str, m: str, x: np.ndarray) -> dict[str, np.ndarray]:
-        """Judge images (n h w 1) of the test subjects, print and keep a row."""
-        read = (self.probes.get(m) or self.probe(m))(x)
-        out, parts = {}, []
-        for field in ("side", "kind", "size", "level", "cardiomegaly"):
-            right = int((read[field] == self.target[field]).sum())
-            n = len(self.indices)
-            low, high = binomtest(right, n).proportion_ci(method="wilson")
-            out[field] = dict(share=right / n, low=low, high=high)
-            parts.append(f"{field} {right / n:.2f}" + (f" [{low:.2f}, {high:.2f}]" if field == "side" else ""))
-        lesion = float((read["kind"] != 0).mean())
-        self.table[name] = out | {"lesion seen": lesion}
-        print(f"  {name}: {', '.join(parts)}; a lesion seen in {lesion:.2f}", flush=True)
+    def _judged(self, task: str, read: Mapping[str, np.ndarray], ceilings: Mapping[str, Reference]) -> list[Figure]:
+        out = []
+        for name in FIELDS:
+            commonest = float(np.bincount(self.target[name]).max() / len(self.indices))
+            ends = dict(floor=Reference(commonest, "the commonest answer"), ceiling=ceilings.get(f"{name} right"))
+            pair = self.target[name], read[name]
+            out.append(METRICS["right"].figure(task, f"{name} right", *pair, seed=self.seed, **ends))
+        seen = (read["kind"] != FIELDS["kind"].index("none")).astype(int)
+        ends = dict(ceiling=ceilings.get("lesion seen"))
+        out.append(METRICS["right"].figure(task, "lesion seen", np.ones_like(seen), seen, seed=self.seed, **ends))
+        return out
+
+    def score(self, task: str, m: str, x: np.ndarray) -> dict[str, np.ndarray]:
+        """Judge images (n h w 1) of the test subjects; returns what was read in them."""
+        reads, ceilings = self.probe(m)
+        read = reads(x)
+        self.add(*self._judged(task, read, ceilings))
         return read
 
     # --- generation --------------------------------------------------------------------------------------------
@@ -150,85 +201,120 @@ class _Bench:
                 parts[m] += list(self.model.decode(m, z[m]))
         return {m: np.stack(p[:n]) if not isinstance(p[0], str) else p[:n] for m, p in parts.items()}
 
-    def image_from_report(self, m: str) -> None:
-        word, text = MODALITIES[m].word, centre().name
-        self.probe(m)
-        print(f"  {word} from the report, by chance: side 0.50, kind 0.33, size 0.50, level 0.33")
+    def _side_from_report(self, m: str) -> np.ndarray:
+        """The side read in m made from the report, on its own, prompt and guide; measured once."""
+        text = centre().name
         made = self.generate({text: self.reports}, [m])[m]
-        self.score(f"{word} from the report, prompt and guide", m, made)
-        made = self.generate({text: self.reports}, [m], prompts="none")[m]
-        self.score(f"{word} from the report, guide alone", m, made)
+        return self.score(f"{MODALITIES[text].word} -> {MODALITIES[m].word}", m, made)["side"]
+
+    def image_from_report(self, m: str) -> None:
+        text = centre().name
+        task = f"{MODALITIES[text].word} -> {MODALITIES[m].word}, guide alone"
+        self.side_from_report(m)
+        self.score(task, m, self.generate({text: self.reports}, [m], prompts="none")[m])
         shuffled = [self.reports[i] for i in np.random.default_rng(self.seed + 1).permutation(len(self.reports))]
-        made = self.generate({text: shuffled}, [m], prompts="none")[m]
-        self.score(f"{word} from a shuffled report, guide alone", m, made)
+        self.score(f"shuffled {task}", m, self.generate({text: shuffled}, [m], prompts="none")[m])
 
     def report_from_image(self, m: str) -> None:
-        word, text = MODALITIES[m].word, centre().name
-        x = self.images(m, self.indices)
-        found = {
-            f"report from the {word}, prompt and guide": self.generate({m: x}, [text])[text],
-            f"report from the {word}, guide alone": self.generate({m: x}, [text], prompts="none")[text],
-        }
-        train = self._train(text)
-        rng = np.random.default_rng(self.seed)
-        # The constant report that states the most frequent findings together is the best that looks at no image.
-        common = Counter(self.source.labels(i) for i in train if self.source.labels(i).kind != "none").most_common(12)
-        constants = [write(labels, rng) for labels, _ in common]
-        best = max(constants, key=lambda c: finding_f1(self.reports, [c] * len(self.reports)))
-        found["the best constant report (floor)"] = [best] * len(self.reports)
-        others = rng.permutation(train)[: len(self.reports)]
-        found["a random subject's report (floor)"] = [self.source.read(int(i), text, rng) for i in others]
-        found["the text autoencoder's reconstruction (ceiling)"] = self._reconstructed()
-        for name, texts in found.items():
-            f1 = finding_f1(self.reports, texts)
-            self.table[f"{name}, finding F1"] = f1
-            print(f"  {name}: finding F1 {f1:.3f}", flush=True)
+        text = centre().name
+        x, word = self.images(m, self.indices), MODALITIES[text].word
+        floor, autoencoder = self._constant_report, self._reconstruction
+        for how, options in (("", {}), (", guide alone", dict(prompts="none"))):
+            made = self.generate({m: x}, [text], **options)[text]
+            task = f"{MODALITIES[m].word} -> {word}{how}"
+            ends = dict(floor=floor, autoencoder=autoencoder)
+            self.add(*text_figures(task, self.reports, made, self.labeller, seed=self.seed, **ends))
 
-    def _reconstructed(self) -> list[str]:
+    @functools.cached_property
+    def _constant_report(self) -> tuple[str, list[list[str]]]:
+        """The floor of generated reports: one for all, of those that state the most frequent findings together."""
+        text = centre().name
+        train, rng = self._train(text), np.random.default_rng(self.seed)
+        of = {i: self.labels_of(i) for i in train}
+        common = [found for found, _ in Counter(f for f in of.values() if f.kind != "none").most_common(CONSTANTS)]
+        first = [next(i for i in train if of[i] == found) for found in common]
+        constants = [self.source.read(i, text, rng) for i in first]
+        others = rng.permutation(train)[: len(self.reports)]
+        reports = [self.source.read(int(i), text, rng) for i in others]
+        task = f"another subject's {MODALITIES[text].word}"
+        self.add(*text_figures(task, self.reports[: len(reports)], reports, self.labeller, seed=self.seed))
+        return "the best constant report", [[c] * len(self.reports) for c in constants]
+
+    @functools.cached_property
+    def _reconstruction(self) -> list[Figure]:
+        """The ceiling of generated reports: through the text autoencoder and back."""
         g, text = self.model, centre().name
         z = jax.jit(lambda p, x: g.model.encode(p, text, x))(g.params, g.ids(self.reports))
-        return g.decode(text, z)
+        word = MODALITIES[text].word
+        again = g.decode(text, z)
+        figures = text_figures(f"{word} -> {word}", self.reports, again, self.labeller, seed=self.seed)
+        self.add(*figures)
+        return figures
 
     def eps(self, m: str) -> None:
         """Held-out eps loss of each flow of the pair, prompt emptied, clean source: true, shuffled, none."""
         g, text = self.model, centre().name
         inputs = {text: g.ids(self.reports), m: self.images(m, self.indices)}
-        order = np.random.default_rng(self.seed + 2).permutation(len(self.indices))
+        n = len(self.indices)
+        order = np.random.default_rng(self.seed + 2).permutation(n)
         for source, target in ((text, m), (m, text)):
             loss = jax.jit(lambda p, a, b, k, t, s=source, f=target: _eps_of(g.model, p, s, f, a, b, k, t, g.ids([""])))
-            means = {}
-            for name, chosen in (("true", slice(None)), ("shuffled", order), ("none", None)):
-                given = jax.tree.map(lambda x, c=chosen: x[slice(None) if c is None else c], inputs[source])
-                on = jnp.asarray(chosen is not None)
+
+            def mean(chosen, on: bool, source=source, target=target, loss=loss) -> float:
+                given = jax.tree.map(lambda x: x[chosen], inputs[source])
                 values = [
-                    loss(g.params, (given, on), inputs[target], jax.random.key(i), jnp.int32(t))
+                    loss(g.params, (given, jnp.asarray(on)), inputs[target], jax.random.key(i), jnp.int32(t))
                     for i, t in enumerate(EVAL_TIMES)
                 ]
-                means[name] = float(np.mean(values))
-            name = f"eps loss, {MODALITIES[source].word} -> {MODALITIES[target].word}, guide alone"
-            self.table[name] = means
-            print(f"  {name}: " + ", ".join(f"{k} source {v:.4f}" for k, v in means.items()), flush=True)
+                return float(np.mean(values))
 
-    def joint(self, images: list[str]) -> None:
-        """All imaging modalities from the report: jointly, and each on its own."""
+            task = f"{MODALITIES[source].word} -> {MODALITIES[target].word}, guide alone"
+            floor = Reference(mean(slice(None), False), "no source")
+            for name, chosen in ((task, slice(None)), (f"shuffled {task}", order)):
+                self.add(
+                    Figure(
+                        task=name,
+                        metric="eps loss",
+                        protocol="fixed noise",
+                        value=mean(chosen, True),
+                        n=n,
+                        seed=self.seed,
+                        floor=floor,
+                    )  # fmt: skip
+                )
+
+    def together(self, images: list[str]) -> None:
+        """All imaging modalities from one report: what guides link jointly, and each on its own."""
         text = centre().name
-        together = self.generate({text: self.reports}, images)
-        apart = {m: self.generate({text: self.reports}, [m])[m] for m in images}
-        for name, made in (("jointly", together), ("independently", apart)):
-            sides = {}
-            for m in images:
-                self.probe(m)
-                sides[m] = self.score(f"{MODALITIES[m].word} made {name} from the report", m, made[m])["side"]
-            read = np.stack(list(sides.values()))
-            agree = (read == read[0]).all(0)
-            right = agree & (read[0] == self.target["side"])
-            row = dict(agree=float(agree.mean()), agree_and_match=float(right.mean()))
-            self.table[f"all {len(images)} made {name}: side"] = row
+        groups = self.model.request((text,), tuple(images)).groups()
+        alone = {m: self.side_from_report(m) for m in images}
+        sides = dict(alone)
+        for group in (g for g in groups if len(g) > 1):
+            made = self.generate({text: self.reports}, list(group))
+            for m in group:
+                others = _words([o for o in group if o != m])
+                task = f"{MODALITIES[text].word} -> {MODALITIES[m].word}, jointly with {others}"
+                sides[m] = self.score(task, m, made[m])["side"]
+            self._agreement(group, "jointly", sides)
+            self._agreement(group, "each on its own", alone)
+        if len(groups) > 1:
             print(
-                f"  made {name}: all {len(images)} show the same side in {row['agree']:.3f}, and the report's in "
-                f"{row['agree_and_match']:.3f}",
+                f"  no trained guide links {' with '.join(_words(g) for g in groups)}: from one report they are made "
+                "independently of each other, whether together or one by one",
                 flush=True,
             )
+            how = ", ".join(f"{_words(g)} {'jointly' if len(g) > 1 else 'independently'}" for g in groups)
+            self._agreement(images, how if len(groups) < len(images) else "each on its own", sides)
+
+    def _agreement(self, images: Sequence[str], how: str, sides: Mapping[str, np.ndarray]) -> None:
+        """Whether all show the same side, and whether it is the report's."""
+        task = f"{MODALITIES[centre().name].word} -> {_words(images)}, {how}"
+        reads = [sides[m] for m in images]
+        measured = METRICS["agree"].figure
+        self.add(
+            measured(task, "same side", reads, seed=self.seed),
+            measured(task, "same side, the report's", [*reads, self.target["side"]], seed=self.seed),
+        )
 
 
 def _eps_of(model, params: Params, source: str, target: str, given, x, key, t, empty):

@@ -4,11 +4,13 @@ that agree marked. One file, nothing to load from elsewhere."""
 import base64
 import html
 import json
+from typing import Any
 
 from etils import epath
 
 from medm2g_jax import rounds
-from medm2g_jax.data.phantom.report import compare, parse
+from medm2g_jax.evaluate.figures import Figure, Reference, from_json, number
+from medm2g_jax.evaluate.metrics.text import Labeller, agreement
 from medm2g_jax.evaluate.pictures import SYNTHETIC
 from medm2g_jax.train import checkpoint
 
@@ -21,16 +23,13 @@ vertical-align: top; } td.n { text-align: right; font-variant-numeric: tabular-n
 code { background: #f2f2f2; padding: .1em .3em; }
 """
 
-# A number of the same name with one of these behind it is the floor of the number without.
-FLOORS = (" by chance", " of the mean image", " of the best constant report")
 
-
-def write_report(root: epath.Path, listing: tuple[str, ...], phantom: bool) -> epath.Path:
+def write_report(root: epath.Path, listing: tuple[str, ...], labeller: Labeller | None = None) -> epath.Path:
     """Write root/report.html from what the finished stages left in their folders.
 
     Args:
       listing: of the run; stages are shown in its order.
-      phantom: texts can be read for findings.
+      labeller: reads the findings of texts (`data.source.labeller`); without one they are shown as they are.
     """
     parts = [f"<p class=note>{html.escape(SYNTHETIC[0].upper() + SYNTHETIC[1:])}.</p>"]
     done = [(s, m) for s in rounds.graph(listing).stages if (m := checkpoint.read_meta(root / s)) is not None]
@@ -44,17 +43,18 @@ def write_report(root: epath.Path, listing: tuple[str, ...], phantom: bool) -> e
         )
     total = sum(meta["seconds"] for _, meta in done)
     parts.append(f"<tr><td>all</td><td></td><td></td><td class=n>{total:.0f}</td></tr></table>")
-    autoencoders = {k: v for stage, meta in done if stage.endswith("_vae") for k, v in meta.get("numbers", {}).items()}
     for stage, meta in reversed(done):  # the newest result first: it is what the run was for
         parts.append(f"<h2>{stage}</h2>")
         parts += [_image(p, stage) for p in sorted((root / stage).glob("*.png"))]
-        parts.append(_numbers(stage, meta.get("numbers", {}), autoencoders))
+        parts.append(_figures(from_json(meta["figures"])))
         evaluation = root / stage / "evaluation.json"
         if evaluation.exists():
-            parts.append("<h3>medm2g evaluate</h3>" + _evaluation(json.loads(evaluation.read_text())))
+            parts.append(
+                "<h3>medm2g evaluate</h3>" + _figures(from_json(json.loads(evaluation.read_text())["figures"]))
+            )
         texts = root / stage / "texts.json"
         if texts.exists():
-            parts.append(_texts(json.loads(texts.read_text()), phantom))
+            parts.append(_texts(json.loads(texts.read_text()), labeller))
     title = f"{root.name}: {done[-1][0] if done else 'nothing finished yet'}"
     page = (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>"
@@ -69,61 +69,44 @@ def _image(path: epath.Path, what: str) -> str:
     return f'<p><img alt="{html.escape(what)}: {html.escape(path.name)}" src="data:image/png;base64,{data}"></p>'
 
 
-def _numbers(stage: str, numbers: dict, autoencoders: dict) -> str:
-    """Each figure between its floor and its ceiling: generated images and reports cannot pass their autoencoder."""
-    rows = ["<tr><th></th><th>floor</th><th></th><th>ceiling</th></tr>"]
-    floors = {name: end for name in numbers for end in FLOORS if name.endswith(end)}
-    for name in (n for n in numbers if n not in floors):
-        end = next((e for e in FLOORS if name + e in numbers), "")
-        low, source, high = numbers.get(name + end) if end else None, end, None
-        if not stage.endswith("_vae") and name.endswith("finding F1"):
-            high = autoencoders.get("reconstruction, finding F1")
-        elif not stage.endswith("_vae") and "PSNR dB" in name:
-            target = name.rpartition("-> ")[2].partition(",")[0].partition(" PSNR")[0]
-            low, source = autoencoders.get(f"{target} PSNR dB of the mean image"), " of the mean image"
-            high = autoencoders.get(f"{target} PSNR dB")
-        cells = [html.escape(name)]
-        cells += ["" if low is None else f"{low:.3f}<br><small>{html.escape(source.strip())}</small>"]
-        cells += [f"<b>{numbers[name]:.3f}</b>"]
-        cells += ["" if high is None else f"{high:.3f}<br><small>of the autoencoder</small>"]
-        rows.append("<tr><td>" + "</td><td class=n>".join(cells) + "</td></tr>")
+def _figures(figures: list[Figure]) -> str:
+    """Each figure between its floor and its ceiling."""
+    rows = ["<tr><th></th><th></th><th>floor</th><th></th><th>ceiling</th><th>n</th></tr>"]
+    for figure in figures:
+        value = f"<b>{number(figure.value)}</b>"
+        if figure.interval is not None:
+            value += f"<br><small>[{', '.join(map(number, figure.interval))}]</small>"
+        names = [
+            html.escape(figure.task),
+            f'<span title="{html.escape(figure.protocol)}">{html.escape(figure.metric)}</span>',
+        ]
+        cells = [_end(figure.floor), value, _end(figure.ceiling), str(figure.n)]
+        rows.append(f"<tr><td>{'</td><td>'.join(names)}</td><td class=n>{'</td><td class=n>'.join(cells)}</td></tr>")
     return f"<table>{''.join(rows)}</table>"
 
 
-def _evaluation(table: dict) -> str:
-    rows = []
-    for name, row in table.items():
-        if isinstance(row, dict):
-            cells = (
-                f"{k} {v['share']:.2f} [{v['low']:.2f}, {v['high']:.2f}]" if isinstance(v, dict) else f"{k} {v:.3f}"
-                for k, v in row.items()
-            )
-            value = ", ".join(cells)
-        else:
-            value = f"{row:.3f}"
-        rows.append(f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>")
-    return f"<table>{''.join(rows)}</table>"
+def _end(end: Reference | None) -> str:
+    return "" if end is None else f"{number(end.value)}<br><small>{html.escape(end.what)}</small>"
 
 
-def _texts(texts: dict[str, list[str]], phantom: bool) -> str:
+def _texts(texts: dict[str, list[str]], labeller: Labeller | None) -> str:
     columns = list(texts)
     out = ["<table><tr>", *(f"<th>{html.escape(c)}</th>" for c in columns), "</tr>"]
     for row in zip(*texts.values(), strict=True):
         out.append("<tr>")
         for column, text in zip(columns, row, strict=True):
-            judged = phantom and "real" in texts and column != "real"
-            marks = _agreement(row[columns.index("real")], text) if judged else ""
+            judged = labeller is not None and "real" in texts and column != "real"
+            marks = _agreement(labeller(row[columns.index("real")]), labeller(text)) if judged else ""
             out.append(f"<td>{html.escape(text)}{marks}</td>")
         out.append("</tr>")
     return "".join(out) + "</table>"
 
 
-def _agreement(real: str, text: str) -> str:
-    """The findings of the real report, each marked as met or missed by the text."""
+def _agreement(real: Any, made: Any) -> str:
+    """The findings of the real report, each marked as met or missed by the text's."""
     marks = []
-    for field, agrees in compare(parse(real), parse(text)).items():
+    for field, agrees in agreement(real, made).items():
         if agrees is not None:
-            marks.append(
-                f"<span class={'yes' if agrees else 'no'}>{'&#10003;' if agrees else '&#10007;'} {field}</span>"
-            )
+            colour, sign = ("yes", "&#10003;") if agrees else ("no", "&#10007;")
+            marks.append(f"<span class={colour}>{sign} {html.escape(field)}</span>")
     return "<br><small>" + " ".join(marks) + "</small>"

@@ -19,7 +19,7 @@ import functools
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -101,6 +101,12 @@ class Data:
             self.source, rows, split, count, seed, size=self.size, tokenizers=self.tokenizers, lengths=self.lengths
         )
 
+    def streams(self, names: Sequence[str], split: str, count: int, seed: int = 0) -> dict[str, Any]:
+        """Values of these very streams, of records that hold them all, always the same; {} where none does."""
+        return pipeline.of_streams(
+            self.source, names, split, count, seed, tokenizers=self.tokenizers, lengths=self.lengths
+        )
+
     def holds(self, rows: pipeline.Rows, split: str) -> int:
         """How many records of the split serve these rows."""
         return sum(map(len, pipeline.fitting(self.source, rows, split)))
@@ -156,14 +162,14 @@ def run_stage(
     root: epath.Path,
     data: Data,
     plan_eta: float = 0.0,
-    show: Callable[..., dict] | None = None,
+    show: Callable[..., list[dict]] | None = None,
 ) -> dict:
     """Train one stage, all of whose upstream results exist, and write its result. Returns the result's model.json.
 
     Args:
       plan_eta: seconds that the stages after this one are expected to take.
       show: called with (config, graph, folder, model, params, data, meta, log) after the last step: draws the stage's
-        picture and returns its numbers.
+        picture and returns its figures, as plain values.
     """
     folder = root / config.stage
     began = time.time()
@@ -290,10 +296,11 @@ def run_stage(
         model = dataclasses.replace(model, scales=model.scales | finished.get("scales", {}))
     meta["step"] = best
     meta["parameters"] = int(sum(v.size for v in kept.values()))
+    meta["figures"] = []
     if show is not None:
         everything = _here({**frozen, **params})
         if jax.process_index() == 0:
-            meta["numbers"] = show(
+            meta["figures"] = show(
                 config=config, graph=graph, folder=folder, model=model, params=everything, data=data, meta=meta, log=log
             )
     meta["finished"] = time.time()

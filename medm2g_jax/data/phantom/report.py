@@ -30,6 +30,20 @@ class Findings(NamedTuple):
     level: str | None = None
     cardiomegaly: bool | None = None
 
+    def facts(self) -> set[tuple]:
+        """The positive findings: a kind of lesion, the side of this kind, size, level, cardiomegaly.
+
+        A normal report has no facts, so a model cannot earn F1 by calling everybody healthy. The side counts together
+        with the kind: the right side of the wrong lesion is no finding.
+        """
+        out: set[tuple] = set()
+        if self.kind not in (None, "none"):
+            out.add(("kind", self.kind))
+            if self.side:
+                out.add(("side", self.kind, self.side))
+        out |= {(field, getattr(self, field)) for field in ("size", "level") if getattr(self, field)}
+        return out | ({("cardiomegaly", True)} if self.cardiomegaly else set())
+
 
 # --- writing --------------------------------------------------------------------------------------------------------
 
@@ -148,34 +162,3 @@ def parse(text: str) -> Findings:
 def swap_side(text: str) -> str:
     """The same report of the mirrored patient, for counterfactuals: left becomes right and right becomes left."""
     return re.sub(r"\b(left|right)\b", lambda m: SIDES[m[0] == "left"], text)
-
-
-# --- scoring --------------------------------------------------------------------------------------------------------
-
-
-def compare(real: Findings, generated: Findings) -> dict[str, bool | None]:
-    """Field -> is it right; None where the real findings have no such field."""
-    pairs = zip(Findings._fields, real, generated, strict=True)
-    return {field: None if a is None else a == b for field, a, b in pairs}
-
-
-def facts(findings: Findings) -> set[tuple]:
-    """The positive findings: a kind of lesion, the side of this kind, size, level, cardiomegaly.
-
-    A normal report has no facts, so a model cannot earn F1 by calling everybody healthy. The side counts together
-    with the kind: the right side of the wrong lesion is no finding.
-    """
-    out: set[tuple] = set()
-    if findings.kind not in (None, "none"):
-        out.add(("kind", findings.kind))
-        if findings.side:
-            out.add(("side", findings.kind, findings.side))
-    out |= {(field, getattr(findings, field)) for field in ("size", "level") if getattr(findings, field)}
-    return out | ({("cardiomegaly", True)} if findings.cardiomegaly else set())
-
-
-def finding_f1(references: Sequence[str], hypotheses: Sequence[str]) -> float:
-    """Micro F1 over the facts that each report states; 1 where neither side states any."""
-    pairs = [(facts(parse(r)), facts(parse(h))) for r, h in zip(references, hypotheses, strict=True)]
-    hits, stated = sum(len(r & h) for r, h in pairs), sum(len(r) + len(h) for r, h in pairs)
-    return 2 * hits / stated if stated else 1.0

@@ -1,0 +1,31 @@
+"""95 % intervals: Wilson's of a share, and the bootstrap over rows of anything else."""
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Shaped
+from scipy.stats import binomtest
+
+DRAWS = 1000
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """Of a share of `hits` among n independent rows."""
+    low, high = binomtest(hits, n).proportion_ci(method="wilson")
+    return float(low), float(high)
+
+
+def bootstrap(
+    scores: Shaped[np.ndarray, "n ..."], value: Callable[[np.ndarray], float], seed: int = 0
+) -> tuple[float, float] | None:
+    """Percentile interval of value(scores) over draws of the rows with replacement; None of fewer than two rows, or
+    where a draw has no finite value (the PSNR of equal images)."""
+    n = len(scores)
+    if n < 2:
+        return None
+    drawn = np.random.default_rng(seed).integers(0, n, (DRAWS, n))
+    values = np.asarray([value(scores[rows]) for rows in drawn], np.float64)
+    if not np.isfinite(values).all():
+        return None
+    low, high = np.quantile(values, (0.025, 0.975))
+    return float(low), float(high)

@@ -1,0 +1,50 @@
+"""How numbers are measured: each figure names one of these. Numbers of different protocols are never compared."""
+
+from dataclasses import dataclass
+
+_BOOTSTRAP = "95 %, percentile bootstrap over the rows, 1000 draws"
+_WILSON = "95 %, Wilson"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a number was measured, in words; a field that means nothing here is empty.
+
+    Attributes:
+      data_range: what the greatest difference of two pixels is taken to be.
+      window: over which pixels, and how they are averaged.
+      resize: of the images, before they are compared.
+      judge: the extractor, labeller or gallery.
+      interval: how it was drawn.
+    """
+
+    judge: str = ""
+    data_range: str = ""
+    window: str = ""
+    resize: str = ""
+    interval: str = ""
+
+
+PROTOCOLS: dict[str, Protocol] = {
+    "range1": Protocol(
+        data_range="the modality's window: 2 of images in [-1, 1], which is 1 of images in [0, 1]",
+        window="the whole image; PSNR of the mean squared error over all rows, else the mean over rows; local "
+        "statistics in uniform 7 x 7 windows",
+        resize="at the model's size, as its networks read them",
+        interval=_BOOTSTRAP,
+    ),
+    "word for word": Protocol(judge="equality of the decoded texts", interval=_WILSON),
+    "findings": Protocol(judge="what the source's own labeller reads, micro-averaged", interval=_BOOTSTRAP),
+    "gallery, own partner": Protocol(judge="cosine; the n rows; a hit is one's own partner", interval=_BOOTSTRAP),
+    "gallery, same words": Protocol(judge="cosine; the n rows; a hit has the same words", interval=_BOOTSTRAP),
+    "gallery, same findings": Protocol(
+        judge="cosine; the n rows; a hit states the same findings by the source's labeller", interval=_BOOTSTRAP
+    ),
+    "tau 0.07": Protocol(judge="InfoNCE, symmetric, tau 0.07; the negatives are the other rows"),
+    "probe": Protocol(
+        judge="a CNN trained on real images of this modality, against exact labels",
+        resize="at the model's size",
+        interval=_WILSON,
+    ),
+    "fixed noise": Protocol(judge="mean square error of eps at ten fixed times with fixed noise"),
+}
