@@ -48,6 +48,7 @@ class Prediction(NamedTuple):
 
 PREDICTIONS = {
     "eps": Prediction(lambda z0, eps, a, s: eps, lambda p, z, a, s: ((z - s * p) / a, p)),
+    "v": Prediction(lambda z0, eps, a, s: a * eps - s * z0, lambda p, z, a, s: (a * z - s * p, s * z + a * p)),
     "sample": Prediction(lambda z0, eps, a, s: z0, lambda p, z, a, s: (p, (z - a * p) / s)),
 }
 
