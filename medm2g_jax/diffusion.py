@@ -230,6 +230,21 @@ def euler(denoise: Denoise, state: State, row: Row, noise: Streams, eta: Float[A
     return State(_each(move, denoise(state.z, row.t)))
 
 
+def heun(denoise: Denoise, state: State, row: Row, noise: Streams, eta: Float[Array, ""]) -> State:
+    """Heun's second-order step of the same ODE (Karras et al. 2022, Algorithm 1): asks the denoiser a second time where
+    Euler's step has led; the last step is Euler's. Takes no eta."""
+    to_data = _to_data(row)
+    here = denoise(state.z, row.t)
+    there = denoise(euler(lambda *_: here, state, row, noise, eta).z, row.t_next)
+    level, level_next = row.sigma / row.alpha, to_data.sigma_next / to_data.alpha_next
+
+    def move(z, a, b):
+        moved = z / row.alpha + (level_next - level) * 0.5 * (a[1] + b[1])
+        return jnp.where(row.last > 0, a[0], to_data.alpha_next * moved)
+
+    return State(_each(move, state.z, here, there))
+
+
 def dpmpp_2m(denoise: Denoise, state: State, row: Row, noise: Streams, eta: Float[Array, ""]) -> State:
     """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): second order from the step before; first and last steps are of
     first order. Remembers z0 and log(alpha / sigma) of the step before. Takes no eta."""
@@ -252,6 +267,7 @@ SAMPLERS = {
     "ddim": Sampler(ddim),
     "ddpm": Sampler(ddpm),
     "euler": Sampler(euler),
+    "heun": Sampler(heun),
     "dpmpp_2m": Sampler(dpmpp_2m, lambda z: (jax.tree.map(jnp.zeros_like, z), jnp.float32(0))),
 }
 

@@ -153,6 +153,16 @@ def test_euler_matches_diffusers(steps, spacing):
     assert relative(ours, theirs) <= 1e-5
 
 
+@pytest.mark.parametrize("steps", (50, 20, 10))
+@pytest.mark.parametrize("spacing", ("leading", "trailing"))
+def test_heun_matches_diffusers(steps, spacing):
+    """diffusers asks once a step() and so takes two of them for one of ours, but for the last."""
+    start, expected, theirs = sigma_space(diffusers.HeunDiscreteScheduler, steps, spacing)
+    at, ours = run("heun", steps, jnp.asarray(start), np.zeros((steps, *SHAPE), np.float32), 0.0, spacing)
+    np.testing.assert_array_equal(at, [expected[0], *expected[1::2]])
+    assert relative(ours, [*theirs[1::2], theirs[-1]]) <= 1e-5
+
+
 @pytest.mark.parametrize("steps", (50, 20, 10, 2))
 def test_dpmpp_2m_matches_diffusers(steps):
     """diffusers' multistep scheduler has leading times of its own; trailing ones agree."""
