@@ -15,6 +15,7 @@ from etils import epath
 
 from medm2g_jax import rounds
 from medm2g_jax.arrays import Params
+from medm2g_jax.config import check_sampling
 from medm2g_jax.convert import weights
 from medm2g_jax.convert.files import open_tensors
 from medm2g_jax.data import images
@@ -214,8 +215,10 @@ class Model:
           **options: `sampler`, `guide`, `prompts`, `guides` of `generate.Request`.
 
         Raises:
-          UserError: unknown streams or options, batches of different lengths, unreadable images.
+          UserError: unknown streams or options, numbers out of range, batches of different lengths, unreadable
+            images.
         """
+        check_sampling("{}", count=count, steps=steps, eta=eta, guidance=guidance, seed=seed)
         values = {s: list(v) if isinstance(v, (list, tuple)) else [v] for s, v in given.items()}
         lengths = {len(v) for v in values.values()} - {1}
         if len(lengths) > 1:

@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from medm2g_jax import rounds
-from medm2g_jax.config import text_lengths
+from medm2g_jax.config import check, text_lengths
 from medm2g_jax.convert import weights
 from medm2g_jax.data import pipeline
 from medm2g_jax.data.open import open_source
@@ -20,7 +20,6 @@ from medm2g_jax.evaluate.report import write_report
 from medm2g_jax.evaluate.show import data_picture, show
 from medm2g_jax.modality import MODALITIES
 from medm2g_jax.train import loop, results
-from medm2g_jax.train.log import quiet
 
 # Rough relative cost of a stage of the tiny preset, seconds on two cores: the first guess of the plan's ETA, corrected
 # by what has been measured.
@@ -93,7 +92,7 @@ def described(config: ConfigDict, root: epath.Path, todo: list[tuple[str, str]])
 def run(config: ConfigDict, workdir: str | None = None) -> epath.Path:
     """Train config.stage and, before it, what it stands on (config.upstream). Returns the run root."""
     began = time.time()
-    quiet()
+    check(config)
     first = jax.process_index() == 0
     say = functools.partial(print, flush=True) if first else lambda *_: None
     root = epath.Path(workdir or default_workdir(config))

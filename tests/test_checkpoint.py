@@ -1,6 +1,7 @@
 """Checkpoints and results: bit-equal on any mesh, and never wrong whatever happened to the files or to the process."""
 
 import json
+import logging
 import os
 import pathlib
 import random
@@ -19,10 +20,53 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 
 from medm2g_jax.errors import UserError
-from medm2g_jax.train.checkpoint import Checkpoints, fingerprint, fingerprints, load_model, read_meta, save_model
+from medm2g_jax.train.checkpoint import (
+    Checkpoints,
+    fingerprint,
+    fingerprints,
+    load_model,
+    quiet_orbax,
+    read_meta,
+    save_model,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    """As in an entry point."""
+    loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
+    before = [list(logger.filters) for logger in loggers]
+    quiet_orbax()
+    yield
+    sys.unraisablehook = hook
+    for logger, filters in zip(loggers, before, strict=True):
+        logger.filters[:] = filters
+
+
+def test_importing_leaves_the_host_program_s_hooks_and_filters_alone():
+    """Only an entry point may change what the whole process prints, and twice is once."""
+    code = """
+        import logging, sys, warnings
+        import jax, jax.numpy, orbax.checkpoint, etils.epath, grain, tensorboardX  # what they do is their own
+        def state():
+            loggers = ["", "absl", "asyncio", "jax", "orbax", "grain", "tensorboardX"]
+            levels = [(logging.getLogger(n).level, list(logging.getLogger(n).filters)) for n in loggers]
+            return sys.unraisablehook, sys.excepthook, list(warnings.filters), levels
+        before = state()
+        import medm2g_jax.run, medm2g_jax.loading, medm2g_jax.cli, medm2g_jax.main, medm2g_jax.plan
+        from medm2g_jax.train.log import quiet
+        print(state() == before)
+        quiet()
+        once = state()
+        quiet()
+        print(once != before, state() == once)
+    """
+    line = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(line, cwd=ROOT, text=True, capture_output=True, timeout=100)
+    assert done.stdout.split() == ["True"] * 3, done.stdout + done.stderr
 
 
 def mesh_of(data, fsdp):
@@ -317,7 +361,8 @@ CHILD = """
     sys.path.insert(0, {root!r})
     import jax, jax.numpy as jnp, numpy as np
     from medm2g_jax.errors import UserError
-    from medm2g_jax.train.checkpoint import Checkpoints, save_model, read_meta
+    from medm2g_jax.train.checkpoint import Checkpoints, quiet_orbax, save_model, read_meta
+    quiet_orbax()
     folder = sys.argv[1]
     def state(step):
         rng = np.random.default_rng(step)

@@ -34,25 +34,35 @@ from medm2g_jax.arrays import Params
 from medm2g_jax.errors import UserError
 
 _ORBAX = os.path.dirname(ocp.__file__) + os.sep
-
-
-def _report_unraisable(unraisable, report=sys.unraisablehook):
-    code = getattr(unraisable.object, "cr_code", None)
-    if str(unraisable.exc_value) != "Event loop is closed" and not (code and code.co_filename.startswith(_ORBAX)):
-        report(unraisable)
-
-
-# Orbax logs warnings of no consequence, and errors that it raises as well. When one array fails, it drops the reads and
-# writes of the others half done, on each of which Python writes up to a page, now or later. We say it once.
-logging.getLogger("absl").addFilter(lambda record: not record.pathname.startswith(_ORBAX))
-logging.getLogger("asyncio").addFilter(lambda record: not re.search("orbax|tensorstore|OCDBT", record.getMessage()))
-warnings.filterwarnings("ignore", message="coroutine '(_read_array|async_deserialize)", category=RuntimeWarning)
-sys.unraisablehook = _report_unraisable
-
 _UNFINISHED = "unfinished"
 _ASIDE = ".replaced"  # the copy of a step that a forced save is about to replace
 
 _Abstract = dict[str, jax.ShapeDtypeStruct]
+
+
+def quiet_orbax() -> None:
+    """For entry points: say what orbax has to say once, in our words.
+
+    Orbax logs warnings of no consequence, and errors that it raises as well. When one array fails, it drops the reads
+    and writes of the others half done, on each of which Python writes up to a page, now or later.
+    """
+    if _not_of_orbax in logging.getLogger("absl").filters:
+        return
+    logging.getLogger("absl").addFilter(_not_of_orbax)
+    logging.getLogger("asyncio").addFilter(lambda record: not re.search("orbax|tensorstore|OCDBT", record.getMessage()))
+    warnings.filterwarnings("ignore", message="coroutine '(_read_array|async_deserialize)", category=RuntimeWarning)
+    report = sys.unraisablehook
+
+    def report_unless_orbax(unraisable):
+        code = getattr(unraisable.object, "cr_code", None)
+        if str(unraisable.exc_value) != "Event loop is closed" and not (code and code.co_filename.startswith(_ORBAX)):
+            report(unraisable)
+
+    sys.unraisablehook = report_unless_orbax
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return not record.pathname.startswith(_ORBAX)
 
 
 @jax.jit
