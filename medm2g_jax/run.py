@@ -2,6 +2,8 @@
 
 import functools
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from etils import epath
@@ -20,6 +22,8 @@ from medm2g_jax.evaluate.report import write_report
 from medm2g_jax.evaluate.show import data_picture, show
 from medm2g_jax.modality import MODALITIES
 from medm2g_jax.train import loop, results
+from medm2g_jax.train.disk import worded
+from medm2g_jax.train.owner import owned
 
 # Rough relative cost of a stage of the tiny preset, seconds on two cores: the first guess of the plan's ETA, corrected
 # by what has been measured.
@@ -93,17 +97,25 @@ def run(config: ConfigDict, workdir: str | None = None) -> epath.Path:
     """Train config.stage and, before it, what it stands on (config.upstream). Returns the run root."""
     began = time.time()
     check(config)
-    first = jax.process_index() == 0
-    say = functools.partial(print, flush=True) if first else lambda *_: None
+    say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda *_: None
     root = epath.Path(workdir or default_workdir(config))
     use_compilation_cache(root / "xla_cache")
     todo = loop.plan_stages(config, root)
     say(described(config, root, todo))
     say(f"on {len(jax.devices())} x {jax.devices()[0].device_kind}")
-    configs = loop.stage_configs(config, todo)
-    if not configs:
+    if not loop.stage_configs(config, todo):
         say(f"{config.stage} is done: {root / config.stage}")
         return root
+    with worded(root), owned(root, say):
+        _train(config, root, say)
+    say(f"{config.stage}: all done in {time.time() - began:.0f} s")
+    return root
+
+
+def _train(config: ConfigDict, root: epath.Path, say: Callable[[str], Any]) -> None:
+    """Train what is missing, in a run root that is this run's own."""
+    first = jax.process_index() == 0
+    configs = loop.stage_configs(config, loop.plan_stages(config, root))  # another run may just have ended
     data = open_data(config, root)
     counts = {s: sum(r.split == s for r in data.source.records) for s in ("train", "val", "test")}
     say(
@@ -132,8 +144,6 @@ def run(config: ConfigDict, workdir: str | None = None) -> epath.Path:
     verb = rounds.graph(config.listing).stages[config.stage].verb
     if verb == "round":
         say(f"next, any to any:\n  {_next_command(config, root)}")
-    say(f"{config.stage}: all done in {time.time() - began:.0f} s")
-    return root
 
 
 def _next_command(config: ConfigDict, root: epath.Path) -> str:

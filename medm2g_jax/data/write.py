@@ -59,7 +59,7 @@ def write_samples(folder: epath.PathLike, samples: Mapping[str, Any], record: Ma
     folder = epath.Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone_in(folder):
+        with alone_in(folder):
             return _write(folder, samples, record)
     except OSError as error:
         raise _unwritable(folder, error) from error
@@ -110,8 +110,8 @@ def _next_number(folder: epath.Path) -> int:
 
 
 @contextlib.contextmanager
-def _alone_in(folder: epath.Path) -> Iterator[None]:
-    """Two calls at once take turns, where the file system has locks."""
+def alone_in(folder: epath.Path) -> Iterator[None]:
+    """Have a folder's lock for as long as the block lasts, where its file system has some: two at once take turns."""
     if "://" in os.fspath(folder):
         yield
         return
