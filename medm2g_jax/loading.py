@@ -15,8 +15,9 @@ from etils import epath
 
 from medm2g_jax import rounds
 from medm2g_jax.arrays import Params
-from medm2g_jax.config import check_sampling
+from medm2g_jax.config import check_sampling, weights_folder
 from medm2g_jax.convert import weights
+from medm2g_jax.convert.converted import exists as converted_exists
 from medm2g_jax.convert.files import open_tensors
 from medm2g_jax.data import images
 from medm2g_jax.data.text import Tokenizers
@@ -146,24 +147,33 @@ def _exported(root: epath.Path, meta: Mapping, groups: Sequence[str]) -> Params:
 
 
 def _converted(root: epath.Path, meta: Mapping, model: MedM2G, net: Mapping, groups: Sequence[str], dtype) -> Params:
-    """The groups of a model that no stage trained, from the converted weights that its run was started with."""
+    """The groups of a model that no stage trained, from the converted weights that its run was started with,
+    where they were then or where MEDM2G_SD_WEIGHTS says that they are now."""
     if not groups:
         return {}
-    folder = meta["shared"]["weights"]
+    places = dict.fromkeys(p for p in (meta["shared"]["weights"], weights_folder()) if p)
     shapes = jax.eval_shape(lambda key: init_group(model, key, groups), jax.random.key(0))
     local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     params: Params = {}
     for group in groups:
+        origin = meta["from"][group]
         regex = re.compile(rounds.group_regex((group,)))
         mine = {n: x.shape for n, x in shapes.items() if regex.match(n)}
-        mine = {n: s for n, s in mine.items() if n not in meta["from"][group].get("fresh", ())}
-        found, origin = weights.load(folder, group, mine, net, lambda name, shape: local, dtype)
-        if origin["fingerprint"] != meta["from"][group]["fingerprint"]:
+        mine = {n: s for n, s in mine.items() if n not in origin.get("fresh", ())}
+        there = [place for place in places if converted_exists(place, origin["weights"])]
+        for place in there:  # the folder may have moved, and another may stand where it was: contents tell
+            found, now = weights.load(place, group, mine, net, lambda name, shape: local, dtype)
+            if now["fingerprint"] == origin["fingerprint"]:
+                params |= found
+                break
+        else:
+            part = origin["weights"]
+            looked = " and ".join(f"{place}/{part}" for place in there or places) or f"no folder of {part}"
+            why = "was converted again, from other files, since" if there else "is not there any more, as when"
             raise UserError(
-                f"{folder}/{origin['weights']} was converted again, from other files, since {root} was trained; bring "
-                f"back the weights that it stands on, or train {meta['stage']} again"
+                f"{looked} {why} {root} was trained; say where the weights are that it stands on, as in "
+                f"MEDM2G_SD_WEIGHTS=FOLDER, or train {meta['stage']} again"
             )
-        params |= found
     return params
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from medm2g_jax.config import check
+from medm2g_jax.config import absolute, check
 from medm2g_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -30,6 +30,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}; overrides look like --config.{argv[1].lstrip('-')}=VALUE")
     if _CONFIG.value is None:
         raise UserError("say what to train: --config=configs/text_ct.py (python -m medm2g_jax.main --help lists flags)")
+    _CONFIG.value.weights = absolute(_CONFIG.value.weights)
     check(_CONFIG.value)
     if _DISTRIBUTED.value or (_DISTRIBUTED.value is None and os.environ.get("JAX_COORDINATOR_ADDRESS")):
         _join(processes(os.environ))
@@ -125,6 +126,7 @@ def read_config(arguments: list[str]) -> ConfigDict:
         values(argv)
     except flags.Error as error:
         raise UserError(str(error).splitlines()[0]) from error
+    values.config.weights = absolute(values.config.weights)
     check(values.config)
     return values.config
 

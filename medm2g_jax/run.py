@@ -14,6 +14,7 @@ from medm2g_jax import rounds
 from medm2g_jax.config import check, text_lengths
 from medm2g_jax.convert import weights
 from medm2g_jax.data import pipeline
+from medm2g_jax.data.contents import contents
 from medm2g_jax.data.open import open_source
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.device import use_compilation_cache
@@ -21,7 +22,7 @@ from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.report import write_report
 from medm2g_jax.evaluate.show import data_picture, show
 from medm2g_jax.modality import MODALITIES
-from medm2g_jax.train import loop, results
+from medm2g_jax.train import data_record, loop, results
 from medm2g_jax.train.disk import worded
 from medm2g_jax.train.owner import owned
 
@@ -53,6 +54,7 @@ def open_data(config: ConfigDict, root: epath.Path) -> loop.Data:
         template_text=d.template_text,
         phantom=dict(train=d.train, val=d.val, test=d.test),
     )
+    data_record.hold(root, d.source, contents(source), d.accept)
     folder = root / "tokenizers"
     if not (folder / "done").exists() and config.weights and jax.process_index() == 0:
         for name, path in weights.tokenizers(config.weights).items():
@@ -103,6 +105,7 @@ def run(config: ConfigDict, workdir: str | None = None) -> epath.Path:
     todo = loop.plan_stages(config, root)
     say(described(config, root, todo))
     say(f"on {len(jax.devices())} x {jax.devices()[0].device_kind}")
+    results.refuse_stale(config, root, todo)
     if not loop.stage_configs(config, todo):
         say(f"{config.stage} is done: {root / config.stage}")
         return root
@@ -115,7 +118,9 @@ def run(config: ConfigDict, workdir: str | None = None) -> epath.Path:
 def _train(config: ConfigDict, root: epath.Path, say: Callable[[str], Any]) -> None:
     """Train what is missing, in a run root that is this run's own."""
     first = jax.process_index() == 0
-    configs = loop.stage_configs(config, loop.plan_stages(config, root))  # another run may just have ended
+    todo = loop.plan_stages(config, root)  # again: another run may just have ended
+    results.refuse_stale(config, root, todo)
+    configs = loop.stage_configs(config, todo)
     data = open_data(config, root)
     counts = {s: sum(r.split == s for r in data.source.records) for s in ("train", "val", "test")}
     say(

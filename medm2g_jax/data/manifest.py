@@ -12,7 +12,7 @@ are taken as windowed already, 0 as -1 and 255 as +1.
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,8 +79,19 @@ class Manifest:
         ]
         self.open = all(is_open(record.licence) for record in self.records)
         self._values = [value for _, value in kept]
+        self._folders = [row.folder for row, _ in kept]
         self._size = size
         self._memory: dict[Path, np.ndarray] = {}
+
+    def identity(self) -> Iterator[str]:
+        """What each record holds, image by image and text by text, wherever the folder stands: names and sizes."""
+        for folder, values in zip(self._folders, self._values, strict=True):
+            for value in values.values():
+                if isinstance(value, str):
+                    yield value
+                else:
+                    name = value.relative_to(folder) if value.is_relative_to(folder) else value.name
+                    yield f"{name} {value.stat().st_size}"
 
     @property
     def licences(self) -> dict[str, int]:
