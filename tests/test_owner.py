@@ -80,8 +80,8 @@ def left(root, now, **fields):
         (10, {"host": "elsewhere"}, True),
         (10, {"host": "elsewhere", "pid": 2**22 + 1}, True),
         (10, {"place": "another boot", "pid": 2**22 + 1}, True),  # a container's numbers say nothing here
-        (301, {"host": "elsewhere"}, False),
-        (301, {"place": "another boot"}, False),
+        (181, {"host": "elsewhere"}, False),
+        (181, {"place": "another boot"}, False),
     ],
 )
 def test_who_counts_as_alive(now, fields, alive, tmp_path):

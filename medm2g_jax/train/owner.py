@@ -1,10 +1,10 @@
 """Who owns a run root: one run at a time, since each tidies up what it takes for its own unfinished files.
 
-    RUN/owner.json    host, process and since when; touched every minute for as long as the run lives
+    RUN/owner.json    host, process and since when; touched every 30 s for as long as the run lives
 
 The file is put there in one step that fails where one is already (a hard link; on buckets by writing and reading back).
 A run that was killed leaves it behind. It is taken over where the process is seen to be gone (here: no such process, or
-another one under its number) or, of another machine, when nobody has touched the file for five minutes.
+another one under its number) or, of another machine, when nobody has touched the file for three minutes.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from medm2g_jax.errors import UserError
 from medm2g_jax.train.disk import worded
 
 NAME = "owner.json"
-BEAT, DEAD = 60.0, 300.0  # seconds between signs of life, and without one
+BEAT, DEAD = 30.0, 180.0  # seconds between signs of life, and without one; file servers hide a change for a minute
 _SETTLE = 2.0  # seconds after which a bucket shows all processes the same file
 _WORDS = 2048  # bytes of an error that all processes are told
 
@@ -119,22 +119,24 @@ def take(root: epath.Path, mine: Owner, say: Callable[[str], Any] = print) -> No
             part.write_text(json.dumps(asdict(mine)))
             found, age = _read(path, part.stat().mtime)  # by the file server's clock
             if age is not None and _alive(found, age, mine):
-                raise UserError(_held(root, found, age))
+                raise UserError(_held(root, found, age, mine))
             if age is not None:
                 path.unlink(missing_ok=True)
             if not _put(part, path, mine):
-                raise UserError(_held(root, *_read(path, part.stat().mtime)))
+                raise UserError(_held(root, *_read(path, part.stat().mtime), mine))
             if age is not None:
                 say(f"{path}: taken over from {found.words if found else 'a run'}, which has ended without a word")
     finally:
         part.unlink(missing_ok=True)
 
 
-def _held(root: epath.Path, found: Owner | None, age: float | int | None) -> str:
-    who = "another run" if found is None else found.words
+def _held(root: epath.Path, found: Owner | None, age: float | int | None, mine: Owner) -> str:
+    who, silent = "another run" if found is None else found.words, max(age or 0, 0)
+    sure = found is not None and (found.host, found.place) == (mine.host, mine.place)
+    sign = "" if sure else f" (a sign of life {silent:.0f} s ago; it counts as gone after {DEAD:.0f} s without one)"
     return (
-        f"{root} belongs to {who}, which is still running (a sign {max(age or 0, 0):.0f} s ago); wait for it or "
-        f"stop it, or give another --workdir (if it is surely gone: delete {root / NAME})"
+        f"{root} belongs to {who}, which is still running{sign}; wait for it or stop it, or give another --workdir "
+        f"(if it is surely gone: delete {root / NAME})"
     )
 
 
