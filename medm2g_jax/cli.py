@@ -11,10 +11,17 @@ from medm2g_jax.errors import UserError
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from medm2g_jax.data.write import NOTE, write_samples
+    from medm2g_jax.config import check_sampling
+    from medm2g_jax.data.write import NOTE, check_writable, write_samples
     from medm2g_jax.loading import load
+    from medm2g_jax.train.log import quiet
 
     start = time.time()
+    quiet()
+    check_sampling(
+        "--{}", count=args.count, steps=args.steps, eta=args.eta, guidance=args.guidance, seed=args.seed
+    )  # and the folder, before minutes of loading and sampling
+    check_writable(args.out)
     given: dict[str, list[str]] = {}
     for item in args.given:
         stream, equals, value = item.partition("=")
@@ -49,8 +56,12 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    from medm2g_jax.config import check_sampling
     from medm2g_jax.evaluate.phantom import measure
+    from medm2g_jax.train.log import quiet
 
+    quiet()
+    check_sampling("--{}", rows=args.rows, seed=args.seed)
     path, _, words = args.config.partition(":")
     if not os.path.exists(path):
         raise UserError(f"no config file {path}; expected configs/tasks.py:phantom")
@@ -79,7 +90,9 @@ def _convert(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> None:
     from medm2g_jax import plan, run
     from medm2g_jax.main import read_config
+    from medm2g_jax.train.log import quiet
 
+    quiet()
     config = read_config([f"--config={args.config}", *args.overrides])
     workdir = args.workdir or run.default_workdir(config)
     if args.commands:

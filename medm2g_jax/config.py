@@ -11,8 +11,13 @@ A stage's own fields (batch, steps, lr ...) stand at the top level of its config
 fields for each upstream stage it may have to train first; the fields in `rounds.SHARED` are handed to all of them.
 """
 
+import math
 import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -92,6 +97,7 @@ def _shared(preset: str, variant: str, listing: tuple[str, ...]) -> ConfigDict:
             net=_net(preset),
             data=dict(
                 source="phantom",  # or manifest:PATH, tfds:NAME
+                accept="",  # fingerprint of data that may take the place of others under a begun run; never compared
                 template_text=False,  # take texts written from metadata for reports
                 range="",  # of 16-bit images, as in "xray=0:4095,mri:t2=0:1200"; found over the whole set if not said
                 most_pixels=2**26,  # of one image
@@ -193,12 +199,145 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
     return own
 
 
+# --- what a number may be --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, these included but for an open end; never NaN or infinity."""
+
+    low: float | int
+    high: float | int
+    whole: bool = True
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
+            return False
+        above = value > self.low if self.open_low else value >= self.low
+        return above and math.isfinite(value) and (value < self.high if self.open_high else value <= self.high)
+
+    def __str__(self) -> str:
+        number = "a whole number" if self.whole else "a finite number"
+        low = "" if self.low == -math.inf else f"{'above' if self.open_low else 'from'} {self.low:g}"
+        # :g would round the largest whole ones
+        high = "" if self.high == math.inf else f"{'below' if self.open_high else 'to'} {self.high}"
+        return " ".join(part for part in (number, low, high) if part)
+
+
+MAX_INT = 2**31 - 1
+MAX_SEED = 2**32 - 1  # jax.random.key takes no more bits than these: larger seeds would repeat smaller ones
+_COUNT, _SIZE = Range(0, MAX_INT), Range(1, MAX_INT)
+_SHARE = Range(0, 1, whole=False)
+_BELOW_ONE = Range(0, 1, whole=False, open_high=True)
+_POSITIVE = Range(0, math.inf, whole=False, open_low=True)
+_NOT_NEGATIVE = Range(0, math.inf, whole=False)
+_FINITE = Range(-math.inf, math.inf, whole=False)
+
+# Sampling, in configs, on the command line and from Python.
+SAMPLING = {
+    "count": _SIZE,
+    "rows": _SIZE,
+    "seed": Range(0, MAX_SEED),
+    "steps": Range(1, 1000),
+    "eta": _SHARE,
+    "guidance": _FINITE,
+}
+# Every number of a config; "loss", "net" and "sample" say what holds for all numbers in them that have no row.
+RANGES: Mapping[str, Range] = {
+    "seed": SAMPLING["seed"],
+    "image_size": _SIZE,
+    "net": _SIZE,
+    "net.image_vae.layers": _COUNT,  # 0: patches alone
+    "data.train": _SIZE,
+    "data.val": _COUNT,
+    "data.test": _COUNT,
+    "mesh": Range(-1, MAX_INT),
+    "steps": _SIZE,
+    "batch": _SIZE,
+    "lr": _POSITIVE,
+    "lr_adapt": _NOT_NEGATIVE,
+    "b1": _BELOW_ONE,
+    "b2": _BELOW_ONE,
+    "weight_decay": _NOT_NEGATIVE,
+    "warmup": _SHARE,
+    "final_lr": _SHARE,
+    "clip": _POSITIVE,
+    "ema": _BELOW_ONE,
+    "accumulate": _SIZE,
+    "log_every": _SIZE,
+    "eval_every": _COUNT,
+    "eval_rows": _SIZE,
+    "checkpoint_every": _SIZE,
+    "keep": _SIZE,
+    "loss": _NOT_NEGATIVE,
+    "barlow_lambda": _NOT_NEGATIVE,
+    "crop": Range(0, 1, whole=False, open_low=True),
+    "drop_prompt": _SHARE,
+    "clean": _SHARE,
+    "contrast_tau": _POSITIVE,
+    **{f"sample.{field}": SAMPLING[field] for field in ("steps", "eta", "guidance", "rows")},
+}
+
+
+def numbers(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> Iterator[tuple[str, int | float]]:
+    """(dotted field, value) of every number in a config; those in a tuple each."""
+    for key, value in config.items():
+        if isinstance(value, (Mapping, ConfigDict)):
+            yield from numbers(value, f"{prefix}{key}.")
+        else:
+            for one in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(one, Real) and not isinstance(one, bool):
+                    yield prefix + key, one
+
+
+def range_of(field: str) -> Range | None:
+    """What a field of a config may be, "stages.text_vae.steps" like "steps"; None where nothing is said."""
+    words = field.split(".")
+    words = words[2:] if words[0] == "stages" else words
+    return next((RANGES[at] for n in range(len(words), 0, -1) if (at := ".".join(words[:n])) in RANGES), None)
+
+
+def check(config: ConfigDict) -> None:
+    """Hold every number of a config to its range.
+
+    Raises:
+      UserError: names the field, what is expected and what was found.
+    """
+    for field, value in numbers(config):
+        allowed = range_of(field)
+        if allowed is not None and value not in allowed:
+            raise UserError(f"config.{field}: expected {allowed}, found {value!r}")
+    for at, stage in (("", config), *((f"stages.{name}.", own) for name, own in config.stages.items())):
+        if not any(stage.loss.values()):
+            raise UserError(f"config.{at}loss: expected a weight above 0, found {', '.join(stage.loss)} all 0")
+        if stage.steps * stage.accumulate > MAX_INT:
+            raise UserError(
+                f"config.{at}steps: expected steps x accumulate <= {MAX_INT}, found {stage.steps} x {stage.accumulate}"
+            )
+
+
+def check_sampling(name: str, **values: Any) -> None:
+    """Hold count, rows, seed, steps, eta and guidance, where they are not None, to their ranges.
+
+    Args:
+      name: how a value is called where it was given, "--{}" or "{}".
+
+    Raises:
+      UserError: names the value, what is expected and what was found.
+    """
+    for field, value in values.items():
+        if value is not None and value not in SAMPLING[field]:
+            raise UserError(f"{name.format(field)}: expected {SAMPLING[field]}, found {value!r}")
+
+
 # --- the words after the colon --------------------------------------------------------------------------------------
 
 
 def default_preset() -> tuple[str, str]:
     """(preset, reason): `sd15` where MEDM2G_SD_WEIGHTS names a folder of converted weights, else `tiny`."""
-    weights = os.environ.get("MEDM2G_SD_WEIGHTS", "")
+    weights = weights_folder()
     if not weights:
         return "tiny", "MEDM2G_SD_WEIGHTS is not set"
     missing = [f for f in WEIGHT_FOLDERS if not (Path(weights) / f).is_dir()]
@@ -248,6 +387,16 @@ def _only(name: str, listing: tuple[str, ...]) -> tuple[str, ...]:
     if len(listing) == 1:
         return listing
     raise UserError(f"{name} is no round; beside `alone` name the one that is meant: configs/{name}.py:ct_mri,alone")
+
+
+def absolute(path: str) -> str:
+    """A path as it stands from any working directory: what is recorded is read again from others."""
+    return path if not path or "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def weights_folder() -> str:
+    """The folder of converted weights that MEDM2G_SD_WEIGHTS names; "" where it names none."""
+    return absolute(os.environ.get("MEDM2G_SD_WEIGHTS", ""))
 
 
 def get_config(target: str, words: str | None = "", listing: str | tuple[str, ...] = "default") -> ConfigDict:
@@ -302,8 +451,8 @@ def get_config(target: str, words: str | None = "", listing: str | tuple[str, ..
     config.update(_stage(name, preset, variant, tuple_))
     config.stages = ConfigDict({s: _stage(s, preset, variant, tuple_) for s in graph.plan(name)[:-1]})
     if preset == "sd15":
-        config.weights = os.environ.get("MEDM2G_SD_WEIGHTS", "")
-    data = os.environ.get("MEDM2G_DATA", "")
+        config.weights = weights_folder()
+    data = absolute(os.environ.get("MEDM2G_DATA", ""))
     config.data_reason = "MEDM2G_DATA is not set"
     if data:
         config.data.source, config.data_reason = f"manifest:{data}", f"MEDM2G_DATA={data}"

@@ -17,7 +17,9 @@ from jaxtyping import Array
 
 from medm2g_jax import rounds
 from medm2g_jax.arrays import Params
+from medm2g_jax.config import check_sampling, weights_folder
 from medm2g_jax.convert import weights
+from medm2g_jax.convert.converted import exists as converted_exists
 from medm2g_jax.convert.files import open_tensors
 from medm2g_jax.data import formats, images
 from medm2g_jax.data.picture import Picture, network_input
@@ -177,26 +179,36 @@ def _plain_name(root: epath.Path, stage: str) -> str:
 def _converted(
     root: epath.Path, meta: Mapping, model: MedM2G, needed: Callable[[str], bool], groups: Sequence[str], dtype: Any
 ) -> Params:
-    """The groups of a model that no stage trained, from the converted weights that its run was started with."""
+    """The groups of a model that no stage trained, from the converted weights that its run was started with, where they
+    were then or where MEDM2G_SD_WEIGHTS says that they are now."""
     if not groups:
         return {}
-    folder, net = meta["shared"]["weights"], tuples(meta["shared"]["net"])
+    net = tuples(meta["shared"]["net"])
+    places = dict.fromkeys(p for p in (meta["shared"]["weights"], weights_folder()) if p)
     shapes = jax.eval_shape(lambda key: init_group(model, key, groups), jax.random.key(0))
     local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     params: Params = {}
     for group in groups:
+        origin = meta["from"][group]
         regex = re.compile(rounds.group_regex((group,)))
         mine = {n: x.shape for n, x in shapes.items() if regex.match(n)}
-        mine = {n: s for n, s in mine.items() if n not in meta["from"][group].get("fresh", ())}
+        mine = {n: s for n, s in mine.items() if n not in origin.get("fresh", ())}
         if not any(map(needed, mine)):
             continue
-        found, origin = weights.load(folder, group, mine, net, lambda name, shape: local, dtype)
-        if origin["fingerprint"] != meta["from"][group]["fingerprint"]:
+        there = [place for place in places if converted_exists(place, origin["weights"])]
+        for place in there:  # the folder may have moved, and another may stand where it was: contents tell
+            found, now = weights.load(place, group, mine, net, lambda name, shape: local, dtype)
+            if now["fingerprint"] == origin["fingerprint"]:
+                params |= {name: value for name, value in found.items() if needed(name)}
+                break
+        else:
+            part = origin["weights"]
+            looked = " and ".join(f"{place}/{part}" for place in there or places) or f"no folder of {part}"
+            why = "was converted again, from other files, since" if there else "is not there any more, as when"
             raise UserError(
-                f"{folder}/{origin['weights']} was converted again, from other files, since {root} was trained; bring "
-                f"back the weights that it stands on, or train {meta['stage']} again"
+                f"{looked} {why} {root} was trained; say where the weights are that it stands on, as in "
+                f"MEDM2G_SD_WEIGHTS=FOLDER, or train {meta['stage']} again"
             )
-        params |= {name: value for name, value in found.items() if needed(name)}
     return params
 
 
@@ -299,8 +311,10 @@ class Model:
           **options: `sampler`, `guide`, `prompts`, `guides` of `generate.Request`.
 
         Raises:
-          UserError: unknown streams or options, batches of different lengths, unreadable images.
+          UserError: unknown streams or options, numbers out of range, batches of different lengths, unreadable
+            images.
         """
+        check_sampling("{}", count=count, steps=steps, eta=eta, guidance=guidance, seed=seed)
         values = {s: self.opened(s, v if isinstance(v, (list, tuple)) else [v]) for s, v in given.items()}
         lengths = {len(v) for v in values.values()} - {1}
         if len(lengths) > 1:
@@ -354,7 +368,7 @@ class Model:
                 return picture
             # A 16-bit file counts as those of its stream did in training, else over all its bits: one image alone
             # does not tell its range.
-            known = self.meta["ranges"] if "ranges" in self.meta else {}
+            known = self.meta["ranges"]
             low, high = known[stream] if stream in known else picture.span
             why = "as in training" if stream in known else "all its bits: training met no 16-bit image of this stream"
             logging.warning("%s: counts from -1 to +1 over %g to %g (%s)", item, low, high, why)

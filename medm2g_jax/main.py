@@ -5,13 +5,17 @@ python -m medm2g_jax.main --config=configs/text_ct.py:tiny [--config.FIELD=VALUE
 
 import difflib
 import os
+import re
 import runpy
 import signal
 import sys
+import threading
+from collections.abc import Mapping
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from medm2g_jax.config import absolute, check
 from medm2g_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -26,15 +30,15 @@ def main(argv: list[str]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}; overrides look like --config.{argv[1].lstrip('-')}=VALUE")
     if _CONFIG.value is None:
         raise UserError("say what to train: --config=configs/text_ct.py (python -m medm2g_jax.main --help lists flags)")
-    import jax
-
+    _CONFIG.value.weights = absolute(_CONFIG.value.weights)
+    check(_CONFIG.value)
     if _DISTRIBUTED.value or (_DISTRIBUTED.value is None and os.environ.get("JAX_COORDINATOR_ADDRESS")):
-        # jax reads the address itself; number and rank only from launchers that it knows (Slurm, Open MPI, Cloud TPU).
-        told = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-        jax.distributed.initialize(**{k: int(os.environ[v]) for k, v in told.items() if v in os.environ})
+        _join(processes(os.environ))
     from medm2g_jax import run
     from medm2g_jax.train import loop
+    from medm2g_jax.train.log import quiet
 
+    quiet()
     try:
         run.run(_CONFIG.value, _WORKDIR.value)
     except loop.Stopped as stopped:
@@ -48,7 +52,65 @@ def console() -> None:
         app.run(main, flags_parser=_parse)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        _leave_within(5, 2)
         sys.exit(2)
+
+
+def processes(environment: Mapping[str, str]) -> dict[str, int]:
+    """Number and rank of this process for jax.distributed.initialize, from JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+    jax reads the address itself; number and rank it knows from launchers alone (Slurm, Open MPI, Cloud TPU). {}: ask
+    these.
+
+    Raises:
+      UserError: one without the other, or not numbers that fit; an address without a port.
+    """
+    names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    address = environment.get("JAX_COORDINATOR_ADDRESS", "")
+    if address and not re.fullmatch(r".+:\d{1,5}", address):
+        raise UserError(f"JAX_COORDINATOR_ADDRESS: expected HOST:PORT of process 0, found {address!r}")
+    given = {name: environment[name] for name in names if name in environment}
+    for name, value in given.items():
+        if not re.fullmatch(r"[0-9]{1,9}", value.strip()):
+            raise UserError(f"{name}: expected a whole number, found {value!r}; set it, or unset {' and '.join(names)}")
+    if len(given) == 1:
+        missing = next(name for name in names if name not in given)
+        raise UserError(f"{next(iter(given))} is set and {missing} is not; set both, or neither under a launcher")
+    if not given:
+        return {}
+    count, rank = (int(given[name]) for name in names)
+    if count < 1 or rank >= count:
+        raise UserError(
+            f"JAX_PROCESS_ID: expected 0 to JAX_NUM_PROCESSES - 1, found {rank} of JAX_NUM_PROCESSES={count}"
+        )
+    return {"num_processes": count, "process_id": rank}
+
+
+def _join(told: dict[str, int]) -> None:
+    import jax
+
+    try:
+        jax.distributed.initialize(**told)
+    except ValueError as error:  # what is neither given nor known from a launcher
+        asked = "--distributed" if _DISTRIBUTED.value else "JAX_COORDINATOR_ADDRESS"
+        raise UserError(
+            f"{asked} asks for several processes, and no launcher that jax knows says which this one is: {error} Set "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; on one machine leave these and "
+            "--distributed out"
+        ) from error
+
+
+def _leave_within(seconds: float, status: int) -> None:
+    """End this process, whatever threads of libraries still wait for (a save that failed: minutes)."""
+
+    def leave():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    timer = threading.Timer(seconds, leave)
+    timer.daemon = True
+    timer.start()
 
 
 def read_config(arguments: list[str]) -> ConfigDict:
@@ -64,6 +126,8 @@ def read_config(arguments: list[str]) -> ConfigDict:
         values(argv)
     except flags.Error as error:
         raise UserError(str(error).splitlines()[0]) from error
+    values.config.weights = absolute(values.config.weights)
+    check(values.config)
     return values.config
 
 

@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 
 from medm2g_jax import run
 from medm2g_jax.config import stage_graph, stage_own_fields
+from medm2g_jax.data.open import source_of
 from medm2g_jax.data.pipeline import Rows
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.device import activation_dtype
@@ -349,7 +350,7 @@ def show(config: ConfigDict, workdir: str, topology: str = "", python: str = "")
     root = epath.Path(workdir)
     todo = loop.plan_stages(config, root)
     try:
-        source = run.open_records(config)
+        source = source_of(config)
     except UserError as error:
         source = None
         print(f"the data are not here, records are not counted: {error}")

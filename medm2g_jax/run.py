@@ -4,7 +4,8 @@ import functools
 import itertools
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from etils import epath
@@ -12,11 +13,13 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from medm2g_jax import rounds
-from medm2g_jax.config import stage_config
+from medm2g_jax.config import check, stage_config
 from medm2g_jax.convert import weights
 from medm2g_jax.data import pipeline
-from medm2g_jax.data.open import open_source
+from medm2g_jax.data.contents import contents
+from medm2g_jax.data.open import source_of
 from medm2g_jax.data.source import Source, labeller
+from medm2g_jax.data.source import check as check_files
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.device import use_compilation_cache
 from medm2g_jax.errors import UserError
@@ -25,8 +28,9 @@ from medm2g_jax.evaluate.show import data_picture, show
 from medm2g_jax.family import text_lengths
 from medm2g_jax.modality import MODALITIES
 from medm2g_jax.recipes import rows_of
-from medm2g_jax.train import loop, results
-from medm2g_jax.train.log import quiet
+from medm2g_jax.train import data_record, loop, results
+from medm2g_jax.train.disk import worded
+from medm2g_jax.train.owner import owned
 
 # Rough relative cost of a stage of the tiny preset, seconds on two cores: the first guess of the plan's ETA, corrected
 # by what has been measured.
@@ -41,25 +45,18 @@ def default_workdir(config: ConfigDict) -> str:
     return "runs/" + "-".join([*words, *results.listing_words(config.listing)[:1]])
 
 
-def open_records(config: ConfigDict) -> Source:
-    """The source that a config names."""
-    d = config.data
-    return open_source(
-        d.source,
-        size=config.image_size,
-        seed=config.seed,
-        pairs=rounds.graph(config.listing).pairs,
-        template_text=d.template_text,
-        range=d.range,
-        most_pixels=d.most_pixels,
-        phantom=dict(train=d.train, val=d.val, test=d.test),
-    )
-
-
 def open_data(config: ConfigDict, root: epath.Path, source: Source | None = None) -> loop.Data:
     """The source of a config, or one's own, and its tokenizers: those of the run root, else trained on all its training
-    texts; none where no round of the listing holds the centre."""
-    source = open_records(config) if source is None else source
+    texts; none where no round of the listing holds the centre.
+
+    Raises:
+      UserError: the data are not those that the run root was begun with, or some of its files are broken.
+    """
+    spec = config.data.source if source is None else source.name
+    source = source_of(config) if source is None else source
+    data_record.hold(root, spec, contents(source), config.data.accept)
+    if jax.process_index() == 0:
+        check_files(source, root / "opened.json", functools.partial(print, flush=True))
     graph = rounds.graph(config.listing)
     if all(MODALITIES[m].is_image for m in graph.modalities):
         return loop.Data(source, None, {}, config.image_size)
@@ -156,19 +153,30 @@ def run(config: ConfigDict, workdir: str | None = None, source: Source | None = 
       source: one's own data in place of what config.data names.
     """
     began = time.time()
-    quiet()
-    first = jax.process_index() == 0
-    say = functools.partial(print, flush=True) if first else lambda *_: None
+    check(config)
+    say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda *_: None
     root = epath.Path(workdir or default_workdir(config))
     use_compilation_cache(root / "xla_cache")
     todo = loop.plan_stages(config, root)
-    configs = loop.stage_configs(config, todo)
-    source = open_records(config) if source is None and configs else source
+    source = source_of(config) if source is None and loop.stage_configs(config, todo) else source
     say(described(config, root, todo, source))
     say(f"on {len(jax.devices())} x {jax.devices()[0].device_kind}")
-    if not configs:
+    results.refuse_stale(config, root, todo)
+    if not loop.stage_configs(config, todo):
         say(f"{config.stage} is done: {root / config.stage}")
         return root
+    with worded(root), owned(root, say):
+        _train(config, root, source, say)
+    say(f"{config.stage}: all done in {time.time() - began:.0f} s")
+    return root
+
+
+def _train(config: ConfigDict, root: epath.Path, source: Source, say: Callable[[str], Any]) -> None:
+    """Train what is missing, in a run root that is this run's own."""
+    first = jax.process_index() == 0
+    todo = loop.plan_stages(config, root)  # again: another run may just have ended
+    results.refuse_stale(config, root, todo)
+    configs = loop.stage_configs(config, todo)
     data = open_data(config, root, source)
     if data.tokenizers:
         say(f"vocabularies {data.tokenizers.sizes}")
@@ -195,8 +203,6 @@ def run(config: ConfigDict, workdir: str | None = None, source: Source | None = 
         say(f"\nwrote {write_report(root, config.listing, labeller(source))}")
     if config.stage == graph.last or graph.stages[config.stage].verb == "round":
         say(f"next, any to any:\n  {_next_command(graph, config.stage, root)}")
-    say(f"{config.stage}: all done in {time.time() - began:.0f} s")
-    return root
 
 
 def _next_command(graph: rounds.Graph, name: str, root: epath.Path) -> str:

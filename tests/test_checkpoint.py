@@ -1,5 +1,6 @@
 """Checkpoints and results: bit-equal on any mesh, and never wrong whatever happened to the files or to the process."""
 
+import errno
 import json
 import os
 import pathlib
@@ -19,10 +20,48 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 
 from medm2g_jax.errors import UserError
-from medm2g_jax.train.checkpoint import Checkpoints, fingerprint, fingerprints, load_model, read_meta, save_model
+from medm2g_jax.train.checkpoint import (
+    Checkpoints,
+    fingerprint,
+    fingerprints,
+    load_model,
+    quiet_orbax,
+    read_meta,
+    save_model,
+)
+from medm2g_jax.train.disk import cause, worded
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    """As in an entry point."""
+    quiet_orbax()
+
+
+def test_importing_leaves_the_host_program_s_hooks_and_filters_alone():
+    """Only an entry point may change what the whole process prints, and twice is once."""
+    code = """
+        import logging, sys, warnings
+        import jax, jax.numpy, orbax.checkpoint, etils.epath, grain, tensorboardX  # what they do is their own
+        def state():
+            loggers = ["", "absl", "asyncio", "jax", "orbax", "grain", "tensorboardX"]
+            levels = [(logging.getLogger(n).level, list(logging.getLogger(n).filters)) for n in loggers]
+            return sys.unraisablehook, sys.excepthook, list(warnings.filters), levels
+        before = state()
+        import medm2g_jax.run, medm2g_jax.loading, medm2g_jax.cli, medm2g_jax.main, medm2g_jax.plan
+        from medm2g_jax.train.log import quiet
+        print(state() == before)
+        quiet()
+        once = state()
+        quiet()
+        print(once != before, state() == once)
+    """
+    line = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(line, cwd=ROOT, text=True, capture_output=True, timeout=100)
+    assert done.stdout.split() == ["True"] * 3, done.stdout + done.stderr
 
 
 def mesh_of(data, fsdp):
@@ -317,7 +356,8 @@ CHILD = """
     sys.path.insert(0, {root!r})
     import jax, jax.numpy as jnp, numpy as np
     from medm2g_jax.errors import UserError
-    from medm2g_jax.train.checkpoint import Checkpoints, save_model, read_meta
+    from medm2g_jax.train.checkpoint import Checkpoints, quiet_orbax, save_model, read_meta
+    quiet_orbax()
     folder = sys.argv[1]
     def state(step):
         rng = np.random.default_rng(step)
@@ -379,6 +419,67 @@ def test_full_disk_says_why_and_keeps_the_last_good_step(tmp_path):
     assert "result/model: writing the result failed" in lines[7] and "File too large" in lines[7]
     assert lines[8:] == ["None []", "1"]
     assert not err.strip(), err  # one line each, no tracebacks
+
+
+@pytest.mark.parametrize("what", ["inodes", "bytes"])
+def test_a_full_file_system_names_what_is_used_up_and_keeps_no_process_waiting(what, tmp_path):
+    body = """
+    import time
+    what = sys.argv[2]
+    def fill(leave):
+        found = os.statvfs(folder)
+        if what == "bytes":
+            with open(folder + "/fill", "wb") as file:
+                file.write(b"x" * (found.f_bavail * found.f_frsize - leave))
+        else:
+            for i in range(found.f_favail - leave):
+                open(f"{folder}/fill{i}", "w").close()
+    def make_room():
+        for path in os.listdir(folder):
+            if path.startswith("fill"):
+                os.remove(folder + "/" + path)
+    saves.close()
+    saves = Checkpoints(folder + "/run")
+    saves.save(1, state(1), metric=1.0)
+    saves.wait()
+    for leave in (0, 1, 2, 4, 6, 9, 12) if what == "inodes" else (0, 5000, 1_000_000):
+        fill(leave)
+        try:
+            saves = Checkpoints(folder + "/run")
+            try:
+                saves.save(2, state(2))
+                saves.wait()
+            finally:
+                saves.close()
+        except UserError as error:
+            say(error)
+        try:
+            save_model(folder + "/result", state(1)["p"], {})
+        except UserError as error:
+            say(error)
+        saves.close()  # again, after the first error was told
+        make_room()
+        saves = Checkpoints(folder + "/run")
+        assert saves.restore(wanted)[1] == 1 and read_meta(folder + "/result") is None
+        saves.close()
+    say("end", time.time())
+    """
+    options = {"inodes": "nr_inodes=150", "bytes": "size=20m"}
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", options[what], "none", tmp_path]).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        process = child(body, tmp_path, what, stderr=subprocess.PIPE)
+        out, err = process.communicate(timeout=60)
+        ended = time.time()
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    assert process.returncode == 0 and not err.strip(), err
+    *lines, (end, at) = [line.split() if line.startswith("end") else line for line in out.splitlines()]
+    assert end == "end" and ended - float(at) < 10
+    assert len(lines) == 2 * (7 if what == "inodes" else 3)
+    said = {"inodes": "too few inodes left", "bytes": "too little space left"}[what]
+    assert all(said in line and "No space left on device" in line for line in lines), lines
+    assert all("the last good checkpoint, step 1, is kept" in line for line in lines[::2])
 
 
 def test_killed_at_any_moment_is_restorable(tmp_path):
@@ -522,6 +623,47 @@ def test_result_round_trip_partial_and_cast(tmp_path, monkeypatch):
     assert load_model(tmp_path / "ct", names=lambda n: n == "mri/on", dtype=jnp.bfloat16)["mri/on"].dtype == bool
     with pytest.raises(UserError, match="none of the names"):
         load_model(tmp_path / "ct", names=lambda name: name.startswith("pet/"))
+
+
+def test_the_words_name_the_cause_there_is(tmp_path):
+    for number, words in (
+        (errno.EDQUOT, "quota"),
+        (errno.EROFS, "read-only"),
+        (errno.EACCES, "may not write there"),
+        (errno.EFBIG, "ulimit -f"),
+        (errno.ENOSPC, "inodes free"),
+    ):
+        told = OSError(number, os.strerror(number), str(tmp_path))
+        wrapped = ValueError(f"RESOURCE_EXHAUSTED: Failed to write: {os.strerror(number)} [source locations='x']")
+        outer = ValueError("one of many failed")
+        outer.__cause__ = told
+        for error in (told, wrapped, outer):
+            assert words in cause(tmp_path / "not" / "made", error)
+        with pytest.raises(UserError, match=words), worded(tmp_path):
+            raise told
+    for other in (FileNotFoundError(errno.ENOENT, "x", str(tmp_path / "a")), OSError(errno.EACCES, "x", "/elsewhere")):
+        with pytest.raises(OSError), worded(tmp_path):
+            raise other
+
+
+def test_close_never_raises_over_the_first_error(tmp_path, mesh, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    saves = Checkpoints(tmp_path / "run")
+    saves.save(1, make_state(1, mesh))
+    monkeypatch.setattr(saves._saver, "wait_until_finished", full)
+    with pytest.raises(KeyError):
+        try:
+            raise KeyError("the first")
+        finally:
+            saves.close()
+    saves = Checkpoints(tmp_path / "run")
+    saves.save(2, make_state(1, mesh))
+    monkeypatch.setattr(saves._saver, "wait_until_finished", full)
+    with pytest.raises(UserError, match="saving step 2 failed.*No space left"):
+        saves.close()
+    saves.close()
 
 
 def test_damaged_result_is_an_error_for_the_names_it_touches(tmp_path, mesh):

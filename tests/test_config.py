@@ -7,7 +7,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from medm2g_jax import rounds
-from medm2g_jax.config import WEIGHT_FOLDERS, get_config, stage_config
+from medm2g_jax.config import WEIGHT_FOLDERS, check, get_config, numbers, range_of, stage_config
 from medm2g_jax.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -236,3 +236,20 @@ def test_sizes_fit_together(preset):
     assert net.bert_length <= net.text_vae.bert_positions
     assert net.gpt2_length < net.text_vae.gpt2_positions  # positions start at 1
     assert all(w % c.heads == 0 for c in (net.image_context, net.text_context) for w in (net.width,))
+
+
+@pytest.mark.parametrize("words", ("tiny", "sd15", "tiny,paper", "sd15,paper"))
+def test_every_number_of_every_config_has_a_range_and_is_in_it(words):
+    for name, stages in STAGES.items():
+        for subject in stages:
+            config = load(name, ",".join(filter(None, (subject, words))))
+            check(config)
+            assert not [field for field, _ in numbers(config) if range_of(field) is None]
+
+
+def test_places_are_absolute_whatever_the_working_directory(monkeypatch, weights):
+    monkeypatch.chdir(weights.parent)
+    monkeypatch.setenv("MEDM2G_SD_WEIGHTS", weights.name)
+    monkeypatch.setenv("MEDM2G_DATA", "prepared")
+    config = load("text_ct")
+    assert config.weights == str(weights) and config.data.source == f"manifest:{weights.parent / 'prepared'}"

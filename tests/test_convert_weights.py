@@ -1,8 +1,10 @@
 """Converted weights in a run: the values end in their shards, autoencoders count as done, and a run stands on them."""
 
 import json
+import shutil
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
@@ -16,11 +18,12 @@ from test_convert_text import optimus_state
 from test_text_unet import torch_text_unet
 
 import medm2g_jax
-from medm2g_jax import export, run
+from medm2g_jax import export, loading, run
 from medm2g_jax.convert import clip, converted, optimus, stable_diffusion, weights
-from medm2g_jax.convert.files import open_tensors
+from medm2g_jax.convert.files import Output, open_tensors, write_safetensors
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.errors import UserError
+from medm2g_jax.model import init_group
 from medm2g_jax.train import checkpoint, loop, results, sharding
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -153,6 +156,49 @@ def test_load_stays_callable_once_its_module_is_imported(tmp_path):
     for _ in range(2):
         with pytest.raises(UserError, match="no finished round"):
             medm2g_jax.load(str(tmp_path))
+
+
+def test_a_model_finds_its_weights_where_they_are_now(folder, tmp_path, monkeypatch):
+    """Where they were, else where MEDM2G_SD_WEIGHTS says; what they hold decides."""
+    config = config_of(folder)
+    net = results.tuples(json.loads(config.net.to_json_best_effort()))
+    vocab = Tokenizers.load(epath.Path(folder).parent / "tokenizers").sizes
+    model = results.build_model(config, vocab, {})
+    shapes = {
+        n: x.shape
+        for n, x in jax.eval_shape(lambda k: init_group(model, k, ("ct/clip", "text/clip")), jax.random.key(0)).items()
+    }
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    groups = ["ct/clip", "text/clip"]
+    want, origins, _ = results.converted_params(config, groups, shapes, lambda *_: here, jnp.float32)
+
+    def read(recorded, now=""):
+        monkeypatch.setenv("MEDM2G_SD_WEIGHTS", str(now))
+        meta = {"shared": {"weights": str(recorded)}, "from": origins, "stage": "text_ct"}
+        return loading._converted(epath.Path("run"), meta, model, net, groups, jnp.float32)
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, tmp_path / "moved")
+    shutil.copytree(folder / "clip", tmp_path / "other" / "clip")
+    converted_again(tmp_path / "other" / "clip")
+    for places in ((folder, ""), (tmp_path / "gone", tmp_path / "moved"), ("gone", "moved"), ("other", "moved")):
+        found = read(*places)
+        assert found.keys() == want.keys()
+        assert all(np.array_equal(found[n], want[n]) for n in want)
+    with pytest.raises(UserError, match="gone/clip is not there any more.*MEDM2G_SD_WEIGHTS=FOLDER"):
+        read(tmp_path / "gone")
+    with pytest.raises(UserError, match="other/clip was converted again, from other files.*MEDM2G_SD_WEIGHTS=FOLDER"):
+        read(tmp_path / "gone", tmp_path / "other")
+
+
+def converted_again(folder):
+    """The same tensors of other values, and the CRCs that belong to them."""
+    values = {n: np.ascontiguousarray(t.read() * 2) for n, t in open_tensors(folder / converted.WEIGHTS).items()}
+    made = {n: Output(v.shape, v.dtype, lambda v=v: v) for n, v in values.items()}
+    meta = json.loads((folder / converted.META).read_text())
+    meta["crc32"] = write_safetensors(folder / "again", made, {})
+    (folder / "again").rename(folder / converted.WEIGHTS)
+    (folder / converted.META).write_text(json.dumps(meta))
 
 
 @pytest.mark.full

@@ -203,7 +203,7 @@ def test_the_command_that_a_run_ends_with(root, tmp_path):
     done = subprocess.run(line, cwd=Path(__file__).parent.parent, text=True, capture_output=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "Not for clinical use" in done.stdout and "text -> ct: prompt tokens, guide tokens" in done.stdout
-    record = json.loads((tmp_path / "out" / "generated.json").read_text())
+    (record,) = json.loads((tmp_path / "out" / "generated.json").read_text())
     assert record["files"] == ["ct_000.png", "xray_000.png"] and "Synthetic" in record["note"]
     from PIL import Image
 

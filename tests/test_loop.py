@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from etils import epath
 from micro import NET, micro
 
 from medm2g_jax import run
+from medm2g_jax.data.contents import contents_of
 from medm2g_jax.errors import UserError
+from medm2g_jax.main import read_config
 from medm2g_jax.train import checkpoint, loop
 
 HERE = Path(__file__).parent
@@ -68,6 +71,11 @@ def uninterrupted(tmp_path_factory, cache):
     return root
 
 
+def config_of_run(root):
+    """The config of the last stage of `command`, whose shared fields are those of the run."""
+    return read_config([argument for argument in command(root) if argument.startswith("--config")])
+
+
 def wait_for(process: subprocess.Popen, happened, seconds: float = 200.0) -> None:
     deadline = time.time() + seconds
     while not happened() and process.poll() is None and time.time() < deadline:
@@ -113,6 +121,44 @@ def test_a_terminated_run_saves_and_resumes(cache, tmp_path, uninterrupted):
     out, _ = process.communicate(timeout=100)
     assert process.returncode == 143 and "the same command resumes" in out
     assert [p.name for p in (root / STAGE / "checkpoints").iterdir() if p.name.isdigit()]
+
+
+def test_of_two_runs_in_one_folder_the_second_says_who_has_it(uninterrupted, cache, tmp_path):
+    """Started while the first one trains, it ends at once and touches nothing; killed, the first leaves no obstacle."""
+    root = tmp_path / "run"
+    shutil.copytree(uninterrupted, root)
+    shutil.rmtree(root / STAGE)
+    first = start(root, cache, "--config.steps=100000")
+    wait_for(first, lambda: any((root / STAGE / "checkpoints").glob("[0-9]*")))
+    second = start(root, cache, "--config.steps=100000")
+    out, _ = second.communicate(timeout=100)
+    line = out.strip().splitlines()[-1]
+    assert second.returncode == 2 and line.startswith(f"error: {root} belongs to process {first.pid} on "), out
+    assert "since 20" in line and "Traceback" not in out and first.poll() is None
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    third = start(root, cache)  # eight steps in all: done by now
+    out, _ = third.communicate(timeout=200)
+    assert third.returncode == 0 and f"taken over from process {first.pid} on" in out, out[-3000:]
+    assert not (root / "owner.json").exists() and not list(root.glob("owner.json*"))
+
+
+def test_training_goes_on_only_from_what_a_stage_stands_on(uninterrupted, tmp_path):
+    root = epath.Path(tmp_path / "run")
+    shutil.copytree(uninterrupted, root)
+    config = config_of_run(root)
+    assert [what for _, what in loop.plan_stages(config, root)] == ["done"] * 3
+    meta = json.loads((root / "image_vae" / "model.json").read_text())
+    meta["fingerprints"] = {name: value ^ 1 for name, value in meta["fingerprints"].items()}
+    (root / "image_vae" / "model.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=rf"{STAGE}: to be trained again \(image_vae .*rm -r {root / STAGE}$"):
+        run.run(config, str(root))
+
+
+def test_a_run_root_knows_its_data(uninterrupted):
+    record = json.loads((uninterrupted / "data.json").read_text())
+    assert record["records"] == {"train": 96, "val": 32, "test": 16} and record["source"] == "phantom"
+    assert record["fingerprint"] == contents_of(config_of_run(uninterrupted)).fingerprint
 
 
 @pytest.mark.full  # three meshes of three stages to compile

@@ -102,6 +102,7 @@ class Manifest:
         ]
         self.open = all(is_open(record.licence) for record in self.records)
         self._values = [value for _, value in kept]
+        self._folders = [row.folder for row, _ in kept]
         self._size, self._most_pixels = size, most_pixels
         self._examined = Examined(self.name, ranges or {}, most_pixels, self._items)
         self._memory: dict[tuple[Path, str], np.ndarray] = {}
@@ -124,6 +125,16 @@ class Manifest:
     def ranges(self) -> dict[str, Span]:
         """See `source.ranges`."""
         return self._examined.ranges
+
+    def identity(self) -> Iterator[str]:
+        """What each record holds, image by image and text by text, wherever the folder stands: names and sizes."""
+        for folder, values in zip(self._folders, self._values, strict=True):
+            for value in values.values():
+                if isinstance(value, str):
+                    yield value
+                else:
+                    name = value.relative_to(folder) if value.is_relative_to(folder) else value.name
+                    yield f"{name} {value.stat().st_size}"
 
     @property
     def licences(self) -> dict[str, int]:

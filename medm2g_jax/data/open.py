@@ -1,7 +1,11 @@
 """From a data spec to its source."""
 
+from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
+from medm2g_jax import rounds
 from medm2g_jax.data.check import parse_ranges
 from medm2g_jax.data.manifest import Manifest
 from medm2g_jax.data.picture import MOST_PIXELS
@@ -44,3 +48,18 @@ def open_source(
 
         return Tfds(name, size, ranges=ranges, most_pixels=most_pixels)
     raise UserError(f"data {spec!r}: expected phantom, manifest:PATH or tfds:NAME")
+
+
+def source_of(shared: Mapping[str, Any] | ConfigDict) -> Source:
+    """The source that a config names, or the `shared` fields of a model.json."""
+    d = shared["data"]
+    return open_source(
+        d["source"],
+        size=shared["image_size"],
+        seed=shared["seed"],
+        pairs=rounds.graph(shared["listing"]).pairs,
+        template_text=d["template_text"],
+        range=d["range"],
+        most_pixels=d["most_pixels"],
+        phantom=dict(train=d["train"], val=d["val"], test=d["test"]),
+    )

@@ -3,11 +3,18 @@
 DIR/ct_000.png       8-bit, the modality's window, "synthetic" in the file's text fields
 DIR/ct_000.npy       float32 (h w) in the modality's unit
 DIR/text_000.txt
-DIR/generated.json   what was made, from what, with which seed, through which pairs
+DIR/generated.json   a list with one record a call: what was made, from what, with which seed, through which pairs
+
+A second call into the same folder numbers its files on from those there and adds a record: nothing is overwritten.
 """
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Mapping
+import os
+import re
+import uuid
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,19 +23,54 @@ from jaxtyping import Float
 
 from medm2g_jax.data.formats import format_of
 from medm2g_jax.data.picture import Picture
+from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES, Modality, split_stream
 
 NOTE = "Synthetic, made by medm2g_jax. Not for clinical use."
+LISTING = "generated.json"
+
+
+def check_writable(folder: epath.PathLike) -> None:
+    """Can samples be written into `folder`, which need not exist yet? Leaves nothing behind.
+
+    Raises:
+      UserError: it is a file or cannot be written, or holds a generated.json that is not ours; says which.
+    """
+    folder = epath.Path(folder)
+    there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    if not there.is_dir():
+        raise UserError(f"--out {folder}: expected a folder, found the file {there}; name another --out")
+    _records(folder)
+    probe = there / f".medm2g-{uuid.uuid4().hex}"
+    try:
+        try:
+            probe.write_text(NOTE)
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
 
 
 def write_samples(folder: epath.PathLike, samples: Mapping[str, Any], record: Mapping[str, Any]) -> list[epath.Path]:
-    """Write samples (stream -> list of str, or float32 (n h w) in the modality's unit) and return the files' paths."""
+    """Write samples (stream -> list of str, or float32 (n h w) in the modality's unit) and return the files' paths.
+
+    Raises:
+      UserError: they cannot be written; names the folder and the cause.
+    """
     folder = epath.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone_in(folder):
+            return _write(folder, samples, record)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _write(folder: epath.Path, samples: Mapping[str, Any], record: Mapping[str, Any]) -> list[epath.Path]:
+    records, first, written = _records(folder), _next_number(folder), []
     for stream, values in samples.items():
         modality = MODALITIES[split_stream(stream)[0]]
-        for i, value in enumerate(values):
+        for i, value in enumerate(values, first):
             stem = f"{stream.replace(':', '-')}_{i:03d}"
             if not modality.is_image:
                 path = folder / f"{stem}.txt"
@@ -40,9 +82,51 @@ def write_samples(folder: epath.PathLike, samples: Mapping[str, Any], record: Ma
                     np.save(f, np.asarray(value, np.float32))
             written.append(path)
     units = {s: dict(unit=m.unit, window=m.window) for s in samples if (m := MODALITIES[split_stream(s)[0]]).window}
-    listing = {"note": NOTE, **record, "units": units, "files": [p.name for p in written]}
-    (folder / "generated.json").write_text(json.dumps(listing, indent=1))
+    records.append({"note": NOTE, **record, "units": units, "files": [p.name for p in written]})
+    part = folder / f"{LISTING}.part"
+    part.write_text(json.dumps(records, indent=1))
+    part.replace(folder / LISTING)
     return written
+
+
+def _records(folder: epath.Path) -> list[dict[str, Any]]:
+    """The records of earlier calls; a single one, as earlier versions wrote it, is a list of one."""
+    path = folder / LISTING
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {type(error).__name__} in reading it; move it away, or name another --out") from error
+    found = found if isinstance(found, list) else [found]
+    if not all(isinstance(one, dict) for one in found):
+        raise UserError(f"{path}: expected records of earlier calls; move it away, or name another --out")
+    return found
+
+
+def _next_number(folder: epath.Path) -> int:
+    """The first number that no sample in the folder has, whatever its stream: files of one number belong together."""
+    names = (re.fullmatch(r"(\w[\w-]*)_(\d{3,})\.(png|npy|txt)", path.name) for path in folder.iterdir())
+    return max((int(name[2]) + 1 for name in names if name), default=0)
+
+
+@contextlib.contextmanager
+def alone_in(folder: epath.Path) -> Iterator[None]:
+    """Have a folder's lock for as long as the block lasts, where its file system has some: two at once take turns."""
+    if "://" in os.fspath(folder):
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # file systems without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _unwritable(folder: epath.Path, error: OSError) -> UserError:
+    return UserError(f"--out {folder}: cannot be written: {error.strerror or error}; name another --out or mend it")
 
 
 def shown(values: Float[np.ndarray, "h w"], modality: Modality) -> Picture:

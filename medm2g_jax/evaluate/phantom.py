@@ -28,9 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from medm2g_jax import rounds
 from medm2g_jax.arrays import Params
-from medm2g_jax.data.open import open_source
+from medm2g_jax.data.open import source_of
 from medm2g_jax.data.source import Source, labeller, labels
 from medm2g_jax.diffusion import denoising_loss
 from medm2g_jax.errors import UserError
@@ -93,18 +92,10 @@ def labelled_source(shared: Mapping[str, Any], path: str) -> Source:
     Raises:
       UserError: nobody knows exactly what there is to find in its records.
     """
-    d = shared["data"]
-    source = open_source(
-        d["source"],
-        size=shared["image_size"],
-        seed=shared["seed"],
-        pairs=rounds.graph(shared["listing"]).pairs,
-        template_text=d["template_text"],
-        phantom=dict(train=d["train"], val=d["val"], test=d["test"]),
-    )
+    source = source_of(shared)
     if labels(source) is None:
         raise UserError(
-            f"{path} was trained on {d['source']}, whose findings have no exact labels to judge by; expected a model "
+            f"{path} was trained on {shared['data']['source']}, whose findings have no exact labels to judge by; expected a model "
             "trained on data that has them, as --config.data.source=phantom"
         )
     return source

@@ -12,11 +12,13 @@ step is passed over for the newest intact one; another network than the one save
 Every path may be remote (gs://). All processes call every function here; only process 0 writes plain files.
 """
 
+import contextlib
 import json
 import logging
 import os
 import re
 import sys
+import traceback
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -32,28 +34,46 @@ from jaxtyping import Array, UInt32
 
 from medm2g_jax.arrays import Params
 from medm2g_jax.errors import UserError
+from medm2g_jax.train.disk import cause
 
 _ORBAX = os.path.dirname(ocp.__file__) + os.sep
-
-
-def _report_unraisable(unraisable, report=sys.unraisablehook):
-    code = getattr(unraisable.object, "cr_code", None)
-    if str(unraisable.exc_value) != "Event loop is closed" and not (code and code.co_filename.startswith(_ORBAX)):
-        report(unraisable)
-
-
-# Orbax logs warnings of no consequence, and errors that it raises as well. When one array fails, it drops the reads and
-# writes of the others half done, on each of which Python writes up to a page, now or later. We say it once.
-logging.getLogger("absl").addFilter(lambda record: not record.pathname.startswith(_ORBAX))
-logging.getLogger("asyncio").addFilter(lambda record: not re.search("orbax|tensorstore|OCDBT", record.getMessage()))
-warnings.filterwarnings("ignore", message="coroutine '(_read_array|async_deserialize)", category=RuntimeWarning)
-sys.unraisablehook = _report_unraisable
-
 FORMAT = 2  # of model.json
 _UNFINISHED = "unfinished"
 _ASIDE = ".replaced"  # the copy of a step that a forced save is about to replace
 
 _Abstract = dict[str, jax.ShapeDtypeStruct]
+
+
+def quiet_orbax() -> None:
+    """For entry points: say what orbax has to say once, in our words.
+
+    Orbax logs warnings of no consequence, and errors that it raises as well. When one array fails, it drops the reads
+    and writes of the others half done, on each of which Python writes up to a page, now or later.
+    """
+    if _not_of_orbax in logging.getLogger("absl").filters:
+        return
+    logging.getLogger("absl").addFilter(_not_of_orbax)
+    logging.getLogger("asyncio").addFilter(_not_of_orbax_s_tasks)
+    warnings.filterwarnings("ignore", message="coroutine '(_read_array|async_deserialize)", category=RuntimeWarning)
+    report = sys.unraisablehook
+
+    def report_unless_orbax(unraisable):
+        code = getattr(unraisable.object, "cr_code", None)
+        if str(unraisable.exc_value) != "Event loop is closed" and not (code and code.co_filename.startswith(_ORBAX)):
+            report(unraisable)
+
+    sys.unraisablehook = report_unless_orbax
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return not record.pathname.startswith(_ORBAX)
+
+
+def _not_of_orbax_s_tasks(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    frames = traceback.walk_tb(error.__traceback__) if error is not None else ()
+    through = any(frame.f_code.co_filename.startswith(_ORBAX) for frame, _ in frames)
+    return not through and not re.search("orbax|tensorstore|OCDBT", record.getMessage())
 
 
 @jax.jit
@@ -104,10 +124,19 @@ class Checkpoints:
             raise UserError(f"config.keep: expected at least 1, found {keep}")
         self.folder = _absolute(folder)
         self._keep = keep
+        # Folders before `save` returns: one that cannot be made in the background leaves orbax's writers waiting for it
+        # for five minutes, and the process with them.
+        at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         self._saver = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(state=_arrays_handler(), meta=ocp.JsonCheckpointHandler())
+            ocp.CompositeCheckpointHandler(
+                composite_options=ocp.CompositeOptions(async_options=at_once),
+                state=_arrays_handler(),
+                meta=ocp.JsonCheckpointHandler(),
+            ),
+            async_options=at_once,
         )
         self._writing: tuple[int, dict] | None = None
+        self._broken = False  # a save has failed, and said so
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._tidy()
@@ -156,7 +185,7 @@ class Checkpoints:
             self._saver.save(path, args=arguments, force=True)
         except OSError as error:
             raise self._failed(step, error) from error
-        self._writing = step, sealed["record"]
+        self._writing, self._broken = (step, sealed["record"]), False
 
     def wait(self) -> None:
         """Wait for the save in flight.
@@ -177,11 +206,23 @@ class Checkpoints:
         self._prune()
 
     def close(self) -> None:
-        """Wait for the save in flight and let go of the folder."""
+        """Wait for the save in flight and let go of the folder.
+
+        Raises:
+          UserError: the save failed, unless this is called while another error is on its way: the first one counts.
+        """
+        under_way = sys.exc_info()[1] is not None
         try:
             self.wait()
+        except UserError:
+            if not under_way:
+                raise
         finally:
-            self._saver.close()
+            try:
+                self._saver.close()
+            except (OSError, ValueError, RuntimeError) as error:  # the rest of what has failed before
+                if not (under_way or self._broken):
+                    raise UserError(f"{self.folder}: {_reason(error)}; {cause(self.folder, error)}") from error
 
     def best(self) -> int | None:
         """The finished step of lowest metric, the later of equals; None where no step has one."""
@@ -256,11 +297,13 @@ class Checkpoints:
         return found, passed
 
     def _failed(self, step: int, error: Exception) -> UserError:
+        why, self._broken = cause(self.folder, error), True
         if jax.process_index() == 0:
-            self._tidy()  # a full disk should not stay full of what could not be finished
+            with contextlib.suppress(OSError):  # where even that is not allowed, the first error is the one to tell
+                self._tidy()  # a full disk should not stay full of what could not be finished
         kept = f"the last good checkpoint, step {max(self._records)}, is kept" if self._records else "none is kept yet"
         return UserError(
-            f"{self.folder}: saving step {step} failed: {_reason(error)}; {kept}; make room and run the same command"
+            f"{self.folder}: saving step {step} failed: {_reason(error)}; {kept}; {why}, and run the same command"
         )
 
     def _tidy(self) -> None:
@@ -311,10 +354,12 @@ def save_model(folder: epath.PathLike, params: Params, meta: Mapping[str, Any]) 
             _write_at_once(path, text)
         _barrier("result written")
     except (OSError, ValueError) as error:  # tensorstore raises a full disk as ValueError
+        why = cause(folder, error)
         if jax.process_index() == 0:
-            _drop_unfinished(folder)
+            with contextlib.suppress(OSError):
+                _drop_unfinished(folder)
         raise UserError(
-            f"{folder / 'model'}: writing the result failed: {_reason(error)}; make room and run the same command"
+            f"{folder / 'model'}: writing the result failed: {_reason(error)}; {why}, and run the same command"
         ) from error
 
 

@@ -26,6 +26,8 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from medm2g_jax.train.checkpoint import quiet_orbax
+
 Images = Float[np.ndarray, "n h w c"] | Float[Array, "n h w c"]
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -164,7 +166,8 @@ def memory() -> dict[str, float]:
 
 
 def quiet() -> None:
-    """Leave the console to our own lines: only errors of the libraries are shown."""
+    """For entry points: leave the console to our own lines; only errors of the libraries are shown."""
+    quiet_orbax()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA, where it has not started yet
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -186,6 +186,7 @@ def run_stage(
     dtype = activation_dtype(config.dtype)
     place = lambda name, shape: sharding.param_sharding(name, shape, mesh)  # noqa: E731
     upstream = results.load_upstream(config, root, graph, place, frozen_dtype(dtype), data.vocab)
+    results.record_lineage(config, folder, graph.stage(config.stage).trains, upstream)
     setup = assemble(config, graph, mesh, data.vocab, upstream.scales, upstream.predict, dtype)
     spec = setup.recipe
     few = data.holds(spec.rows, "train")
@@ -390,11 +391,14 @@ def _best(saves: checkpoint.Checkpoints, state: State, shardings: State) -> tupl
 def _record(config: ConfigDict, folder: epath.Path) -> None:
     """Write the resolved config and the versions; a folder that was begun with another config is an error."""
     path = folder / "config.json"
+    stood_on = results.read_lineage(folder)
+    prints = None if stood_on is None else stood_on["weights"]
     now = json.loads(config.to_json_best_effort())
     if path.exists() and (folder / "checkpoints").exists():
         before = json.loads(path.read_text())
         for field, old, new in results.differences(before, now):
-            if field.split(".")[0] not in FREE:
+            free = field.split(".")[0] in FREE or field == "data.accept"
+            if not free and not results.moved(folder.parent, config, (field, old, new), prints):
                 raise UserError(
                     f"{folder} was begun with config.{field}={old!r}, this command has {new!r}; give it back, or start "
                     "afresh with --workdir=ANOTHER_FOLDER"
@@ -406,7 +410,8 @@ def _record(config: ConfigDict, folder: epath.Path) -> None:
 
 
 def plan_stages(config: ConfigDict, root: epath.Path) -> list[tuple[str, str]]:
-    """[(stage, what happens)] of this config's plan: "done", "resume", "train", or "initialised" (upstream="init").
+    """[(stage, what happens)] of this config's plan: "done", "resume", "train", "initialised" (upstream="init"), or
+    "train again: " and why, of what does not stand on what it was trained on any more.
 
     Raises:
       UserError: upstream="require" and a stage is missing; names the command that makes it.
@@ -414,8 +419,12 @@ def plan_stages(config: ConfigDict, root: epath.Path) -> list[tuple[str, str]]:
     if config.upstream not in ("train", "init", "require"):
         raise UserError(f"config.upstream={config.upstream!r}: expected train, init or require")
     out = []
-    for name in results.graph_of(config, root).plan(config.stage):
-        if results.find(root, config, name) is not None or results.converted_stage(config, name):
+    plan = results.graph_of(config, root).plan(config.stage)
+    stale = results.stale(config, root, plan)
+    for name in plan:
+        if name in stale:
+            what = results.AGAIN + stale[name]
+        elif results.find(root, config, name) is not None or results.converted_stage(config, name):
             what = "done"
         elif name != config.stage and config.upstream == "require":
             raise UserError(

@@ -5,6 +5,7 @@ comes from. So ct_mri's result is the four-modality model, and nothing is stored
 """
 
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -21,12 +22,17 @@ from medm2g_jax import rounds
 from medm2g_jax.arrays import Params
 from medm2g_jax.config import stage_graph
 from medm2g_jax.convert import converted, weights
+from medm2g_jax.data.contents import contents_of
+from medm2g_jax.data.source import ranges
 from medm2g_jax.device import host_device, jit
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES
 from medm2g_jax.model import MedM2G, build, init_group
 from medm2g_jax.nn.attention import traced_for
-from medm2g_jax.train import checkpoint
+from medm2g_jax.train import checkpoint, data_record
+
+LINEAGE = "lineage.json"
+AGAIN = "train again: "
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ def trains(stage: rounds.Stage, name: str) -> bool:
 def shared(config: ConfigDict) -> dict[str, Any]:
     """The fields that all stages of a run root agree on, as plain JSON values."""
     everything = json.loads(config.to_json_best_effort())
+    del everything["data"]["accept"]  # says what may differ, and is none of it
     return {field: everything[field] for field in rounds.SHARED}
 
 
@@ -73,7 +80,11 @@ def find(root: epath.Path, config: ConfigDict, name: str) -> epath.Path | None:
         meta = checkpoint.read_meta(place / name)
         if meta is None:
             continue
-        different = differences(meta["shared"], shared(config))
+        different = [
+            found
+            for found in differences(meta["shared"], shared(config))
+            if not moved(place, config, found, meta["weights"] if "weights" in meta else None)
+        ]
         if different:
             field, old, new = different[0]
             words = meta["shared"]["preset"] + ("," + meta["shared"]["variant"] if meta["shared"]["variant"] else "")
@@ -83,6 +94,113 @@ def find(root: epath.Path, config: ConfigDict, name: str) -> epath.Path | None:
             )
         return place / name
     return None
+
+
+def moved(
+    place: epath.Path, config: ConfigDict, difference: tuple[str, Any, Any], prints: Mapping[str, int] | None
+) -> bool:
+    """Is this difference one of places alone, with the same in both?
+
+    Args:
+      place: the run root that was made with the other one.
+      difference: (field, old, new), of `differences`.
+      prints: of the converted weights then, as `weights_prints` gives them; None where nobody knows.
+
+    Raises:
+      UserError: data of other contents; says what differs.
+    """
+    field, old, new = difference
+    if field == "data.source":
+        before = data_record.read(place)
+        if before is None:
+            return False
+        now = contents_of(config)
+        if now.fingerprint not in (before["fingerprint"], config.data.accept):
+            raise UserError(data_record.differ(place, before, now, config.data.accept))
+        return True
+    if field == "weights" and old and new and prints is not None:
+        now = weights_prints(new, tuple(prints))
+        return now == dict(prints)
+    return False
+
+
+def weights_prints(folder: str, parts: Sequence[str]) -> dict[str, int]:
+    """One number for each of these folders of converted weights that is there, from the CRCs of its tensors."""
+    return {
+        part: zlib.crc32(json.dumps(converted.read(folder, part).meta["crc32"], sort_keys=True).encode())
+        for part in parts
+        if folder and converted.exists(folder, part)
+    }
+
+
+def stands_on(config: ConfigDict, trains: Sequence[str], upstream: Upstream) -> dict[str, Any]:
+    """What a stage stands on: where each group comes from that it reads, and the converted weights in it."""
+    begun = [g for g in trains if weights.offers(config.weights, g)]
+    parts = {weights.source_of(g)[0] for g in begun}
+    parts |= {origin["weights"] for origin in upstream.lineage.values() if "weights" in origin}
+    return {"from": dict(upstream.lineage), "weights": weights_prints(config.weights, sorted(parts))}
+
+
+def record_lineage(config: ConfigDict, folder: epath.Path, trains: Sequence[str], upstream: Upstream) -> None:
+    """Write what a stage that begins stands on, beside its checkpoints: whoever resumes it compares."""
+    if jax.process_index() == 0 and not _steps(folder):
+        (folder / LINEAGE).write_text(json.dumps(stands_on(config, trains, upstream), indent=1))
+
+
+def read_lineage(folder: epath.Path) -> dict[str, Any] | None:
+    """`stands_on` of a stage, finished or begun; None where it has not learnt anything yet."""
+    meta = checkpoint.read_meta(folder)
+    if meta is not None:
+        return {"from": meta["from"], "weights": meta["weights"] if "weights" in meta else {}}
+    path = folder / LINEAGE
+    return json.loads(path.read_text()) if _steps(folder) and path.exists() else None
+
+
+def _steps(folder: epath.Path) -> bool:
+    saves = folder / "checkpoints"
+    return saves.exists() and any(path.name.isdigit() for path in saves.iterdir())
+
+
+def stale(config: ConfigDict, root: epath.Path, plan: Sequence[str]) -> dict[str, str]:
+    """Stages that do not stand any more on what they were trained on, and why: to go on from them would join weights
+    with latents of another scale."""
+    out: dict[str, str] = {}
+    for name in plan:
+        folder = find(root, config, name) or root / name
+        record = read_lineage(folder)
+        if record is None:
+            continue
+        for group, origin in record["from"].items():
+            if "weights" in origin or origin["stage"] == name or "fingerprint" not in origin:
+                continue
+            owner = origin["stage"]
+            there = find(root, config, owner)
+            if owner in out:
+                out[name] = f"{owner} has to be trained again"
+            elif there is None:
+                out[name] = f"{owner}, which it stands on, is gone"
+            elif group_fingerprint(checkpoint.read_meta(there)["fingerprints"], group) != origin["fingerprint"]:
+                out[name] = f"{owner} has been trained again since"
+        now = weights_prints(config.weights, tuple(record["weights"]))
+        other = [part for part, value in now.items() if record["weights"][part] != value]
+        if other:
+            out[name] = f"{config.weights}/{other[0]} was converted again since, from other files"
+    return out
+
+
+def refuse_stale(config: ConfigDict, root: epath.Path, todo: Sequence[tuple[str, str]]) -> None:
+    """Go on only where every stage of a plan still stands on what it was trained on.
+
+    Raises:
+      UserError: names those that do not, why, and what to type.
+    """
+    again = {name: what.removeprefix(AGAIN) for name, what in todo if what.startswith(AGAIN)}
+    if again:
+        folders = " ".join(os.fspath(find(root, config, name) or root / name) for name in again)
+        raise UserError(
+            f"{', '.join(again)}: to be trained again ({next(iter(again.values()))}); bring back what was there, or "
+            f"delete what stands on it and run the same command: rm -r {folders}"
+        )
 
 
 def config_path(stage: str) -> str:
@@ -304,11 +422,13 @@ def describe(config: ConfigDict, graph: rounds.Graph, data, upstream: Upstream, 
         "from": origins,
         "rounds": done,
         "pairs": graph.trained_pairs(flows, done),
+        "ranges": ranges(data.source),
         "predict": {m: model.flows[m].process.predict for m in flows},
         "vocab": data.vocab,
         "lengths": dict(data.lengths),
         "scales": dict(upstream.scales),
         "modalities": {m: asdict(MODALITIES[m]) for m in graph.modalities},
+        "weights": stands_on(config, stage.trains, upstream)["weights"],
         "licences": sorted({r.licence for r in data.source.records if r.licence} | set(upstream.licences)),
         "standing_in": list(upstream.standing_in),
         "note": "Synthetic output. Not for clinical use.",

@@ -205,6 +205,10 @@ class Phantom:
     def __reduce__(self):
         return Phantom, self._args  # a worker process renders for itself
 
+    def identity(self) -> list[str]:
+        """What its records hold: a function of these numbers."""
+        return [repr(self._args)]
+
     def labels(self, index: int) -> Findings:
         """What there is to find in subject `index`."""
         return findings(subject(self.seed, index))
