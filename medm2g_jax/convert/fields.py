@@ -175,7 +175,7 @@ _DECODES = dict(add_cross_attention=_only(False), is_decoder=_only(False))
 _TOWER = ("hidden_size", "intermediate_size", "num_hidden_layers")
 CLIP = Fields(
     "CLIPConfig",
-    dict(model_type=_only("clip")),
+    {},
     {},
     ("projection_dim",),
     (*_ANY, "logit_scale_init_value", "text_config", "text_config_dict", "vision_config", "vision_config_dict"),
@@ -200,7 +200,6 @@ BERT = Fields(
     dict(
         hidden_act=_only("gelu", "gelu_python"),
         layer_norm_eps=_only(1e-12),
-        model_type=_only("bert"),
         pad_token_id=_only(0),
         position_embedding_type=_only("absolute"),
         type_vocab_size=_only(2),
@@ -232,7 +231,6 @@ GPT2 = Fields(
         activation_function=_only("gelu_new", "gelu_pytorch_tanh"),
         add_cross_attention=_only(False),
         layer_norm_epsilon=_only(1e-5),
-        model_type=_only("gpt2"),
         scale_attn_by_inverse_layer_idx=_only(False),
         scale_attn_weights=_only(True),
     ),

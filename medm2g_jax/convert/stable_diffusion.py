@@ -147,14 +147,7 @@ def convert(source: Path, to: Path, weights: str = "") -> converted.Summary:
     sizes = unet.sizes_of(found, what["unet"])
     if sizes.kind != "image":
         raise UserError(f"{what['unet']}: a text UNet; convert it with medm2g convert vd")
-    heads, groups, side = unet.read_config(*configs["unet"], sizes, notes)
-    vae, vae_net = vae_steps(parts["vae"], what["vae"])
-    if side is not None:
-        pixels = side * 2 ** (len(vae_net["channels"]) - 1)
-        notes.append(f"its UNet was trained on images of {pixels} pixels: --config.image_size={pixels}")
-    hint = "Expected Stable Diffusion 1.5"
-    steps = match(unet.table(sizes, unet.layout_of(found)), found, sizes.expected(), what["unet"], hint=hint)
-    vae_groups, scale = _vae_config(*configs["vae"], vae_net, notes)
+    _, vae_net = vae_sizes(parts["vae"], what["vae"])
     text = clip.text_sizes(parts["text_encoder"], what["text_encoder"])
     for name, ours, theirs in (
         ("its text encoder makes prompts of width", text["width"], sizes.width),
@@ -162,9 +155,18 @@ def convert(source: Path, to: Path, weights: str = "") -> converted.Summary:
     ):
         if ours != theirs:
             raise UserError(f"{source}: {name} {ours}, its UNet reads {theirs}; not one model")
+    heads, groups, side = unet.read_config(*configs["unet"], sizes, notes)
+    if side is not None:
+        pixels = side * 2 ** (len(vae_net["channels"]) - 1)
+        notes.append(f"its UNet was trained on images of {pixels} pixels: --config.image_size={pixels}")
+    vae_groups, scale = _vae_config(*configs["vae"], vae_net, notes)
     config, path = configs["text_encoder"]
     taken = clip.text_config(config, text, path, notes)
     text["heads"] = fields.count(taken, "num_attention_heads", path) if config else TEXT_HEADS
+
+    hint = "Expected Stable Diffusion 1.5"
+    steps = match(unet.table(sizes, unet.layout_of(found)), found, sizes.expected(), what["unet"], hint=hint)
+    vae, _ = vae_steps(parts["vae"], what["vae"])
     front = clip.text_front(parts["text_encoder"])
     rules = clip.table("text", text["layers"], front, "text", projection=False)
     encoder = match(
