@@ -173,6 +173,12 @@ def test_what_changes_nothing_is_taken_and_what_nobody_knows_is_said(folder, tmp
     stable_diffusion.convert(folder[0], tmp_path / "plain")
     plain, same = (converted.read(tmp_path / w, "sd15").meta for w in ("plain", "w"))
     assert same["net"] == plain["net"] and same["crc32"] == plain["crc32"] and same["scales"] == plain["scales"]
+    # A whole CLIP's config, whose text tower is the encoder; it says one head.
+    nested = changed(folder[0], tmp_path / "nested", "text_encoder/config.json")
+    tower = json.loads((nested / "text_encoder/config.json").read_text()) | {"num_attention_heads": 1}
+    (nested / "text_encoder/config.json").write_text(json.dumps({"model_type": "clip", "text_config": tower}))
+    stable_diffusion.convert(nested, tmp_path / "nested_w")
+    assert converted.read(tmp_path / "nested_w", "sd15").meta["net"]["clip_text"]["heads"] == 1
     # A folder whose parts have no configs says so; the number of heads is then as published.
     shutil.copytree(folder[0], tmp_path / "bare")
     for file in (*(tmp_path / "bare").glob("*/config.json"), tmp_path / "bare/scheduler/scheduler_config.json"):

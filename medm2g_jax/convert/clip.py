@@ -146,7 +146,7 @@ def convert(source: Path, to: Path) -> converted.Summary:
     width = _shape(found, "text_projection.weight", str(file))[0]
     fields.read(config, fields.CLIP, str(path), notes)
     fields.compare(config, dict(projection_dim=(width,)), str(path))
-    text, vision = _tower(config, "text_config"), _tower(config, "vision_config")
+    text, vision = tower_config(config, "text_config"), tower_config(config, "vision_config")
     taken = text_config(text, sizes, f"{path}: text_config", notes)
     sizes["heads"] = fields.count(taken, "num_attention_heads", f"{path}: text_config", sizes["width"])
     # C_T pools where the highest id stands; 2 is what the oldest files say and means just that.
@@ -170,7 +170,7 @@ def convert(source: Path, to: Path) -> converted.Summary:
     return converted.write(to, "clip", steps, meta, {"clip": folder}, notes)
 
 
-def _tower(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+def tower_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A tower's own config; the oldest files write it a second time as NAME_dict, which transformers lets win."""
     return {**(config.get(name) or {}), **(config.get(f"{name}_dict") or {})}
 

@@ -38,6 +38,7 @@ ANCHORS = {
 # Stable Diffusion 1.5's own, where a single file, or a folder without configs, does not tell; all else that is not told
 # is the library's default.
 VAE_SCALE, TEXT_HEADS = 0.18215, 12
+PIXELS = 512  # a side of the images that it was trained on
 # (compvis, diffusers, ours)
 _VAE_RES = (
     ("norm1", "norm1", "norm_1", "norm"),
@@ -156,11 +157,13 @@ def convert(source: Path, to: Path, weights: str = "") -> converted.Summary:
         if ours != theirs:
             raise UserError(f"{source}: {name} {ours}, its UNet reads {theirs}; not one model")
     heads, groups, side = unet.read_config(*configs["unet"], sizes, notes)
-    if side is not None:
-        pixels = side * 2 ** (len(vae_net["channels"]) - 1)
+    pixels = PIXELS if side is None else side * 2 ** (len(vae_net["channels"]) - 1)
+    if pixels != PIXELS:
         notes.append(f"its UNet was trained on images of {pixels} pixels: --config.image_size={pixels}")
     vae_groups, scale = _vae_config(*configs["vae"], vae_net, notes)
     config, path = configs["text_encoder"]
+    if "text_config" in config:  # of a whole CLIP
+        config, path = clip.tower_config(config, "text_config"), f"{path}: text_config"
     taken = clip.text_config(config, text, path, notes)
     text["heads"] = fields.count(taken, "num_attention_heads", path) if config else TEXT_HEADS
 
