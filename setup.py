@@ -33,7 +33,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
-        "pillow>=12.0",  # not 13: gradio (extra demo) asks for 12
+        "pillow>=12.0,<13",  # gradio (extra demo) asks for less than 13
         "protobuf>=5.28.3",
         "safetensors>=0.8",
         "scipy>=1.14",

@@ -1,7 +1,6 @@
 """The verbs beside training: parse, call, print; no logic. Console script `medm2g`, or `python -m medm2g_jax VERB`."""
 
 import argparse
-import os
 import runpy
 import shlex
 import sys
@@ -58,13 +57,12 @@ def _generate(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from medm2g_jax.config import check_sampling
     from medm2g_jax.evaluate.phantom import measure
+    from medm2g_jax.main import config_file
     from medm2g_jax.train.log import quiet
 
     quiet()
     check_sampling("--{}", rows=args.rows, seed=args.seed)
-    path, _, words = args.config.partition(":")
-    if not os.path.exists(path):
-        raise UserError(f"no config file {path}; expected configs/tasks.py:phantom")
+    path, _, words = config_file(args.config).partition(":")
     config = runpy.run_path(path)["get_config"](words)
     measure(args.model, args.rows or config.rows, config.seed if args.seed is None else args.seed)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from medm2g_jax.convert import clip, converted, optimus, stable_diffusion, unet
+from medm2g_jax.convert import clip, converted, fields, optimus, stable_diffusion, unet
 from medm2g_jax.convert.converted import RESTRICTIONS, WEIGHTS, Summary
 from medm2g_jax.convert.files import Output, Tensor, new_folder, some, write_safetensors
 from medm2g_jax.convert.rules import Step, back, outputs
@@ -28,6 +28,8 @@ from medm2g_jax.modality import MODALITIES, centre, of_kind
 
 FORMATS = ("diffusers", "clip", "bert", "gpt2", "safetensors")
 VERSION = "0.42.0"  # of diffusers, whose configs these are
+# Of what the process is, what DDIM's config has.
+DDIM = ("beta_end", "beta_schedule", "beta_start", "clip_sample", "num_train_timesteps", "prediction_type")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Source:
     tokenizers: dict[str, Path]
     title: str
     left: tuple[str, ...] = ()  # what has no place in the format
+    latent_side: int | None = None  # of the images that the UNet was trained on
+    scheduler: Mapping[str, Any] | None = None  # the config that came with Stable Diffusion's weights
 
 
 def export(source: str | Path | None, to: str | Path, format: str | None, flow: str | None = None) -> Summary:
@@ -116,6 +120,8 @@ def _of_converted(source: Path, format: str) -> Source:
         tokenizers,
         f"{found.meta['source']}, as medm2g_jax has it",
         ("Optimus's latent layers",) if part == "optimus" else (),
+        found.meta.get("latent_side"),
+        found.meta.get("scheduler"),
     )
 
 
@@ -151,6 +157,7 @@ def _of_run(source: Path, format: str, flow: str | None) -> Source:
     if missing:
         raise UserError(f"{source}: this model has no {some(missing)} of {flow or text}; give another --flow")
     vocab, left = meta["vocab"], ("Optimus's latent layers",)
+    side = scheduler = None
     if format == "diffusers":
         weights = Path(meta["shared"]["weights"] or ".")
         if not converted.exists(weights, "sd15"):
@@ -160,6 +167,8 @@ def _of_run(source: Path, format: str, flow: str | None) -> Source:
             )
         own = converted.read(weights, "sd15")
         tensors |= {n: t for n, t in own.tensors.items() if n.startswith("text/")}
+        scheduler = own.meta.get("scheduler")
+        side = meta["shared"]["image_size"] // 2 ** (len(net["image_vae"]["channels"]) - 1)
         net, vocab = {**net, "clip_text": own.meta["net"]["clip_text"]}, own.meta["vocab"]
         left = ("guides, contexts and adaptation", "the embedding of contrasts", "prompt_in (prompts are SD's own)")
     if format == "clip":
@@ -168,7 +177,8 @@ def _of_run(source: Path, format: str, flow: str | None) -> Source:
     root = Path(source) if (Path(source) / "tokenizers").is_dir() else Path(source).parent
     folders = {p.name: p for p in (root / "tokenizers").glob("*") if p.is_dir()}
     title = f"{MODALITIES[flow or text].word} flow of {meta['stage']} (MedM2G)"
-    return Source(tensors, net, vocab, meta["scales"]["image"], tuple(meta["licences"]), folders, title, left)
+    licences = tuple(meta["licences"])
+    return Source(tensors, net, vocab, meta["scales"]["image"], licences, folders, title, left, side, scheduler)
 
 
 def _of_array(value: Any, source: Path) -> Tensor:
@@ -197,7 +207,7 @@ def _diffusers(given: Source, folder: Path) -> tuple[int, int]:
     u, v, text = net["image_unet"], net["image_vae"], net["clip_text"]
     if v["patch"] != 1 or v["colours"] != 3 or not v["mid_attention"]:
         raise UserError(f"{given.title}: its autoencoder is not Stable Diffusion's; diffusers has none like it")
-    latent = v["latent"]
+    latent, side = v["latent"], given.latent_side or 64
     sizes = unet.Sizes(tuple(u["channels"]), tuple(u["attention"]), u["layers"], width, latent, 0)
     attention = ["CrossAttn" if a else "" for a in u["attention"]]
     common = dict(_diffusers_version=VERSION, act_fn="silu")
@@ -219,7 +229,7 @@ def _diffusers(given: Source, folder: Path) -> tuple[int, int]:
             norm_eps=1e-5,
             norm_num_groups=u["groups"],
             out_channels=latent,
-            sample_size=64,
+            sample_size=side,
             up_block_types=[f"{a}UpBlock2D" for a in reversed(attention)],
         ),
         "vae": dict(
@@ -232,7 +242,7 @@ def _diffusers(given: Source, folder: Path) -> tuple[int, int]:
             layers_per_block=v["layers"],
             norm_num_groups=v["groups"],
             out_channels=3,
-            sample_size=64 * 2 ** (len(v["channels"]) - 1),
+            sample_size=side * 2 ** (len(v["channels"]) - 1),
             scaling_factor=given.scale,
             up_block_types=["UpDecoderBlock2D"] * len(v["channels"]),
         ),
@@ -249,15 +259,10 @@ def _diffusers(given: Source, folder: Path) -> tuple[int, int]:
         steps = back(rules[name], _under(given, prefix), f"{given.title}: {name}")
         n, bytes_ = _write(folder / name, file, steps, configs[name])
         count, size = count + n, size + bytes_
-    scheduler = dict(
-        _class_name="DDIMScheduler",
+    scheduler = given.scheduler or dict(
+        _class_name=fields.SCHEDULER.library,
         _diffusers_version=VERSION,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        num_train_timesteps=1000,
-        prediction_type="epsilon",
+        **{name: ours[0] for name, (_, ours) in fields.SCHEDULER.fixed.items() if name in DDIM},
         set_alpha_to_one=False,
         steps_offset=1,
         timestep_spacing="leading",
@@ -270,7 +275,7 @@ def _diffusers(given: Source, folder: Path) -> tuple[int, int]:
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "scheduler": ["diffusers", scheduler.get("_class_name") or fields.SCHEDULER.library],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],

@@ -1,6 +1,8 @@
 """Training entry: flags, distributed start-up, the plan, then training; nothing else.
 
 python -m medm2g_jax.main --config=configs/text_ct.py:tiny [--config.FIELD=VALUE ...] [--workdir=DIR]
+
+A config is a file, or the name of one that the package brings: --config=text_ct:tiny.
 """
 
 import difflib
@@ -10,7 +12,8 @@ import runpy
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -19,7 +22,7 @@ from medm2g_jax.config import absolute, check
 from medm2g_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file in configs/, with words after a colon.", lock_config=True
+    "config", None, "A file, or the name of one in configs/; words after a colon.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run root, one folder a stage in it; default runs/<data>-<preset>.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", None, "Start jax.distributed; default: where a launcher asks for it.")
@@ -119,9 +122,9 @@ def read_config(arguments: list[str]) -> ConfigDict:
     Raises:
       UserError: no such file, word or field, or a value of another type.
     """
-    values, argv = flags.FlagValues(), ["medm2g", *arguments]
+    values, argv = flags.FlagValues(), ["medm2g", *_with_files(arguments)]
     config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True, sys_argv=argv)
-    _check(arguments)
+    _check(argv)
     try:
         values(argv)
     except flags.Error as error:
@@ -131,17 +134,60 @@ def read_config(arguments: list[str]) -> ConfigDict:
     return values.config
 
 
+def config_file(argument: str) -> str:
+    """FILE:WORDS with a FILE that is there: as it was typed, with .py, in configs/ here, or in the package's own.
+
+    So `configs/text_ct.py:tiny` works where the package is installed and no configs/ is near, as `text_ct:tiny` does.
+
+    Raises:
+      UserError: there is none; names the package's.
+    """
+    path, colon, words = argument.partition(":")
+    named = path if path.endswith(".py") else f"{path}.py"
+    name = os.path.basename(named)
+    places = [named]
+    if path and os.path.dirname(path) in ("", "configs"):
+        places += [os.path.join("configs", name), str(_configs() / name)]
+    found = next((p for p in places if os.path.isfile(p)), None)
+    if found is None:
+        own = sorted(p.stem for p in _configs().glob("*.py") if p.stem != "__init__")
+        raise UserError(
+            f"no config file {path or repr(path)}; expected a path, as in --config=configs/text_ct.py:tiny, or one of "
+            f"the package's own by its name, as in --config=text_ct:tiny: {', '.join(own)}"
+        )
+    return found + colon + words
+
+
+def _configs() -> Path:
+    """configs/ as a part of the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "configs"
+
+
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser, with what config_flags says of a config in tracebacks turned into one line."""
+    argv = _with_files(argv)
     _check(argv)
     return app.parse_flags_with_usage(argv)
 
 
-def _check(argv: list[str]) -> None:
+def _with_files(argv: Sequence[str]) -> list[str]:
+    """The arguments with --config as one word, and its file where it is."""
+    out: list[str] = []
+    rest = iter(argv)
+    for argument in rest:
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config", "-config"):
+            value = value if equals else next(rest, "")
+            out.append(f"--config={config_file(value)}")
+        else:
+            out.append(argument)
+    return out
+
+
+def _check(argv: Sequence[str]) -> None:
     given = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), "")
     path, _, words = given.partition(":")
-    if given and not os.path.exists(path):
-        raise UserError(f"no config file {path}; configs/ has one for each stage, as in configs/text_ct.py")
     known = _fields(runpy.run_path(path)["get_config"](words)) if given else []
     for argument in argv:
         field = argument.removeprefix("--config.").partition("=")[0]

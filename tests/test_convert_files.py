@@ -265,3 +265,81 @@ def test_the_engine_reads_both_ways_and_takes_every_key_once():
     with pytest.raises(ValueError, match="no rule for q/kernel"):
         rules.match(table, found, expected | {"q/kernel": (1,)}, "x")
     assert files.some(list("abcdefghi"), 2) == "a, b and 7 more"
+
+
+def test_nests_and_wrappers_are_taken_off(tmp_path):
+    """What Lightning, DeepSpeed, torch.compile, DataParallel and training programs put around a network's own keys."""
+    state = {"encoder.a.weight": torch.ones(2), "decoder.b.weight": torch.zeros(3)}
+
+    def keys(name="x.pth"):
+        return set(files.open_published(tmp_path / name, "encoder.a.weight"))
+
+    for nest in ("state_dict", "module", "model", "model_state_dict"):
+        torch.save({nest: state, "epoch": 3, "step": torch.tensor(4)}, tmp_path / "x.pth")
+        assert keys() == set(state)
+    torch.save(
+        {"model": {"state_dict": state}, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}}, tmp_path / "x.pth"
+    )
+    assert keys() == set(state)
+    for front in ("_orig_mod.", "module.", "model.", "module._orig_mod.", "model._orig_mod.", "net.student."):
+        torch.save({f"{front}{k}": v for k, v in state.items()}, tmp_path / "x.pth")
+        assert keys() == set(state)
+        save_file({f"{front}{k}": v.numpy() for k, v in state.items()}, tmp_path / "x.safetensors")
+        assert keys("x.safetensors") == set(state)
+    torch.save(
+        {k.replace(".", "._orig_mod.", 1): v for k, v in state.items()} | {"model.c": torch.ones(1)}, tmp_path / "x.pth"
+    )
+    assert keys() == {*state, "model.c"}  # and no more than that
+    for twice, words in (
+        (state | {"module.encoder.a.weight": torch.ones(2)}, "encoder.a.weight stands there twice"),
+        ({f"{w}.{k}": v for w in ("ema", "model") for k, v in state.items()}, "2 networks, behind 'ema.', 'model.'"),
+    ):
+        torch.save(twice, tmp_path / "x.pth")
+        with pytest.raises(UserError, match=words):
+            keys()
+    torch.save({"weights_of_mine": state, "epoch": 3}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"found dict with 'weights_of_mine', 'epoch'.*torch.save\(model.state_dict"):
+        keys()
+    torch.save({"module": state, "args": Evil(tmp_path / "ran")}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="refused: it asks for"):
+        keys()
+    assert not (tmp_path / "ran").exists()
+    torch.save({"a": torch.ones(2, dtype=torch.complex64)}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="a is of dtype complex64; known are"):
+        keys()
+
+
+def test_a_conversion_loads_its_own_result_or_leaves_nothing(tmp_path, monkeypatch):
+    """Bytes that change on their way to the disk, and a tokenizer that loses a file on its own."""
+    from medm2g_jax.data.text import Tokenizers
+
+    Tokenizers.train(["no mass ."], tmp_path / "tok", 600)
+    size = Tokenizers.load(tmp_path / "tok").sizes["gpt2"]
+    meta = dict(source="x", licence="MIT", net={}, vocab=dict(gpt2=size))
+    steps, given = [step("a", lambda: np.zeros(2, np.float32))], {"gpt2": tmp_path / "tok" / "gpt2"}
+    made = converted.write(tmp_path / "good", "optimus", steps, meta, given)
+    assert "read back: 1 tensors, gpt2 tokenizer" in str(made)
+
+    def flipped(path, outputs, metadata):
+        prints = write_safetensors(path, outputs, metadata)
+        path.write_bytes(path.read_bytes()[:-1] + b"\1")
+        return prints
+
+    with monkeypatch.context() as patch:
+        patch.setattr(converted, "write_safetensors", flipped)
+        with pytest.raises(UserError, match="a does not read back as it was written"):
+            converted.write(tmp_path / "w", "optimus", steps, meta, given)
+    with monkeypatch.context() as patch:
+        patch.setattr(converted, "TOKENIZER_FILES", ("tokenizer_config.json", "vocab.json"))
+        (tmp_path / "tok" / "gpt2" / "vocab.json").write_text("{}")
+        with pytest.raises(UserError, match="no tokenizer there"):
+            converted.write(tmp_path / "w", "optimus", steps, meta, given)
+    for vocab in (size - 1, size + 1):
+        with pytest.raises(
+            UserError, match=f"tok/gpt2: its gpt2 tokenizer has {size} ids, its network rows for {vocab}"
+        ):
+            converted.write(tmp_path / "w", "optimus", steps, meta | dict(vocab=dict(gpt2=vocab)), given)
+    (tmp_path / "tok" / "gpt2" / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="tok/gpt2/tokenizer.json: not a tokenizer file"):
+        converted.write(tmp_path / "w", "optimus", steps, meta, given)
+    assert not (tmp_path / "w").exists() or not list((tmp_path / "w").iterdir())

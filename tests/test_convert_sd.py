@@ -127,6 +127,33 @@ def test_single_file(folder, tmp_path, kind):
         np.testing.assert_array_equal(ema[name], plain[name] + np.float32(0.01) * name.startswith("unet/"))
 
 
+def test_single_files_with_extras_and_in_wrappers(folder, tmp_path):
+    """CLIP's scale and projection, an autoencoder's EMA, a compiled UNet, a program's module: the same weights."""
+    path, parts = folder
+    state = published.compvis_state(parts)
+    extras = {"cond_stage_model.logit_scale": torch.ones(()), "cond_stage_model.text_projection": torch.ones(2, 2)}
+    extras["cond_stage_model.transformer.text_projection.weight"] = torch.ones(2, 2)
+    extras |= {"first_stage_model.model_ema.decay": torch.ones(()), "model_ema.num_updates": torch.ones(())}
+    bare = {k.replace("transformer.text_model.", "transformer."): v for k, v in state.items()}
+    compiled = {k.replace("diffusion_model.", "diffusion_model._orig_mod."): v for k, v in state.items()}
+    forms = {"extras": compiled | extras, "program": {f"model.{k}": v for k, v in bare.items()}}
+    stable_diffusion.convert(path, tmp_path / "folder")
+    prints = converted.read(tmp_path / "folder", "sd15").meta["crc32"]
+    for name, form in forms.items():
+        save_file(form, tmp_path / f"{name}.safetensors")
+        stable_diffusion.convert(tmp_path / f"{name}.safetensors", tmp_path / name)
+        assert converted.read(tmp_path / name, "sd15").meta["crc32"] == prints
+    torch.save({"module": state, "global_steps": 3}, tmp_path / "deepspeed.pt")
+    stable_diffusion.convert(tmp_path / "deepspeed.pt", tmp_path / "deepspeed")
+    assert converted.read(tmp_path / "deepspeed", "sd15").meta["crc32"] == prints
+    save_file(state | {"control_model.time_embed.0.weight": torch.ones(1)}, tmp_path / "control.safetensors")
+    with pytest.raises(UserError, match="a ControlNet file; bring the Stable Diffusion 1.5"):
+        stable_diffusion.convert(tmp_path / "control.safetensors", tmp_path / "out")
+    save_file({k: v for k, v in state.items() if "first_stage" not in k}, tmp_path / "part.safetensors")
+    with pytest.raises(UserError, match="no vae in it .*its keys are .*a diffusers folder"):
+        stable_diffusion.convert(tmp_path / "part.safetensors", tmp_path / "out")
+
+
 def test_old_names_of_the_vae_and_prefixed_text_encoder(folder, tmp_path):
     """VAE attention as query, key, value, proj_attn; text encoder with text_model. in front, as real files have it."""
     import shutil

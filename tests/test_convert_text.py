@@ -135,7 +135,7 @@ def numbered(state: dict) -> dict:
             book, name = (ctx, "context_blocks") if is_ctx else (data, "data_blocks")
             place = book.setdefault(front, len(book))
             for k in mine:
-                out[f"{name}.{place}.0.{k[len(front):]}"] = state[k]
+                out[f"{name}.{place}.0.{k[len(front) :]}"] = state[k]
     return out
 
 
@@ -284,3 +284,113 @@ def test_bert_and_gpt2(bert_gpt2, tmp_path):
     optimus.convert_bert_gpt2(tmp_path / "old" / "bert", tmp_path / "again", str(tmp_path / "old" / "gpt2"))
     old = values(tmp_path / "again", "optimus")
     assert old.keys() == flat.keys() and all(np.array_equal(old[n], flat[n]) for n in flat)
+
+
+def test_language_models_with_heads_buffers_and_wrappers(bert_gpt2, tmp_path, capsys):
+    """A masked BERT has no pooler: ours starts afresh, and that is said. GPT-2 with its output layer and masks."""
+    import shutil
+
+    path, _, gpt2 = bert_gpt2
+    optimus.convert_bert_gpt2(path / "bert", tmp_path / "plain", str(path / "gpt2"))
+    plain = values(tmp_path / "plain", "optimus")
+    shutil.copytree(path, tmp_path / "lm")
+    file = tmp_path / "lm" / "bert" / "model.safetensors"
+    state = {f"module.bert.{k}": v for k, v in load_file(file).items() if not k.startswith("pooler.")}
+    heads = {"bias": torch.ones(50), "decoder.weight": torch.ones(50, 32), "transform.dense.bias": torch.ones(32)}
+    save_file(state | {f"module.cls.predictions.{k}": v for k, v in heads.items()}, file)
+    file = tmp_path / "lm" / "gpt2" / "model.safetensors"
+    state = {k.removeprefix("transformer."): v for k, v in load_file(file).items()}
+    state |= {"h.0.attn.bias": torch.ones(1, 1, 20, 20), "h.1.attn.masked_bias": torch.ones(())}
+    wte = state["wte.weight"]
+    save_file({f"_orig_mod.transformer.{k}": v for k, v in state.items()} | {"_orig_mod.lm_head.weight": wte + 0}, file)
+    arguments = ["--from", str(tmp_path / "lm" / "bert"), "--gpt2", str(tmp_path / "lm" / "gpt2")]
+    main(["convert", "bert-gpt2", *arguments, "--to", str(tmp_path / "out")])
+    out = capsys.readouterr().out
+    assert "without pooler" in out and "no gpt2 tokenizer in" in out and "read back: " in out
+    found = values(tmp_path / "out", "optimus")
+    assert found.keys() == plain.keys()
+    assert {n for n in found if not np.array_equal(found[n], plain[n])} <= {
+        "vae/encoder/pooler/kernel", "vae/encoder/pooler/bias"
+    }  # fmt: skip
+    assert found["vae/encoder/pooler/kernel"].std() > 0.01 and not found["vae/encoder/pooler/bias"].any()
+    save_file(state | {"lm_head.weight": wte + 1}, file)
+    with pytest.raises(UserError, match="gpt2: lm_head.weight should repeat wte.weight"):
+        optimus.convert_bert_gpt2(path / "bert", tmp_path / "x", str(tmp_path / "lm" / "gpt2"))
+    save_file({"body.weight": wte + 0}, file)
+    with pytest.raises(UserError, match="1 missing: wte.weight; its keys are body.weight. Expected gpt2"):
+        optimus.convert_bert_gpt2(path / "bert", tmp_path / "x", str(tmp_path / "lm" / "gpt2"))
+    assert gpt2 is not None and not (tmp_path / "x").exists()
+
+
+def test_clip_in_wrappers(tmp_path):
+    published.clip().save_pretrained(tmp_path / "clip")
+    clip.convert(tmp_path / "clip", tmp_path / "plain")
+    prints = converted.read(tmp_path / "plain", "clip").meta["crc32"]
+    file = tmp_path / "clip" / "model.safetensors"
+    state = load_file(file)
+    for i, form in enumerate((
+        {f"module.{k}": v for k, v in state.items()},
+        {f"clip.{k}": v for k, v in state.items()},
+        {k.removeprefix("text_model."): v for k, v in state.items()},
+        state | {"text_model.embeddings.position_ids": torch.arange(77)[None]},
+    )):  # fmt: skip
+        save_file(form, file)
+        clip.convert(tmp_path / "clip", tmp_path / str(i))
+        assert converted.read(tmp_path / str(i), "clip").meta["crc32"] == prints
+
+
+def classic(folder, made, added: dict[str, int]) -> int:
+    """vocab.json, merges.txt and added_tokens.json of a GPT-2 tokenizer without Optimus's words; its size."""
+    import json
+
+    model = json.loads((made / "tokenizer.json").read_text())["model"]
+    vocab = {w: i for w, i in model["vocab"].items() if w not in ("<PAD>", "<BOS>", "<EOS>")}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    (folder / "added_tokens.json").write_text(json.dumps({w: len(vocab) + i for w, i in added.items()}))
+    return len(vocab)
+
+
+@pytest.mark.parametrize("added, more", [
+    ({"<PAD>": 0, "<BOS>": 1, "<EOS>": 2}, 0),  # Optimus's own folder
+    ({"<|pad|>": 0}, 3),
+    ({"<PAD>": 0}, 2),
+])  # fmt: skip
+def test_a_gpt2_folder_with_added_tokens(bert_gpt2, tmp_path, added, more):
+    """What was added is copied, the embedding has a row for every id, and the result loads."""
+    import shutil
+
+    import transformers
+
+    from medm2g_jax.data.text import Tokenizers
+
+    path, _, _ = bert_gpt2
+    Tokenizers.train(["no mass . heart size is normal ."], tmp_path / "tok", 600)
+    folder = tmp_path / "gpt2"
+    folder.mkdir()
+    words = classic(folder, tmp_path / "tok" / "gpt2", added) + len(added)
+    config = transformers.GPT2Config(vocab_size=words, n_embd=32, n_layer=2, n_head=4, n_inner=64, n_positions=20)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    optimus.convert_bert_gpt2(path / "bert", tmp_path / "w", str(folder))
+    there = tmp_path / "w" / "optimus" / "tokenizers" / "gpt2"
+    assert (there / "added_tokens.json").is_file()
+    assert values(tmp_path / "w", "optimus")["vae/decoder/wte/embedding"].shape == (words + more, 32)
+    # With the other two beside it a run loads it, at the size of the network.
+    for name in ("clip", "bert"):
+        shutil.copytree(tmp_path / "tok" / name, there.parent / name)
+    found = Tokenizers.load(there.parent)
+    assert found.sizes["gpt2"] == words + more
+    ids = found.encode("no mass", {"gpt2": 16})["gpt2"]
+    assert ids[0] == words + more - 2 and ids[-1] == words + more - 3 and found.decode(ids[1:]) == "no mass"
+    # A tokenizer of which a file is missing, and one with fewer words than the network: nothing is written.
+    (folder / "merges.txt").unlink()
+    with pytest.raises(UserError, match="gpt2: no tokenizer there"):
+        optimus.convert_bert_gpt2(path / "bert", tmp_path / "x", str(folder))
+    shutil.copytree(path / "gpt2", tmp_path / "small")
+    shutil.copy(tmp_path / "tok" / "gpt2" / "tokenizer.json", tmp_path / "small")
+    big = transformers.GPT2Config(vocab_size=700, n_embd=32, n_layer=2, n_head=4, n_inner=64, n_positions=20)
+    transformers.GPT2LMHeadModel(big).save_pretrained(tmp_path / "small")
+    with pytest.raises(UserError, match="small: its tokenizer has .* and wte.weight rows for 700"):
+        optimus.convert_bert_gpt2(path / "bert", tmp_path / "x", str(tmp_path / "small"))
+    assert not (tmp_path / "x").exists()

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
-from medm2g_jax.convert import converted
-from medm2g_jax.convert.files import Tensor, open_tensors, read_json, weights_in
+from medm2g_jax.convert import converted, fields
+from medm2g_jax.convert.files import Tensor, open_published, read_json, weights_in
 from medm2g_jax.convert.rules import SAME, Rule, layer, match, parameters
 from medm2g_jax.errors import UserError
-from medm2g_jax.nn.clip import CLIPText, CLIPVision
+from medm2g_jax.nn.clip import MEAN, STD, CLIPText, CLIPVision
 
 LOGIT_SCALE = [Rule("logit_scale", "logit_scale", SAME)]
 BUFFERS = r"position_ids$"
+TOKEN = "embeddings.token_embedding.weight"
+ANCHORS = (f"text_model.{TOKEN}", TOKEN)  # of a text tower, nested or not
 _LAYER = (
     *((f"self_attn.{x}_proj", f"attn/{x}", "dense") for x in "qkv"),
     ("self_attn.out_proj", "attn/out", "dense"),
@@ -64,21 +67,21 @@ def text_front(found: Mapping[str, Tensor]) -> str:
     return "text_model." if any(k.startswith("text_model.") for k in found) else ""
 
 
-def text_sizes(found: Mapping[str, Tensor], what: str, heads: int = 12) -> dict[str, Any]:
-    """config.net.clip_text of the text tower in these tensors, and its vocabulary."""
+def text_sizes(found: Mapping[str, Tensor], what: str) -> dict[str, Any]:
+    """config.net.clip_text, without heads, of the text tower in these tensors, and its vocabulary."""
     front = text_front(found)
-    sizes = dict(_common(found, front, what), heads=heads)
+    sizes = _common(found, front, what)
     token, position = (_shape(found, f"{front}embeddings.{x}_embedding.weight", what) for x in ("token", "position"))
     return dict(sizes, length=position[0], vocab=token[0])
 
 
-def vision_sizes(found: Mapping[str, Tensor], what: str, heads: int = 16) -> dict[str, Any]:
-    """config.net.clip_image of the vision tower in these tensors."""
+def vision_sizes(found: Mapping[str, Tensor], what: str) -> dict[str, Any]:
+    """config.net.clip_image, without heads, of the vision tower in these tensors."""
     front = "vision_model."
     patch = _shape(found, f"{front}embeddings.patch_embedding.weight", what)[-1]
     positions = _shape(found, f"{front}embeddings.position_embedding.weight", what)[0]
     side = round((positions - 1) ** 0.5)
-    return dict(_common(found, front, what), heads=heads, patch=patch, image=patch * side)
+    return dict(_common(found, front, what), patch=patch, image=patch * side)
 
 
 def _common(found: Mapping[str, Tensor], front: str, what: str) -> dict[str, int]:
@@ -96,14 +99,31 @@ def _shape(found: Mapping[str, Tensor], key: str, what: str) -> tuple[int, ...]:
 
 def text_expected(sizes: Mapping[str, Any], prefix: str, projection: int | None) -> dict[str, tuple[int, ...]]:
     """Names and shapes of our text tower; projection None: without one, as Stable Diffusion has it."""
-    tower = CLIPText(**dict(sizes, heads=1), projection=projection or 1)
+    tower = CLIPText(**{**sizes, "heads": 1}, projection=projection or 1)
     names = parameters(tower, prefix, jnp.zeros((1, 2), jnp.int32))
     return {n: s for n, s in names.items() if projection or not n.startswith(f"{prefix}/projection/")}
 
 
 def vision_expected(sizes: Mapping[str, Any], prefix: str, projection: int) -> dict[str, tuple[int, ...]]:
     side = sizes["image"]
-    return parameters(CLIPVision(**dict(sizes, heads=1), projection=projection), prefix, jnp.zeros((1, side, side, 3)))
+    tower = CLIPVision(**{**sizes, "heads": 1}, projection=projection)
+    return parameters(tower, prefix, jnp.zeros((1, side, side, 3)))
+
+
+def tower_told(sizes: Mapping[str, Any]) -> dict[str, tuple]:
+    """What a config has to say of a tower of these sizes."""
+    return dict(hidden_size=(sizes["width"],), intermediate_size=(sizes["ff"],), num_hidden_layers=(sizes["layers"],))
+
+
+def text_config(config: Mapping[str, Any], sizes: Mapping[str, Any], what: str, notes: list[str]) -> dict[str, Any]:
+    """What is taken from the config of a text tower of these sizes.
+
+    Raises:
+      UserError: it is another network's.
+    """
+    told = tower_told(sizes) | dict(max_position_embeddings=(sizes["length"],), vocab_size=(sizes["vocab"],))
+    fields.compare(config, told, what)
+    return fields.read(config, fields.CLIP_TEXT, what, notes)
 
 
 def convert(source: Path, to: Path) -> converted.Summary:
@@ -117,18 +137,25 @@ def convert(source: Path, to: Path) -> converted.Summary:
     file = weights_in(source, "model", "pytorch_model") if source.is_dir() else source
     if file is None:
         raise UserError(f"{source}: expected model.safetensors or pytorch_model.bin of a CLIP model")
-    config = read_json(folder / "config.json")
-    text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
+    path, notes = folder / "config.json", []
+    config = read_json(path)
     if config.get("model_type") != "clip":
-        raise UserError(f"{folder / 'config.json'}: model_type {config.get('model_type')!r}, expected 'clip'")
-    for name, sub in (("text_config", text), ("vision_config", vision)):
-        if sub.get("hidden_act", "quick_gelu") != "quick_gelu":
-            act = sub["hidden_act"]
-            raise UserError(f"{folder / 'config.json'}: {name}.hidden_act {act!r}, expected 'quick_gelu' (OpenAI's)")
-    found = open_tensors(file)
-    sizes = text_sizes(found, str(file), text.get("num_attention_heads", 8))
-    image = vision_sizes(found, str(file), vision.get("num_attention_heads", 12))
+        raise UserError(f"{path}: model_type {config.get('model_type')!r}, expected 'clip'")
+    found = open_published(file, *ANCHORS)
+    sizes, image = text_sizes(found, str(file)), vision_sizes(found, str(file))
     width = _shape(found, "text_projection.weight", str(file))[0]
+    fields.read(config, fields.CLIP, str(path), notes)
+    fields.compare(config, dict(projection_dim=(width,)), str(path))
+    text, vision = tower_config(config, "text_config"), tower_config(config, "vision_config")
+    taken = text_config(text, sizes, f"{path}: text_config", notes)
+    sizes["heads"] = fields.count(taken, "num_attention_heads", f"{path}: text_config", sizes["width"])
+    # C_T pools where the highest id stands; 2 is what the oldest files say and means just that.
+    fields.compare(text, dict(eos_token_id=(sizes["vocab"] - 1, 2)), f"{path}: text_config")
+    what = f"{path}: vision_config"
+    taken = fields.read(vision, fields.CLIP_VISION, what, notes)
+    fields.compare(vision, tower_told(image) | dict(image_size=(image["image"],), patch_size=(image["patch"],)), what)
+    image["heads"] = fields.count(taken, "num_attention_heads", what, image["width"])
+    _check_pixels(folder / "preprocessor_config.json")
     expected = text_expected(sizes, "text", width) | vision_expected(image, "vision", width) | {"logit_scale": ()}
     rules = table("text", sizes["layers"], text_front(found), "text")
     rules += table("vision", image["layers"], "vision_model.", "vision")
@@ -140,4 +167,20 @@ def convert(source: Path, to: Path) -> converted.Summary:
         net=dict(width=width, clip_text=sizes, clip_image=image),
         vocab=dict(clip=vocab),
     )
-    return converted.write(to, "clip", steps, meta, {"clip": folder})
+    return converted.write(to, "clip", steps, meta, {"clip": folder}, notes)
+
+
+def tower_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A tower's own config; the oldest files write it a second time as NAME_dict, which transformers lets win."""
+    return {**(config.get(name) or {}), **(config.get(f"{name}_dict") or {})}
+
+
+def _check_pixels(path: Path) -> None:
+    """Were the vision tower's images normalised as `clip_pixels` does it?"""
+    if not path.is_file():
+        return
+    config = read_json(path)
+    for field, ours in (("image_mean", MEAN), ("image_std", STD)):
+        value = config[field] if field in config and config[field] is not None else ours
+        if not np.allclose(value, ours, atol=1e-3):
+            raise UserError(f"{path}: {field} {value}, expected {list(ours)} (OpenAI's); bring CLIP's own weights")

@@ -14,10 +14,14 @@ import resource
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from etils import epath
 
 from medm2g_jax.convert.files import (
     FORMAT,
@@ -28,6 +32,7 @@ from medm2g_jax.convert.files import (
     write_safetensors,
 )
 from medm2g_jax.convert.rules import Step, outputs
+from medm2g_jax.data import text
 from medm2g_jax.errors import UserError
 
 WEIGHTS, META = "weights.safetensors", "convert.json"
@@ -38,6 +43,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "vocab.txt",
     "special_tokens_map.json",
+    "added_tokens.json",
 )
 # The command that makes each folder.
 COMMANDS = {
@@ -85,12 +91,17 @@ class Summary:
     bytes: int
     seconds: float
     licence: str
+    checked: str = ""  # what of it was read back
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return (
+        lines = [
             f"{self.folder}: {self.tensors} tensors, {self.bytes / 1e9:.3f} GB, {self.seconds:.1f} s, "
             f"peak resident memory {peak_memory() / 1e9:.2f} GB; licence: {self.licence}"
-        )
+        ]
+        lines += [f"read back: {self.checked}"] if self.checked else []
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines + (["", RESTRICTIONS, ""] if "OpenRAIL" in self.licence else []))
 
 
 def peak_memory() -> int:
@@ -105,27 +116,69 @@ def write(
     steps: Sequence[Step],
     meta: Mapping[str, Any],
     tokenizers: Mapping[str, Path] | None = None,
+    notes: Sequence[str] = (),
 ) -> Summary:
-    """Write the folder to/part, whole or not at all.
+    """Write the folder to/part, whole or not at all, and load it again as a run will.
 
     Args:
       meta: "source", "licence", "net" and what else is worth knowing.
-      tokenizers: name -> the folder its files are copied from.
+      tokenizers: name -> the folder its files are copied from, where it has some.
+      notes: what the user should know besides.
+
+    Raises:
+      UserError: a tokenizer that does not load or belongs to another network, or it cannot be written.
     """
     began = time.time()
     made = outputs(steps)
     if len(made) != len(steps):
         raise ValueError(f"{part}: two steps of one name")
+    given = {name: Path(source) for name, source in (tokenizers or {}).items()}
+    there = {name: source for name, source in given.items() if tokenizer_files(source)}
+    for name, source in there.items():
+        check_tokenizer(source, name, part, meta["vocab"][name])
     sources = sorted({f"{step.tensor.file.parent.name}/{step.tensor.file.name}" for step in steps})
     with new_folder(Path(to) / part) as folder:
         prints = write_safetensors(folder / WEIGHTS, made, {"format": "pt", "medm2g": part})
         size = sum(step.tensor.nbytes for step in steps)
-        for name, source in (tokenizers or {}).items():
+        for name, source in there.items():
             copy_tokenizer(source, folder / "tokenizers" / name)
         record = {"format": FORMAT, "part": part, **meta, "sources": sources, "tensors": len(made), "bytes": size}
         (folder / "README.md").write_text(card(record), encoding="utf-8")
         (folder / META).write_text(json.dumps(record | {"crc32": prints}, indent=1), encoding="utf-8")
-    return Summary(Path(to) / part, len(made), size, time.time() - began, record["licence"])
+        _load_again(folder, part, {step.name: step.shape for step in steps})
+    for name in given.keys() - there.keys():
+        at = Path(to) / part / "tokenizers" / name
+        notes = [*notes, f"no {name} tokenizer in {given[name]}; a run needs its files in {at}"]
+    checked = ", ".join([f"{len(made)} tensors", *(f"{name} tokenizer" for name in there)])
+    return Summary(
+        Path(to) / part, len(made), size, time.time() - began, record["licence"], checked, tuple(dict.fromkeys(notes))
+    )
+
+
+def check_tokenizer(folder: Path, name: str, part: str, vocab: int) -> None:
+    """Does the tokenizer in a folder load, and has its network a row for each of its ids?
+
+    Raises:
+      UserError: it does not, or it has another number of ids than the network (of sd15, which may have more: more).
+    """
+    size = text.load_one(epath.Path(folder), name).get_vocab_size()
+    if size > vocab or (size < vocab and part != "sd15"):
+        raise UserError(
+            f"{folder}: its {name} tokenizer has {size} ids, its network rows for {vocab}; bring the tokenizer that "
+            "the network was trained with"
+        )
+
+
+def _load_again(folder: Path, part: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Read a folder that was just written as a run reads it: every tensor's shape and bytes, every tokenizer."""
+    found = _open(folder)
+    for name, shape in shapes.items():
+        tensor = found.tensors[name]
+        data = np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8).data
+        if tensor.shape != tuple(shape) or zlib.crc32(data) != found.meta["crc32"][name]:
+            raise UserError(f"{folder}: {name} does not read back as it was written; is the disk sound? Convert again")
+    for path in (folder / "tokenizers").glob("*"):
+        check_tokenizer(path, path.name, part, found.meta["vocab"][path.name])
 
 
 def card(record: Mapping[str, Any]) -> str:
@@ -141,9 +194,15 @@ def card(record: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer's files in a folder. tokenizer_config.json and the like alone are no tokenizer."""
+    found = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    return found if any(p.name in ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt") for p in found) else []
+
+
 def copy_tokenizer(source: Path, to: Path) -> bool:
     """Copy the tokenizer's files that are there; were there any?"""
-    found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    found = tokenizer_files(source)
     if found:
         to.mkdir(parents=True, exist_ok=True)
     for path in found:
@@ -172,7 +231,11 @@ def read(weights: str | Path, part: str) -> Converted:
             f"{folder / META}: format {meta.get('format')}, this version reads {FORMAT}; delete {folder} and make it "
             f"again with\n  {COMMANDS[part].format(weights)}"
         )
-    tensors = open_tensors(folder / WEIGHTS)
-    if set(tensors) != set(meta.get("crc32", ())):
+    return _open(folder)
+
+
+def _open(folder: Path) -> Converted:
+    meta, tensors = read_json(folder / META), open_tensors(folder / WEIGHTS)
+    if set(tensors) != set(meta.get("crc32") or ()):
         raise UserError(f"{folder}: {WEIGHTS} and {META} name other tensors; delete {folder} and convert again")
     return Converted(folder, meta, tensors)

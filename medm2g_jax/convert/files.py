@@ -58,6 +58,12 @@ LIGHTNING = tuple(
 ) + tuple(f"main.{name}" for name in ("SetupCallback", "ImageLogger", "CUDACallback"))
 
 
+# What torch's wrappers (torch.compile, DataParallel and its kin, FSDP, checkpointing) write into the keys of a network.
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# Where the tensors of a pickle stand, when they do not stand at its top: Lightning and CompVis, DeepSpeed, many others.
+NESTS = ("state_dict", "module", "model", "model_state_dict")
+
+
 class Inert:
     """Stands for a class that a checkpoint names and nobody needs."""
 
@@ -96,6 +102,34 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix in PICKLES:
         return _open_pickle(path)
     raise UserError(f"{path}: expected .safetensors, {', '.join(PICKLES)} or .safetensors.index.json")
+
+
+def open_published(path: Path, *anchors: str) -> dict[str, Tensor]:
+    """`open_tensors` under the keys that the network itself has: without what wrappers wrote into them, and without
+    what stands in front of the first of `anchors` that is there, as in `model.` of a training program.
+
+    Args:
+      anchors: keys that a network of this kind always has.
+
+    Raises:
+      UserError: as `open_tensors`, or two tensors would have one key.
+    """
+    out: dict[str, Tensor] = {}
+    for key, tensor in open_tensors(path).items():
+        plain = ".".join(part for part in key.split(".") if part not in WRAPPERS)
+        if plain in out:
+            raise UserError(f"{path}: {plain} stands there twice, once in a wrapper ({key}); save the weights once")
+        out[plain] = tensor
+    for anchor in anchors:
+        fronts = [key[: -len(anchor)] for key in out if key == anchor or key.endswith(f".{anchor}")]
+        if len(fronts) > 1:
+            raise UserError(f"{path}: {len(fronts)} networks, behind {some(map(repr, fronts))}; save one alone")
+        if fronts:
+            kept = {key.removeprefix(fronts[0]): tensor for key, tensor in out.items()}
+            if len(kept) < len(out):
+                raise UserError(f"{path}: keys with and without {fronts[0]!r} in front; save the weights once")
+            return kept
+    return out
 
 
 def weights_in(folder: Path, *stems: str) -> Path | None:
@@ -246,21 +280,30 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
         what = f"it asks for {name[1]}" if name else str(error).splitlines()[0][:200]
         raise UserError(
             f"{path}: refused: {what}. A pickle can run any program, so only tensors are read from it; use the "
-            ".safetensors file of the same model"
+            ".safetensors file of the same model, or one that torch.save(model.state_dict(), FILE) writes"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise UserError(f"{path}: not a torch file, or damaged ({str(error).splitlines()[0][:200]})") from error
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    state = loaded
+    while isinstance(state, dict) and (inner := [n for n in NESTS if isinstance(state.get(n), dict)]):
+        state = state[inner[0]]
     if not isinstance(state, dict) or not any(isinstance(v, torch.Tensor) for v in state.values()):
-        raise UserError(f"{path}: expected a dict of tensors, found {type(loaded).__name__}")
-    return {key: _of_torch(path, value) for key, value in state.items() if isinstance(value, torch.Tensor)}
+        inside = f" with {some(map(repr, loaded))}" if isinstance(loaded, dict) else ""
+        raise UserError(
+            f"{path}: expected a dict of tensors, found {type(loaded).__name__}{inside}; expected them at its top or "
+            f"under {', '.join(NESTS)}: save them with torch.save(model.state_dict(), FILE)"
+        )
+    return {key: _of_torch(path, key, v) for key, v in state.items() if isinstance(v, torch.Tensor)}
 
 
-def _of_torch(path: Path, value: Any) -> Tensor:
+def _of_torch(path: Path, key: str, value: Any) -> Tensor:
     import torch
 
     half = value.dtype == torch.bfloat16  # numpy has none
-    dtype = DTYPES["BF16"] if half else np.dtype(str(value.dtype).removeprefix("torch."))
+    name = str(value.dtype).removeprefix("torch.")
+    dtype = DTYPES["BF16"] if half else next((d for d in CODES if d.name == name), None)
+    if dtype is None:
+        raise UserError(f"{path}: {key} is of dtype {name}; known are {', '.join(d.name for d in CODES)}")
 
     def read() -> np.ndarray:
         array = value.detach().contiguous()

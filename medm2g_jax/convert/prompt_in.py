@@ -158,9 +158,7 @@ def _same_tower(sd: Converted, cl: Converted) -> bool:
     return all(sd.meta["crc32"][n] == cl.meta["crc32"].get(n) for n in names)
 
 
-def _encode(
-    source: Converted, sizes: dict[str, Any], vocab: int, ids: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _encode(source: Converted, sizes: dict[str, Any], vocab: int, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(tokens in the shared space, hidden states), float32, of the text tower in a folder."""
     flat = {n[5:]: jnp.asarray(t.read(), jnp.float32) for n, t in source.tensors.items() if n.startswith("text/")}
     width = source.meta["net"]["width"]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from medm2g_jax.convert import clip, converted, optimus, prompt_in, stable_diffusion
+from medm2g_jax.convert import clip, optimus, prompt_in, stable_diffusion
 from medm2g_jax.errors import UserError
 
 
@@ -39,8 +39,6 @@ def convert(
         "bert-gpt2": lambda: optimus.convert_bert_gpt2(Path(path), Path(to), gpt2),
     }[source]()
     print(made)
-    if "OpenRAIL" in made.licence:
-        print(f"\n{converted.RESTRICTIONS}\n")
     if source in ("sd15", "clip") and prompt_in.ready(Path(to)):
         _fit(Path(to))
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from medm2g_jax.convert import fields
 from medm2g_jax.convert.files import Tensor
 from medm2g_jax.convert.rules import Rule, layer, parameters
 from medm2g_jax.errors import UserError
@@ -230,6 +231,38 @@ def sizes_of(found: Mapping[str, Tensor], what: str) -> Sizes:
         latent=latent,
         positions=positions,
     )
+
+
+def read_config(config: Mapping[str, Any], what: str, sizes: Sizes, notes: list[str]) -> tuple[int, int, int | None]:
+    """(heads, groups, side of the latents it was trained on, where that is said) of a UNet of these sizes.
+
+    Raises:
+      UserError: the config is another network's; names the field.
+    """
+    taken = fields.read(config, fields.UNET, what, notes)
+    flat = sizes.kind == "text"
+    kind = "Flat" if flat else "2D"
+    down = [f"{'CrossAttn' * a}DownBlock{kind}" for a in sizes.attention]
+    up = [f"{'CrossAttn' * a}UpBlock{kind}" for a in reversed(sizes.attention)]
+    channels = (sizes.latent, [sizes.latent, 1, 1]) if flat else (sizes.latent,)
+    told = dict(
+        block_out_channels=(sizes.channels,),
+        layers_per_block=(sizes.layers,),
+        down_block_types=(down,),
+        up_block_types=(up,),
+        cross_attention_dim=(sizes.width,),
+        in_channels=channels,
+        out_channels=channels,
+        time_embedding_dim=(4 * sizes.channels[0],),
+    )
+    fields.compare(config, told, what)
+    heads = "num_attention_heads" if taken["num_attention_heads"] is not None else "attention_head_dim"
+    groups = fields.count(taken, "norm_num_groups", what)
+    side = taken["sample_size"]
+    side = side[0] if isinstance(side, list) and len(set(map(repr, side))) == 1 else side
+    if side is not None and (type(side) is not int or side < 1):
+        raise UserError(f"{what}: sample_size {side!r}, expected a whole number, the side of its latents")
+    return fields.count(taken, heads, what), groups, side
 
 
 def refuse_others(found: Mapping[str, Tensor], what: str) -> None:

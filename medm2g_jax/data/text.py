@@ -128,20 +128,8 @@ class Tokenizers:
         Raises:
           UserError: a folder or file is missing, or what was read is not in the format above.
         """
-        found = cls(*(_load(epath.Path(folder) / name, name) for name in ("clip", "bert", "gpt2")), report_words)
-        sizes, frame = found.sizes, found._frame
-        rules = {
-            "clip": (frame["clip"][1] == sizes["clip"] - 1, f"{CLIP_EOS} has the highest id"),
-            "bert": (frame["bert"][2] == 0 and None not in frame["bert"], "[PAD] has id 0, [CLS] and [SEP] exist"),
-            "gpt2": (
-                frame["gpt2"] == tuple(sizes["gpt2"] - n for n in (2, 1, 3)),
-                "<PAD>, <BOS>, <EOS> are the last three ids",
-            ),
-        }
-        for name, (holds, rule) in rules.items():
-            if not holds:
-                raise UserError(f"{epath.Path(folder) / name}: not a {name} tokenizer: expected that {rule}")
-        return found
+        found = (load_one(epath.Path(folder) / name, name) for name in ("clip", "bert", "gpt2"))
+        return cls(*found, report_words)
 
     def encode(self, text: str, lengths: Mapping[str, int]) -> dict[str, Int32[np.ndarray, "_"]]:
         """Ids of `text` in the formats that `lengths` names, padded or cut to that many.
@@ -288,6 +276,27 @@ def clip_ids(folder: epath.PathLike, texts: Sequence[str], length: int) -> Int32
     return out
 
 
+def load_one(folder: epath.Path, name: str) -> hf.Tokenizer:
+    """The tokenizer in one folder: "clip", "bert" or "gpt2".
+
+    Raises:
+      UserError: its files are missing, or what was read is not in the format above.
+    """
+    backend = _load(folder, name)
+    size, at = backend.get_vocab_size(), backend.token_to_id
+    holds, rule = {
+        "clip": (at(CLIP_EOS) == size - 1 and at(CLIP_BOS) is not None, f"{CLIP_EOS} has the highest id"),
+        "bert": (at("[PAD]") == 0 and None not in (at("[CLS]"), at("[SEP]")), "[PAD] has id 0, [CLS] and [SEP] exist"),
+        "gpt2": (
+            tuple(map(at, GPT2_SPECIAL)) == (size - 3, size - 2, size - 1),
+            "<PAD>, <BOS>, <EOS> are the last three ids",
+        ),
+    }[name]
+    if not holds:
+        raise UserError(f"{folder}: not a {name} tokenizer: expected that {rule}")
+    return backend
+
+
 def _load(folder: epath.Path, name: str) -> hf.Tokenizer:
     classic = {"clip": ("vocab.json", "merges.txt"), "bert": ("vocab.txt",), "gpt2": ("vocab.json", "merges.txt")}[name]
     if (file := folder / "tokenizer.json").exists():
@@ -300,12 +309,16 @@ def _load(folder: epath.Path, name: str) -> hf.Tokenizer:
 
         kind = {"clip": "CLIPTokenizer", "bert": "BertTokenizer", "gpt2": "GPT2Tokenizer"}[name]
         options = {"do_lower_case": False, "strip_accents": False} if name == "bert" else {}
-        loaded = getattr(transformers, kind).from_pretrained(str(folder), local_files_only=True, **options)
+        try:
+            loaded = getattr(transformers, kind).from_pretrained(str(folder), local_files_only=True, **options)
+        except Exception as error:  # as above
+            raise UserError(f"{folder}: {' + '.join(classic)} there are no tokenizer's files ({error})") from error
         backend = hf.Tokenizer.from_str(loaded.backend_tokenizer.to_str())  # without transformers' wrapped decode
     else:
         raise UserError(f"{folder}: no tokenizer there; expected tokenizer.json or {' + '.join(classic)}")
-    if name == "gpt2" and backend.token_to_id("<PAD>") is None:
-        backend.add_special_tokens([hf.AddedToken(token, special=True) for token in GPT2_SPECIAL])
+    if name == "gpt2":
+        new = [token for token in GPT2_SPECIAL if backend.token_to_id(token) is None]
+        backend.add_special_tokens([hf.AddedToken(token, special=True) for token in new])
     return backend
 
 

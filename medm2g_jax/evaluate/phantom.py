@@ -95,8 +95,8 @@ def labelled_source(shared: Mapping[str, Any], path: str) -> Source:
     source = source_of(shared)
     if labels(source) is None:
         raise UserError(
-            f"{path} was trained on {shared['data']['source']}, whose findings have no exact labels to judge by; expected a model "
-            "trained on data that has them, as --config.data.source=phantom"
+            f"{path} was trained on {shared['data']['source']}, whose findings have no exact labels to judge by; "
+            "expected a model trained on data that has them, as --config.data.source=phantom"
         )
     return source
 
