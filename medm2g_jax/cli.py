@@ -5,8 +5,32 @@ import runpy
 import shlex
 import sys
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 from medm2g_jax.errors import UserError
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="a run root, or one stage's folder in it")
+    parser.add_argument(
+        "--given",
+        action="append",
+        default=[],
+        metavar="STREAM=VALUE",
+        help="a text, or an image file; repeat for more sources",
+    )
+    parser.add_argument("--make", required=True, metavar="STREAM[,STREAM]", help="what to make, as in ct,mri:t2")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the samples")
+    parser.add_argument("--count", type=int, help="samples; default one for each given value")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="sampling steps; default the run's own")
+    parser.add_argument("--sampler", help="ddim, ddpm, euler, heun, dpmpp_2m; default the run's own")
+    parser.add_argument("--eta", type=float, help="ddim: 0 deterministic, 1 ancestral; default the run's own")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale; default the run's own")
+    parser.add_argument("--dtype", default="float32", help="of stored parameters: float32, or bfloat16, half of it")
+    parser.add_argument("--guides", default="trained", help="trained pairs, all, or none")
+    parser.add_argument("--prompts", default="given", help="given, or none: only the guides then carry the sources")
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -30,6 +54,7 @@ def _generate(args: argparse.Namespace) -> None:
     make = tuple(s.strip() for s in args.make.split(",") if s.strip())
     model = load(args.model, dtype=args.dtype)
     print(f"loaded {model.meta['stage']} from {args.model} in {time.time() - start:.1f} s", flush=True)
+    options = {"sampler": args.sampler} if args.sampler else {}
     out = model.generate(
         given,
         make,
@@ -40,9 +65,16 @@ def _generate(args: argparse.Namespace) -> None:
         seed=args.seed,
         guides=args.guides,
         prompts=args.prompts,
+        **options,
     )
     record = dict(
-        model=str(args.model), stage=model.meta["stage"], given=given, make=make, seed=args.seed, pairs=out.pairs
+        model=str(args.model),
+        stage=model.meta["stage"],
+        given=given,
+        make=make,
+        seed=args.seed,
+        pairs=out.pairs,
+        notes=out.notes,
     )
     for path in write_samples(args.out, out.samples, record):
         print(path)
@@ -51,7 +83,16 @@ def _generate(args: argparse.Namespace) -> None:
             print(f"{stream}: {value}")
     for pair, how in out.pairs.items():
         print(f"  {pair}: {how}")
+    for note in out.notes:
+        print(f"  {note}")
     print(f"{time.time() - start:.1f} s. {NOTE}")
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="a run root, or one round's folder in it")
+    parser.add_argument("--config", default="configs/tasks.py:phantom", help="which measurements")
+    parser.add_argument("--rows", type=int, help="test subjects; default the config's")
+    parser.add_argument("--seed", type=int)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -64,7 +105,21 @@ def _evaluate(args: argparse.Namespace) -> None:
     check_sampling("--{}", rows=args.rows, seed=args.seed)
     path, _, words = config_file(args.config).partition(":")
     config = runpy.run_path(path)["get_config"](words)
-    measure(args.model, args.rows or config.rows, config.seed if args.seed is None else args.seed)
+    rows, seed = args.rows or config.rows, config.seed if args.seed is None else args.seed
+    measure(args.model, rows, seed, config.synthesis)
+
+
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    sources = ("sd15", "clip", "vd", "optimus", "bert-gpt2", "prompt_in", "export")
+    parser.add_argument("source", choices=sources, metavar="SOURCE", help=", ".join(sources))
+    parser.add_argument("--from", dest="source_path", metavar="PATH", help="file or folder to read")
+    parser.add_argument("--to", required=True, metavar="DIR", help="folder to write into")
+    parser.add_argument("--weights", default="", help="sd15, single file: ema (default where there) or plain")
+    parser.add_argument("--context", default="image", help="vd: whose transformers, image (for reports) or text")
+    parser.add_argument("--bert", metavar="DIR", help="optimus: the folder of BERT's tokenizer (bert-base-cased)")
+    parser.add_argument("--gpt2", metavar="DIR", help="optimus: that of GPT-2's; bert-gpt2: GPT-2's weights")
+    parser.add_argument("--as", dest="format", metavar="FORMAT", help="diffusers, clip, bert, gpt2, safetensors")
+    parser.add_argument("--flow", help="export of a run: which modality's UNet or prompt encoder")
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -85,6 +140,15 @@ def _convert(args: argparse.Namespace) -> None:
     )
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="as for the trainer: configs/NAME.py:WORDS")
+    parser.add_argument("--workdir", help="run root; default as the trainer's")
+    parser.add_argument("--topology", default="", help="a TPU slice: v5e:2x4, v6e:4x4, v4:2x2x2, v5p:2x2x1 ...")
+    parser.add_argument("--libtpu-python", default="", metavar="PATH", help="Python of an environment with libtpu; "
+                        "default MEDM2G_LIBTPU_PYTHON, else .venv-tpu/bin/python, made by `make plan-env`")  # fmt: skip
+    parser.add_argument("--commands", action="store_true", help="print the command of each stage that is not done")
+
+
 def _plan(args: argparse.Namespace) -> None:
     from medm2g_jax import plan, run
     from medm2g_jax.main import read_config
@@ -102,81 +166,51 @@ def _plan(args: argparse.Namespace) -> None:
         plan.show(config, workdir, args.topology, args.libtpu_python)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="medm2g", description="Medical any-to-any generation. Not for clinical use.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+class Verb(NamedTuple):
+    """A row of VERBS: help in one line, its arguments, what it does with them, and what it is in more words."""
 
-    generate = verbs.add_parser("generate", help="make any streams from any others", description="Any to any.")
-    generate.add_argument("--model", required=True, help="a run root, or one round's folder in it")
-    generate.add_argument(
-        "--given",
-        action="append",
-        default=[],
-        metavar="STREAM=VALUE",
-        help="a text, or an image file; repeat for more sources",
-    )
-    generate.add_argument("--make", required=True, metavar="STREAM[,STREAM]", help="what to make, as in ct,mri:t2")
-    generate.add_argument("--out", required=True, metavar="DIR", help="folder for the samples")
-    generate.add_argument("--count", type=int, help="samples; default one for each given value")
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--steps", type=int, help="sampling steps; default the run's own")
-    generate.add_argument("--eta", type=float, help="0 deterministic, 1 ancestral; default the run's own")
-    generate.add_argument("--guidance", type=float, help="classifier-free guidance scale; default the run's own")
-    generate.add_argument("--dtype", default="float32", help="of stored parameters: float32, or bfloat16, half of it")
-    generate.add_argument("--guides", default="trained", help="trained pairs, all, or none")
-    generate.add_argument("--prompts", default="given", help="given, or none: only the guides then carry the sources")
-    generate.set_defaults(run=_generate)
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+    description: str = ""
+    overrides: bool = False  # takes --config.FIELD=VALUE
 
-    evaluate = verbs.add_parser("evaluate", help="measure a trained model", description="Tables on the phantom.")
-    evaluate.add_argument("--model", required=True, help="a run root, or one round's folder in it")
-    evaluate.add_argument("--config", default="configs/tasks.py:phantom", help="which measurements")
-    evaluate.add_argument("--rows", type=int, help="test subjects with a lesion; default the config's")
-    evaluate.add_argument("--seed", type=int)
-    evaluate.set_defaults(run=_evaluate)
 
-    convert = verbs.add_parser(
-        "convert",
-        help="published weights in, ours out",
-        description="Local files only. sd15, clip, vd, optimus, bert-gpt2: published weights -> DIR/<folder>, which "
+VERBS = {
+    "generate": Verb("make any streams from any others", _generate_arguments, _generate),
+    "evaluate": Verb("measure a trained model", _evaluate_arguments, _evaluate, "Tables on the phantom."),
+    "convert": Verb(
+        "published weights in, ours out",
+        _convert_arguments,
+        _convert,
+        "Local files only. sd15, clip, vd, optimus, bert-gpt2: published weights -> DIR/<folder>, which "
         "MEDM2G_SD_WEIGHTS=DIR then names. prompt_in: fit what lets SD-1.5 read shared prompts (sd15 and clip do it as "
         "soon as both are there). export: a converted folder or a trained run -> other tools' formats.",
-    )
-    sources = ("sd15", "clip", "vd", "optimus", "bert-gpt2", "prompt_in", "export")
-    convert.add_argument("source", choices=sources, metavar="SOURCE", help=", ".join(sources))
-    convert.add_argument("--from", dest="source_path", metavar="PATH", help="file or folder to read")
-    convert.add_argument("--to", required=True, metavar="DIR", help="folder to write into")
-    convert.add_argument("--weights", default="", help="sd15, single file: ema (default where there) or plain")
-    convert.add_argument("--context", default="image", help="vd: whose transformers, image (for reports) or text")
-    convert.add_argument("--bert", metavar="DIR", help="optimus: the folder of BERT's tokenizer (bert-base-cased)")
-    convert.add_argument("--gpt2", metavar="DIR", help="optimus: that of GPT-2's; bert-gpt2: GPT-2's weights")
-    convert.add_argument("--as", dest="format", metavar="FORMAT", help="diffusers, clip, bert, gpt2, safetensors")
-    convert.add_argument("--flow", help="export of a run: which modality's UNet or prompt encoder")
-    convert.set_defaults(run=_convert)
-
-    plan = verbs.add_parser(
-        "plan",
-        help="the stages of a config; does its step fit a TPU slice",
-        description="The stages of a config and what there is of them. With --topology: compile the train step with "
-        "the TPU compiler, on any Linux machine, and print its memory and cost. --config.FIELD=VALUE as for training.",
-    )
-    plan.add_argument("--config", required=True, help="as for the trainer: configs/NAME.py:WORDS")
-    plan.add_argument("--workdir", help="run root; default as the trainer's")
-    plan.add_argument("--topology", default="", help="a TPU slice: v5e:2x4, v6e:4x4, v4:2x2x2, v5p:2x2x1 ...")
-    plan.add_argument("--libtpu-python", default="", metavar="PATH", help="Python of an environment with libtpu; "
-                      "default MEDM2G_LIBTPU_PYTHON, else .venv-tpu/bin/python, made by `make plan-env`")  # fmt: skip
-    plan.add_argument("--commands", action="store_true", help="print the command of each stage that is not done")
-    plan.set_defaults(run=_plan)
-    return parser
+    ),
+    "plan": Verb(
+        "the stages of a config; does its step fit a TPU slice",
+        _plan_arguments,
+        _plan,
+        "The stages of a config, what there is of them and which records serve them. With --topology: compile the "
+        "train step with the TPU compiler, on any Linux machine, and print its memory and cost. "
+        "--config.FIELD=VALUE as for training.",
+        overrides=True,
+    ),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry of the console script; an error a user can mend is one line and exit status 2."""
-    parser = _parser()
+    parser = argparse.ArgumentParser(prog="medm2g", description="Medical any-to-any generation. Not for clinical use.")
+    parsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, verb in VERBS.items():
+        verb.arguments(parsers.add_parser(name, help=verb.help, description=verb.description or verb.help))
     args, args.overrides = parser.parse_known_args(argv)
-    if unknown := [a for a in args.overrides if args.verb != "plan" or not a.startswith("--config.")]:
+    verb = VERBS[args.verb]
+    if unknown := [a for a in args.overrides if not verb.overrides or not a.startswith("--config.")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        args.run(args)
+        verb.run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -238,10 +238,12 @@ class Generated:
       pairs: which source -> target contexts were used and how ("prompt tokens", "guide pooled", ...).
       independent: groups of wanted streams that no guide links to each other, where there are several: nothing but
         what is given makes them fit together.
+      notes: what a user has to know of it, a line each: that, what of the given texts was cut, words that were unknown.
     """
 
     samples: dict[str, Any]
     pairs: dict[str, str]
     seed: int
     independent: tuple[tuple[str, ...], ...] = ()
+    notes: tuple[str, ...] = ()
     latents: dict[str, np.ndarray] = field(default_factory=dict, repr=False)

@@ -336,7 +336,20 @@ class Model:
         groups = request.groups()
         independent = groups if len(groups) > 1 else ()
         kept = {s: np.asarray(latents[s]) for s in request.make}
-        return Generated(samples, request.pairs(), seed, independent, kept)
+        return Generated(samples, request.pairs(), seed, independent, self._notes(values, independent), kept)
+
+    def _notes(self, given: Mapping[str, Sequence[Any]], independent: Sequence[Sequence[str]]) -> tuple[str, ...]:
+        """What a user has to know of a generation."""
+        read = {name: n for name, n in self.lengths.items() if name in ("clip", "bert")}  # of given texts
+        texts = [x for items in given.values() for x in items if isinstance(x, str)]
+        notes = self.tokenizers.report_on(texts, read) if texts else []
+        if independent:
+            groups = " | ".join(" + ".join(group) for group in independent)
+            notes.append(
+                f"independent of each other, since no trained pair links them: {groups} (guides \"all\" links them "
+                "through the aligned space)"
+            )
+        return tuple(notes)
 
     def opened(self, stream: str, items: Sequence[Any]) -> list[Any]:
         """Values of a stream, images as pictures: each file is read here and nowhere else.

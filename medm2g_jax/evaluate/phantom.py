@@ -13,6 +13,8 @@ For a model of more than one imaging modality also all of them from one report: 
 jointly, beside each made on its own. Others share the report alone: made together they are bit for bit what they are
 made one by one, so they are measured once and called independent.
 
+For a modality whose contrasts guide each other, one of them from others: `synthesis`.
+
 Every figure is printed and goes to evaluation.json. All of it is phantom, not evidence for clinical performance.
 """
 
@@ -36,7 +38,9 @@ from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.figures import Figure, Reference, line, to_json
 from medm2g_jax.evaluate.metrics import METRICS, text_figures
 from medm2g_jax.evaluate.probes import FIELDS, as_indices, train_probe
-from medm2g_jax.loading import Model, load, locate
+from medm2g_jax.evaluate.samples import samples
+from medm2g_jax.evaluate.synthesis import can_synthesise, synthesis
+from medm2g_jax.loading import Model, load, locate, makes
 from medm2g_jax.modality import MODALITIES, centre
 from medm2g_jax.model import null_context
 from medm2g_jax.nn.attention import mask
@@ -44,46 +48,61 @@ from medm2g_jax.recipes import EVAL_TIMES
 from medm2g_jax.train import checkpoint
 
 PROBE_SUBJECTS = 4000
-CHUNK = 100  # samples generated at a time
 CONSTANTS = 12  # reports that the best constant one is chosen from
 
 
-def measure(path: str, rows: int = 200, seed: int = 0) -> list[Figure]:
+def measure(
+    path: str, rows: int = 200, seed: int = 0, synthesised: tuple[Sequence[str], str] | None = None
+) -> list[Figure]:
     """Measure the model at `path`, print its figures, and write them to evaluation.json beside the round's result.
 
+    Args:
+      synthesised: (streams given, stream made) of `synthesis`, where the model's guides are trained for that.
+
     Raises:
-      UserError: the data that it was trained on has no exact labels to judge by, or too few test subjects.
+      UserError: the data that it was trained on has no exact labels to judge by, or too few test subjects; nothing that
+        is measured here has been trained.
     """
     began = time.time()
     if rows < 1:
         raise UserError(f"--rows={rows}: expected at least one test subject")
     folder = locate(path)
-    source = labelled_source(checkpoint.read_meta(folder)["shared"], path)
-    model = load(path)
-    text = centre().name
-    images = [m for m in model.modalities if MODALITIES[m].is_image]
-    if text not in model.modalities:
+    meta = checkpoint.read_meta(folder)
+    text, able, pairs = centre().name, makes(meta), [tuple(p) for p in meta["pairs"]["guide"]]
+    reports = [m for m in able if (text, m) in pairs and text in able]
+    synthesised = synthesised if synthesised and can_synthesise(pairs, able, *synthesised) else None
+    if not reports and not synthesised:
         raise UserError(
-            f"{path}: `medm2g evaluate` measures what is made from reports and reports made from images; this model "
-            f"has {', '.join(model.modalities)}; give it a round with {text} (--model=RUN/ROUND)"
+            f"{path}: `medm2g evaluate` measures what is made from reports, reports made from images, and contrasts "
+            f"made from others; this model makes {', '.join(able)} by the guides "
+            f"{', '.join(f'{a} -> {b}' for a, b in pairs) or 'of nobody'}; give it a round that was trained for one"
         )
+    source = labelled_source(meta["shared"], path) if reports else source_of(meta["shared"])
+    model = load(path)
     print(
-        f"{path}: round {model.meta['stage']}; {rows} test subjects with a lesion; {source.name}, {model.size} px, "
+        f"{path}: {model.meta['stage']}; {rows} test subjects; {source.name}, {model.size} px, "
         f"{model.meta['rounds']} trained",
         flush=True,
     )
-    bench = _Bench(model, source, rows, seed)
-    for image in [m for m in images if (text, m) in bench.trained]:
-        bench.image_from_report(image)
-        bench.report_from_image(image)
-        bench.eps(image)
-    if len(images) > 1:
-        bench.together(images)
+    figures: list[Figure] = []
+    if reports:
+        bench = _Bench(model, source, rows, seed)
+        for image in reports:
+            bench.image_from_report(image)
+            bench.report_from_image(image)
+            bench.eps(image)
+        images = [m for m in model.modalities if MODALITIES[m].is_image]
+        if len(images) > 1:
+            bench.together(images)
+        figures += bench.figures
+    if synthesised:
+        found = synthesis(model, source, *synthesised, rows, seed)
+        print("\n".join(f"  {line(figure)}" for figure in found), flush=True)
+        figures += found
     seconds = round(time.time() - began, 1)
-    print(f"{seconds:.0f} s. Phantom only: not evidence for clinical performance.")
-    found = dict(figures=to_json(bench.figures), seconds=seconds)
-    (folder / "evaluation.json").write_text(json.dumps(found, indent=1))
-    return bench.figures
+    print(f"{seconds:.0f} s. {source.name}: not evidence for clinical performance.")
+    (folder / "evaluation.json").write_text(json.dumps(dict(figures=to_json(figures), seconds=seconds), indent=1))
+    return figures
 
 
 def labelled_source(shared: Mapping[str, Any], path: str) -> Source:
@@ -173,24 +192,7 @@ class _Bench:
     # --- generation --------------------------------------------------------------------------------------------
 
     def generate(self, given: dict[str, Any], make: list[str], **options: Any) -> dict[str, Any]:
-        """In chunks of the same size, so that one executable does it; images in [-1, 1], (n h w 1)."""
-        n = len(self.indices)
-        parts: dict[str, list] = {m: [] for m in make}
-        for start in range(0, n, CHUNK):
-            chosen = [min(i, n - 1) for i in range(start, start + CHUNK)]
-            keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(self.seed), i))(
-                jnp.arange(start, start + CHUNK)
-            )
-            request = self.model.request(tuple(given), tuple(make), **options)
-            inputs = {
-                s: self.model.ids([v[i] for i in chosen]) if isinstance(v, list) else v[np.asarray(chosen)]
-                for s, v in given.items()
-            }
-            d = self.model.defaults
-            z = self.model.sample(request, inputs, keys, d["guidance"], d["eta"])
-            for m in make:
-                parts[m] += list(self.model.decode(m, z[m]))
-        return {m: np.stack(p[:n]) if not isinstance(p[0], str) else p[:n] for m, p in parts.items()}
+        return samples(self.model, given, make, len(self.indices), self.seed, **options)
 
     def _side_from_report(self, m: str) -> np.ndarray:
         """The side read in m made from the report, on its own, prompt and guide; measured once."""

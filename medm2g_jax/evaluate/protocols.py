@@ -33,6 +33,12 @@ PROTOCOLS: dict[str, Protocol] = {
         resize="at the model's size, as its networks read them",
         interval=_BOOTSTRAP,
     ),
+    "range1, each image": Protocol(
+        data_range="as range1",
+        window="the whole image; PSNR of each image, averaged over the rows",
+        resize="as range1",
+        interval=_BOOTSTRAP,
+    ),
     "word for word": Protocol(judge="equality of the decoded texts", interval=_WILSON),
     "findings": Protocol(judge="what the source's own labeller reads, micro-averaged", interval=_BOOTSTRAP),
     "gallery, own partner": Protocol(judge="cosine; the n rows; a hit is one's own partner", interval=_BOOTSTRAP),
