@@ -250,6 +250,7 @@ RANGES: Mapping[str, Range] = {
     "image_size": _SIZE,
     "net": _SIZE,
     "net.image_vae.layers": _COUNT,  # 0: patches alone
+    "data.most_pixels": _SIZE,
     "data.train": _SIZE,
     "data.val": _COUNT,
     "data.test": _COUNT,
@@ -275,10 +276,36 @@ RANGES: Mapping[str, Range] = {
     "barlow_lambda": _NOT_NEGATIVE,
     "crop": Range(0, 1, whole=False, open_low=True),
     "drop_prompt": _SHARE,
+    "unprompted": _SHARE,
+    "others": Range(0, 64),
     "clean": _SHARE,
     "contrast_tau": _POSITIVE,
     **{f"sample.{field}": SAMPLING[field] for field in ("steps", "eta", "guidance", "rows")},
 }
+
+
+# Names that a field may be, as the tables have them that they are looked up in (a test holds them together; a config is
+# read without jax).
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "dtype": ("auto", "float32", "bfloat16"),
+    "freeze": ("paper", "partner_open"),
+    "optimizer": ("adamw", "adam"),
+    "predict": ("eps", "v", "sample"),
+    "sample.guide": ("cond", "both"),
+    "sample.sampler": ("ddim", "ddpm", "euler", "heun", "dpmpp_2m"),
+    "sample.spacing": ("auto", "leading", "trailing", "linspace"),
+    "upstream": ("train", "init", "require"),
+}
+
+
+def _names(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted field, value) of every field of CHOICES in a config and in its stages."""
+    for key, value in config.items():
+        field = prefix + key
+        if isinstance(value, ConfigDict):
+            yield from _names(value, f"{field}.")
+        elif (field.split(".", 2)[2] if field.startswith("stages.") else field) in CHOICES:
+            yield field, value
 
 
 def numbers(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> Iterator[tuple[str, int | float]]:
@@ -300,7 +327,7 @@ def range_of(field: str) -> Range | None:
 
 
 def check(config: ConfigDict) -> None:
-    """Hold every number of a config to its range.
+    """Hold every number of a config to its range, and every name to its choices.
 
     Raises:
       UserError: names the field, what is expected and what was found.
@@ -309,6 +336,10 @@ def check(config: ConfigDict) -> None:
         allowed = range_of(field)
         if allowed is not None and value not in allowed:
             raise UserError(f"config.{field}: expected {allowed}, found {value!r}")
+    for field, value in _names(config):
+        allowed = CHOICES[field.split(".", 2)[2] if field.startswith("stages.") else field]
+        if value not in allowed:
+            raise UserError(f"config.{field}={value!r}: expected one of {', '.join(allowed)}")
     for at, stage in (("", config), *((f"stages.{name}.", own) for name, own in config.stages.items())):
         if not any(stage.loss.values()):
             raise UserError(f"config.{at}loss: expected a weight above 0, found {', '.join(stage.loss)} all 0")

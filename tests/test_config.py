@@ -7,7 +7,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from medm2g_jax import rounds
-from medm2g_jax.config import WEIGHT_FOLDERS, check, get_config, numbers, range_of, stage_config
+from medm2g_jax.config import CHOICES, WEIGHT_FOLDERS, check, get_config, numbers, range_of, stage_config
 from medm2g_jax.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -253,3 +253,21 @@ def test_places_are_absolute_whatever_the_working_directory(monkeypatch, weights
     monkeypatch.setenv("MEDM2G_DATA", "prepared")
     config = load("text_ct")
     assert config.weights == str(weights) and config.data.source == f"manifest:{weights.parent / 'prepared'}"
+
+
+def test_choices_are_the_tables():
+    from medm2g_jax import diffusion, generate
+
+    assert set(CHOICES["predict"]) == set(diffusion.PREDICTIONS)
+    assert set(CHOICES["sample.sampler"]) == set(diffusion.SAMPLERS)
+    assert CHOICES["sample.spacing"] == diffusion.SPACINGS
+    for field, value in (("predict", "x0"), ("freeze", "open"), ("optimizer", "sgd")):
+        config = get_config("ldm" if field == "predict" else "text_ct", "ct,tiny" if field == "predict" else "tiny")
+        config[field] = value
+        with pytest.raises(UserError, match=rf"config\.{field}='{value}': expected one of {CHOICES[field][0]}"):
+            check(config)
+    config = get_config("text_ct", "tiny")
+    config.stages.ldm_ct.predict = "x0"
+    with pytest.raises(UserError, match=r"config\.stages\.ldm_ct\.predict='x0'"):
+        check(config)
+    assert generate.Request(("text",), ("ct",)).sampler in CHOICES["sample.sampler"]
