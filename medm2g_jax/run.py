@@ -52,9 +52,8 @@ def open_data(config: ConfigDict, root: epath.Path, source: Source | None = None
     Raises:
       UserError: the data are not those that the run root was begun with, or some of its files are broken.
     """
-    spec = config.data.source if source is None else source.name
     source = source_of(config) if source is None else source
-    data_record.hold(root, spec, contents(source), config.data.accept)
+    data_record.hold(root, config.data.source, contents(source), config.data.accept)
     if jax.process_index() == 0:
         check_files(source, root / "opened.json", functools.partial(print, flush=True))
     graph = rounds.graph(config.listing)
@@ -125,7 +124,7 @@ def described(
     words = config.preset + (f",{config.variant}" if config.variant else "")
     lines = [
         f"medm2g_jax: {config.stage}, preset {words} ({config.preset_reason})",
-        f"data {config.data.source if source is None else source.name} ({config.data_reason}); run root {root}",
+        f"data {config.data.source} ({config.data_reason}); run root {root}",
     ]
     if source is not None:
         splits = Counter(r.split for r in source.records)
@@ -154,6 +153,9 @@ def run(config: ConfigDict, workdir: str | None = None, source: Source | None = 
     """
     began = time.time()
     check(config)
+    if source is not None:
+        config = config.copy_and_resolve_references()
+        config.data.source, config.data_reason = source.name, "given from Python"
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda *_: None
     root = epath.Path(workdir or default_workdir(config))
     use_compilation_cache(root / "xla_cache")
