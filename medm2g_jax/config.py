@@ -399,7 +399,8 @@ def _listing(word: str, alone: bool = False) -> tuple[str, ...] | None:
 def _subject(target: str, words: list[str], listing: tuple[str, ...], alone: bool, given: str | None) -> str:
     """Which of the words is the pair or modality that configs/align.py or configs/ldm.py is asked for."""
     fits = {}
-    for one in (listing, *rounds.LISTINGS.values(), *filter(None, map(_listing, words))):
+    named = (_listing(word, alone) for word in words)
+    for one in (listing, *rounds.LISTINGS.values(), *filter(None, named)):
         names = (s for s in rounds.graph(one).stages if s.startswith(f"{target}_"))
         fits |= dict.fromkeys(s.removeprefix(f"{target}_") for s in names)
     subject = next((w for w in words if w in fits), None)

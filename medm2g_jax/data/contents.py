@@ -83,7 +83,7 @@ def changes(before: dict[str, Any], now: Contents) -> str:
 def _texts(source: Source) -> Iterable[str]:
     for i, record in enumerate(source.records):
         for stream in record.streams:
-            if MODALITIES[split_stream(stream)[0]].kind == "text":
+            if not MODALITIES[split_stream(stream)[0]].is_image:
                 yield str(source.read(i, stream, np.random.default_rng(0)))
 
 
