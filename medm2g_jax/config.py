@@ -470,8 +470,9 @@ def get_config(target: str, words: str | None = "", listing: str | tuple[str, ..
     name = f"{target}_{subject}" if subject else target
     if alone and named is None:
         tuple_ = _only(subject or target, tuple_)
-    elif subject and name not in rounds.graph(tuple_).stages:  # a pair that only another listing has selects it
-        tuple_ = next(lst for lst in rounds.LISTINGS.values() if name in rounds.graph(lst).stages)
+    elif subject and named is None and name not in rounds.graph(tuple_).stages:
+        # a pair that only another listing has selects it
+        tuple_ = next((lst for lst in rounds.LISTINGS.values() if name in rounds.graph(lst).stages), tuple_)
     reason = "named after the colon"
     if not preset:
         preset, reason = default_preset()
