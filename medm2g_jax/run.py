@@ -17,7 +17,7 @@ from medm2g_jax.config import check, get_config, stage_config, stage_graph
 from medm2g_jax.convert import weights
 from medm2g_jax.data import pipeline
 from medm2g_jax.data.contents import contents
-from medm2g_jax.data.open import source_of
+from medm2g_jax.data.open import OWN, source_of
 from medm2g_jax.data.source import Source, labeller
 from medm2g_jax.data.source import check as check_files
 from medm2g_jax.data.text import Tokenizers
@@ -52,7 +52,7 @@ def open_data(config: ConfigDict, root: epath.Path, source: Source | None = None
     Raises:
       UserError: the data are not those that the run root was begun with, or some of its files are broken.
     """
-    spec = config.data.source if source is None else source.name
+    spec = config.data.source
     source = source_of(config) if source is None else source
     data_record.hold(root, spec, contents(source), config.data.accept)
     if jax.process_index() == 0:
@@ -139,7 +139,7 @@ def described(
     words = config.preset + (f",{config.variant}" if config.variant else "")
     lines = [
         f"medm2g_jax: {config.stage}, preset {words} ({config.preset_reason})",
-        f"data {config.data.source if source is None else source.name} ({config.data_reason}); run root {root}",
+        f"data {config.data.source} ({config.data_reason}); run root {root}",
     ]
     if source is not None:
         splits = Counter(r.split for r in source.records)
@@ -168,6 +168,9 @@ def run(config: ConfigDict, workdir: str | None = None, source: Source | None = 
     """
     began = time.time()
     check(config)
+    if source is not None:  # recorded as what it is: nobody shall measure this model on what config.data names instead
+        config = config.copy_and_resolve_references()
+        config.data.source, config.data_reason = f"{OWN}:{source.name}", "handed over in Python"
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda *_: None
     root = epath.Path(workdir or default_workdir(config))
     use_compilation_cache(root / "xla_cache")

@@ -175,7 +175,9 @@ def test_data_of_ones_own_train_are_kept_when_they_fail_and_steps_are_counted_al
     steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and set(steps) == {1, 5}
     meta = json.loads((folder / "model.json").read_text())
-    assert meta["step"] == 5 and json.loads((tmp_path / "data.json").read_text())["source"] == "own"
+    assert meta["step"] == 5 and json.loads((tmp_path / "data.json").read_text())["source"] == "own:own"
+    with pytest.raises(UserError, match="data 'own:own' were handed over in Python"):  # and nothing else is measured
+        run.source_of(meta["shared"])
     assert not (tmp_path / "own.png").exists()  # not open: nothing of it is shown
     assert run.run(config, str(tmp_path), source=source) == epath.Path(tmp_path)  # done: nothing to do
 
