@@ -30,7 +30,7 @@ def roots(tmp_path_factory) -> epath.Path:
     root = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(root / "xla"))  # the three share most programs
-        train("alone.py", str(root))
+        train("alone.py", str(root), seconds=900)
     return epath.Path(root)
 
 
