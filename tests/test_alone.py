@@ -369,7 +369,7 @@ def test_data_for_which_a_listing_is_too_large_name_the_one_that_fits(tmp_path):
         (("ct", "mri_t1", "text"), "text_ct", "tiny", "needs training records with text and xray"),
         (("ct",), "ct_mri", "tiny,alone", "align_ct_mri needs training records with ct and mri"),
         (("mri_t1", "mri_t2"), "ct_mri", "tiny,alone", "configs/mri.py:tiny,mri,alone"),
-        (("xray", "ct"), "ct_mri", "tiny,alone", r"configs/ldm\.py:xray,tiny"),
+        (("xray", "ct"), "ct_mri", "tiny,alone", "configs/ldm.py:tiny,xray,alone"),
         (("text",), "text_ct", "tiny", "text"),
     ):
         folder = tmp_path / "_".join(streams)
