@@ -399,7 +399,8 @@ def _listing(word: str, alone: bool = False) -> tuple[str, ...] | None:
 def _subject(target: str, words: list[str], listing: tuple[str, ...], alone: bool, given: str | None) -> str:
     """Which of the words is the pair or modality that configs/align.py or configs/ldm.py is asked for."""
     fits = {}
-    for one in (listing, *rounds.LISTINGS.values(), *filter(None, map(_listing, words))):
+    named = (_listing(word, alone) for word in words)
+    for one in (listing, *rounds.LISTINGS.values(), *filter(None, named)):
         names = (s for s in rounds.graph(one).stages if s.startswith(f"{target}_"))
         fits |= dict.fromkeys(s.removeprefix(f"{target}_") for s in names)
     subject = next((w for w in words if w in fits), None)
@@ -469,8 +470,9 @@ def get_config(target: str, words: str | None = "", listing: str | tuple[str, ..
     name = f"{target}_{subject}" if subject else target
     if alone and named is None:
         tuple_ = _only(subject or target, tuple_)
-    elif subject and name not in rounds.graph(tuple_).stages:  # a pair that only another listing has selects it
-        tuple_ = next(lst for lst in rounds.LISTINGS.values() if name in rounds.graph(lst).stages)
+    elif subject and named is None and name not in rounds.graph(tuple_).stages:
+        # a pair that only another listing has selects it
+        tuple_ = next((lst for lst in rounds.LISTINGS.values() if name in rounds.graph(lst).stages), tuple_)
     reason = "named after the colon"
     if not preset:
         preset, reason = default_preset()

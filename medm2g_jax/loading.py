@@ -315,6 +315,9 @@ class Model:
             images.
         """
         check_sampling("{}", count=count, steps=steps, eta=eta, guidance=guidance, seed=seed)
+        if steps is not None:
+            options["steps"] = steps
+        request = self.request(tuple(given), tuple(make), **options)  # what cannot be asked for is said before a read
         values = {s: self.opened(s, v if isinstance(v, (list, tuple)) else [v]) for s, v in given.items()}
         lengths = {len(v) for v in values.values()} - {1}
         if len(lengths) > 1:
@@ -325,9 +328,6 @@ class Model:
             if len(items) not in (1, n):
                 raise UserError(f"{stream}: {len(items)} values given for {n} samples")
             batch[stream] = self.model_input(stream, items * (n if len(items) == 1 else 1))
-        if steps is not None:
-            options["steps"] = steps
-        request = self.request(tuple(values), tuple(make), **options)
         keys = row_keys(jax.random.key(seed), n)
         scale = self.defaults["guidance"] if guidance is None else guidance
         latents = self.sample(request, batch, keys, scale, self.defaults["eta"] if eta is None else eta)
@@ -346,7 +346,7 @@ class Model:
         if independent:
             groups = " | ".join(" + ".join(group) for group in independent)
             notes.append(
-                f"independent of each other, since no trained pair links them: {groups} (guides \"all\" links them "
+                f'independent of each other, since no trained pair links them: {groups} (guides "all" links them '
                 "through the aligned space)"
             )
         return tuple(notes)

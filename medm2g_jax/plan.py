@@ -85,7 +85,7 @@ def commands(config: ConfigDict, path: str, overrides: Sequence[str], root: str)
     """(stage, "done" | "resume" | "train", arguments of medm2g_jax.main) of every stage of the config's plan, in order.
 
     What the arguments say of all stages goes to each; config.stages.NAME.FIELD becomes NAME's own config.FIELD, and the
-    last stage's own fields (steps, batch, lr ...) stay with it.
+    last stage's own fields (steps, batch, lr ...) stay with it. What NAME predicts is told to all that stand on it.
 
     Args:
       path: what --config= was.
@@ -93,7 +93,7 @@ def commands(config: ConfigDict, path: str, overrides: Sequence[str], root: str)
     """
     with config.unlocked():
         config.upstream = "train"  # else a missing stage is an error here
-    own = stage_own_fields(config)
+    own, graph = stage_own_fields(config), stage_graph(config)
     out = []
     for name, what in loop.plan_stages(config, epath.Path(root)):
         last = name == config.stage
@@ -103,7 +103,8 @@ def commands(config: ConfigDict, path: str, overrides: Sequence[str], root: str)
             field = field.partition("=")[0]
             if field == "stages":
                 stage, _, inner = rest.partition(".")
-                arguments += [f"--config.{inner}"] if stage == name else []
+                told = inner.startswith(f"{results.PREDICT}=") and stage in graph.plan(name)
+                arguments += [f"--config.{inner}"] if stage == name else [override] if told else []
             elif field != "upstream" and (last or field not in own):
                 arguments.append(override)
         out.append((name, what, [*arguments, "--config.upstream=require"]))

@@ -13,11 +13,11 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from medm2g_jax import rounds
-from medm2g_jax.config import check, stage_config
+from medm2g_jax.config import check, get_config, stage_config, stage_graph
 from medm2g_jax.convert import weights
 from medm2g_jax.data import pipeline
 from medm2g_jax.data.contents import contents
-from medm2g_jax.data.open import source_of
+from medm2g_jax.data.open import OWN, source_of
 from medm2g_jax.data.source import Source, labeller
 from medm2g_jax.data.source import check as check_files
 from medm2g_jax.data.text import Tokenizers
@@ -96,20 +96,34 @@ def served(config: ConfigDict, root: epath.Path, source: Source, todo: Sequence[
             there = ", ".join(f"{s} {n}" for s, n in sorted(held.items())) or "nothing"
             raise UserError(
                 f"data {source.name!r}: stage {name} needs training records with {pipeline.needs(rows)}, and there are "
-                f"none; they hold {there}. {_fitting_listing(config, source)}"
+                f"none; they hold {there}. {_fitting_listing(config, source)}".rstrip(". ")
             )
     return counts
 
 
 def _fitting_listing(config: ConfigDict, source: Source) -> str:
-    """What to type for what the records hold: the pairs that they have, the centre's first."""
+    """What to type for what the records hold: all pairs that they have, the centre's first, else one modality alone."""
     held = [{s.partition(":")[0] for s in r.streams} for r in source.records if r.split == "train"]
+    rounds_ = {name for listing in rounds.LISTINGS.values() for name in listing}  # those that have a config file
     pairs = [f"{a}_{b}" for a, b in itertools.combinations(MODALITIES, 2) if any({a, b} <= h for h in held)]
-    if pairs:
-        words = [config.preset, "+".join(pairs), *(["alone"] if len(pairs) == 1 else [])]
-        return f"These data do for --config={results.config_path(pairs[-1])}:{','.join(words)}"
+    pairs = [name for name in pairs if name in rounds_]
     single = [m for m in MODALITIES if any(m in h for h in held)]
-    return f"These data do for --config=configs/ldm.py:{single[0]},{config.preset},alone" if single else ""
+    asked = [(pairs[-1], "+".join(pairs) + (",alone" if len(pairs) == 1 else ""))] if pairs else []
+    asked += [(name, f"{name},alone") for name in pairs]
+    asked += [(m, f"{m},alone") for m in single if MODALITIES[m].contrasts]
+    asked += [("ldm", f"{m},alone") for m in single]
+    for target, words in asked:
+        typed = f"{config.preset},{words}"
+        if _serve(get_config(target, typed), source):
+            return f"These data do for --config={results.config_path(target)}:{typed}"
+    return ""
+
+
+def _serve(config: ConfigDict, source: Source) -> bool:
+    """Are there training records for every stage of this config's plan?"""
+    stages = [stage_config(config, name) for name in stage_graph(config).plan(config.stage)]
+    rows = [rows_of(own, stage_graph(own)) for own in stages]
+    return all(any(map(len, pipeline.fitting(source, row, "train"))) for row in rows)
 
 
 def described(
@@ -153,9 +167,9 @@ def run(config: ConfigDict, workdir: str | None = None, source: Source | None = 
     """
     began = time.time()
     check(config)
-    if source is not None:
+    if source is not None:  # recorded as what it is: nobody shall measure this model on what config.data names instead
         config = config.copy_and_resolve_references()
-        config.data.source, config.data_reason = source.name, "given from Python"
+        config.data.source, config.data_reason = f"{OWN}:{source.name}", "handed over in Python"
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda *_: None
     root = epath.Path(workdir or default_workdir(config))
     use_compilation_cache(root / "xla_cache")

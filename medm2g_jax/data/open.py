@@ -12,6 +12,8 @@ from medm2g_jax.data.picture import MOST_PIXELS
 from medm2g_jax.data.source import Source
 from medm2g_jax.errors import UserError
 
+OWN = "own"  # the scheme of data that were handed over in Python
+
 
 def open_source(
     spec: str,
@@ -47,6 +49,10 @@ def open_source(
         from medm2g_jax.data.tfds import Tfds
 
         return Tfds(name, size, ranges=ranges, most_pixels=most_pixels)
+    if scheme == OWN and name:
+        raise UserError(
+            f"data {spec!r} were handed over in Python, as run(config, source=...); they have no other name"
+        )
     raise UserError(f"data {spec!r}: expected phantom, manifest:PATH or tfds:NAME")
 
 

@@ -236,10 +236,11 @@ def run_stage(
         while step < total:
             try:
                 batch = sharding.put_batch(next(batches), mesh)
-            except UserError:  # of the data: what has been learnt so far is kept
-                if step and step % config.accumulate == 0:
+            except UserError:  # of the data: what has been learnt so far is kept, where nobody waits for other hosts
+                if step >= config.accumulate and jax.process_count() == 1:
                     saves.save(step // config.accumulate, _as_dict(state))
                     saves.wait()
+                    log.sync()
                 raise
             state, metrics = train_step(state, frozen, batch, key)
             step += 1
@@ -273,6 +274,7 @@ def run_stage(
             if stopping and not last:
                 saves.save(done, _as_dict(state), force=True)
                 saves.wait()
+                log.sync()
                 raise Stopped(
                     f"{config.stage}: stopped at step {done} of {config.steps}, saved; the same command resumes"
                 )

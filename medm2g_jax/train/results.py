@@ -33,6 +33,7 @@ from medm2g_jax.train import checkpoint, data_record
 
 LINEAGE = "lineage.json"
 AGAIN = "train again: "
+PREDICT = "predict"  # the one field of a flow's own that all who stand on it have to say alike
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def find(root: epath.Path, config: ConfigDict, name: str) -> epath.Path | None:
     config.upstream_dirs; None where there is none.
 
     Raises:
-      UserError: it was made with other shared fields; names the field, both values, and what to type.
+      UserError: it was made with other shared fields, or is a flow that predicts something else than its config says;
+        names the field, both values, and what to type.
     """
     elsewhere = () if name == config.stage else config.upstream_dirs
     for place in (root, *(epath.Path(d) for d in elsewhere)):
@@ -92,8 +94,29 @@ def find(root: epath.Path, config: ConfigDict, name: str) -> epath.Path | None:
                 f"{place / name} was made with config.{field}={old!r}, this config has {new!r}; type the same words "
                 f"({config_path(config.stage)}:{words}) or start afresh with --workdir=ANOTHER_FOLDER"
             )
+        _hold_predictions(place / name, config, name, meta)
         return place / name
     return None
+
+
+def _hold_predictions(folder: epath.Path, config: ConfigDict, name: str, meta: Mapping[str, Any]) -> None:
+    """Hold a finished flow to what its config says that it predicts.
+
+    Raises:
+      UserError: it predicts something else; names both, and what to type.
+    """
+    if name != config.stage and name not in config.stages:
+        return  # not of this config's plan
+    field, own = ("", config) if name == config.stage else (f"stages.{name}.", config.stages[name])
+    if PREDICT not in own or PREDICT not in meta:
+        return
+    for learnt in meta[PREDICT].values():
+        if learnt != own[PREDICT]:
+            raise UserError(
+                f"{folder} was trained with config.{PREDICT}={learnt!r}, this config has config.{field}{PREDICT}="
+                f"{own[PREDICT]!r}; type --config.{field}{PREDICT}={learnt}, or start afresh with "
+                "--workdir=ANOTHER_FOLDER"
+            )
 
 
 def moved(

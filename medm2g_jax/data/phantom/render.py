@@ -173,7 +173,7 @@ class Phantom:
         train: int = 6000,
         val: int = 256,
         test: int = 1000,
-        pairs: Sequence[tuple[str, str]] = (("text", "xray"), ("text", "ct"), ("ct", "mri")),
+        pairs: Sequence[tuple[str, ...]] = (("text", "xray"), ("text", "ct"), ("ct", "mri")),
     ):
         known = ("text", *RENDERERS)
         unknown = [m for pair in pairs for m in pair if m not in known]

@@ -1,0 +1,25 @@
+"""Models of less than the paper's three pairs, each trained on the phantom for a few steps: CT-MRI pairs without any
+text, contrasts of MRI, CT and nothing else. Run: python tests/alone.py ROOT"""
+
+import sys
+
+from absl import flags
+from micro import micro
+
+from medm2g_jax import device, run
+
+if __name__ == "__main__":
+    flags.FLAGS.mark_as_parsed()
+    device.CPU_OPTIONS = {}
+    drawn = run.show
+    # What the other stages end with is tested elsewhere, and half of the time.
+    shown = (("mri",), "mri"), (("ct",), "ldm_ct")
+    run.show = lambda config, **rest: drawn(config=config, **rest) if (config.listing, config.stage) in shown else []
+
+    config = micro("ct_mri", "tiny,alone", steps=3)
+    config.stages.ldm_mri.drop_prompt = 1.0  # every row reads the null prompt
+    run.run(config, f"{sys.argv[1]}/ct_mri")
+    config = micro("mri", "tiny", steps=3, listing=("mri",))
+    config.stages.ldm_mri.predict = "sample"
+    run.run(config, f"{sys.argv[1]}/mri")
+    run.run(micro("ldm", "ct,tiny,alone", steps=3, predict="v"), f"{sys.argv[1]}/ct")
