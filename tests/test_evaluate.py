@@ -37,7 +37,7 @@ ALL = TEXT_CT + both(("ct", "mri"))
     ],
 )
 def test_what_guides_link(given, make, pairs, options, groups):
-    assert phantom.linked(Request(given, make, guide_pairs=pairs, **options)) == groups
+    assert list(Request(given, make, guide_pairs=pairs, **options).groups()) == groups
 
 
 class Answering(Model):
@@ -125,7 +125,9 @@ def shared(source: str) -> dict:
 
 
 def test_a_folder_called_phantom_has_no_exact_labels(tmp_path):
-    meta = dict(stage="text_ct", rounds=["text_ct"], shared=shared(manifest(tmp_path / "phantom")))
+    trained = {f"{m}/{part}": {} for m in ("text", "ct") for part in ("flow", "guide")}
+    about = {"modalities": {"text": {}, "ct": {}}, "from": trained, "pairs": {"guide": [["text", "ct"]]}}
+    meta = dict(stage="text_ct", rounds=["text_ct"], shared=shared(manifest(tmp_path / "phantom")), **about)
     checkpoint.save_model(tmp_path / "text_ct", {"ct/guide/x": jnp.ones(1)}, meta)
     with pytest.raises(UserError, match=r"text_ct was trained on manifest:.*/phantom, whose findings have no exact"):
         phantom.measure(str(tmp_path / "text_ct"))

@@ -10,7 +10,7 @@ from medm2g_jax.data.images import square
 from medm2g_jax.errors import UserError
 from medm2g_jax.loading import Model
 
-META = {"shared": {"image_size": 16, "data": {"most_pixels": 10_000}}}
+META = {"shared": {"image_size": 16, "data": {"most_pixels": 10_000}}, "ranges": {}}
 
 
 def model(**meta) -> Model:

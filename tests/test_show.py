@@ -12,12 +12,14 @@ from etils import epath
 from micro import micro
 from ml_collections import ConfigDict
 
+from medm2g_jax.config import stage_graph
 from medm2g_jax.data.phantom.report import parse
 from medm2g_jax.data.pipeline import matching
 from medm2g_jax.data.source import Record
 from medm2g_jax.evaluate import report, show
 from medm2g_jax.evaluate.figures import Figure, Reference, to_json
-from medm2g_jax.train import checkpoint, results
+from medm2g_jax.loading import Model
+from medm2g_jax.train import checkpoint, loop, results
 
 MASS = "large left upper mass . the heart is enlarged ."
 
@@ -27,11 +29,32 @@ def source(name: str = "set", splits=("train", "val"), streams=("text", "ct", "m
     return SimpleNamespace(name=name, open=False, records=records, read=lambda *_: "", **abilities)
 
 
+class Given(loop.Data):
+    """Data whose batches are given, by split."""
+
+    def fixed(self, rows, split, count, seed=0):
+        return self.batches_by_split[split if self.holds(rows, split) else "train"]
+
+
+def given(source, batches=None, tokenizers=None) -> loop.Data:
+    data = Given.__new__(Given)  # without the checks of tokenizers: those here only decode
+    for field, value in dict(source=source, tokenizers=tokenizers, lengths={}, size=8).items():
+        object.__setattr__(data, field, value)
+    object.__setattr__(data, "batches_by_split", batches)
+    return data
+
+
+def shown(config, data, flows=None, root="/nowhere") -> show.Shown:
+    model = Model.__new__(Model)
+    model.model, model.params = SimpleNamespace(flows=flows), {}
+    return show.Shown(config, stage_graph(config), epath.Path(root) / config.stage, model, data)
+
+
 def test_pairs_without_text_are_all_told_apart():
     """A batch begins with `about`, which is no row of anything."""
     image = np.zeros((5, 4, 4, 1), np.float32)
     batch = {"about": {"stream": {"mri": np.zeros(7, np.int32)}}, "ct": image, "mri": image}
-    classes, protocol = show._classes(batch, None)
+    classes, protocol = show._classes(given(source()), batch)
     np.testing.assert_array_equal(classes, np.arange(5))
     assert protocol == "gallery, own partner"
 
@@ -78,12 +101,9 @@ def embeddings():
 def aligned(embeddings, splits=("train", "val")):
     """Figures of an alignment stage, by (task, metric)."""
     flow = SimpleNamespace(prompt=lambda params, x: SimpleNamespace(pooled=jnp.asarray(x)))
-    generator = SimpleNamespace(model=SimpleNamespace(flows={"ct": flow, "mri": flow}), params={})
-    fixed = lambda rows, split, count: embeddings[split if split in splits else "train"]  # noqa: E731
-    data = SimpleNamespace(source=source(splits=splits), fixed=fixed)
-    config = ConfigDict(dict(sample=dict(rows=4)))
-    stage = SimpleNamespace(subjects=("ct", "mri"))
-    figures = show._alignment(config, epath.Path("/nowhere"), generator, data, stage, {})
+    data = given(source(splits=splits, streams=("ct", "mri")), embeddings)
+    config = micro("align", "ct_mri,tiny,alone")
+    figures = show._alignment(shown(config, data, {"ct": flow, "mri": flow}))
     return {(f.task, f.metric): f for f in figures}
 
 
@@ -109,7 +129,7 @@ def test_figures_of_training_records_say_so(embeddings):
     found = aligned(embeddings, splits=("train",))
     assert {task for task, _ in found} == {"CT <-> MRI, training records"}
     for splits, which in ((("train",), "training records"), (("train", "val"), "held-out records")):
-        data = SimpleNamespace(source=source(splits=splits), fixed=lambda *_: {})
+        data = given(source(splits=splits), {"train": {}, "val": {}})
         assert show._measured(data, show.Rows(require=("ct",)), 4)[1] == which
     assert (
         show._task("text", "ct", "prompt alone", "training records") == "report -> CT, prompt alone, training records"
@@ -124,12 +144,13 @@ def test_what_is_generated_has_the_figures_of_its_autoencoder_as_ceiling(tmp_pat
     other = Figure(task="CT -> CT", metric="PSNR dB", protocol="range1", value=50.0, n=4, seed=0)
     meta = dict(shared=results.shared(config), figures=to_json([other, own]))
     root = epath.Path(tmp_path)
-    at = functools.partial(show._of_autoencoder, config, root / "ldm_xray", "xray")
+    at = functools.partial(show._of_autoencoder, shown(config, given(source()), root=root), "xray")
     assert at("held-out records") == []
     checkpoint.save_model(root / "image_vae", {"image/vae/x": jnp.ones(1)}, meta)
     assert at("held-out records") == [own] and at("training records") == []
     real = np.zeros((4, 8, 8, 1), np.float32)
-    made = show._compared(SimpleNamespace(), "report -> X-ray", "xray", real, real + 0.2, [own])
+    stage = shown(config, given(source()), root=root)
+    made = show._compared(stage, "report -> X-ray", "xray", real, real + 0.2, [own])
     (figure,) = [f for f in made if f.metric == "PSNR dB"]
     assert figure.value == pytest.approx(20.0, abs=1e-4)  # 10 log10(4 / 0.04)
     assert (figure.floor, figure.ceiling) == (own.floor, (40.0, "the autoencoder"))
@@ -141,9 +162,9 @@ def test_a_folder_called_phantom_is_not_the_phantom():
     batch = {"gpt2": np.asarray([[9, 0], [9, 1]])}
 
     def measured(source):
-        data = SimpleNamespace(source=source, tokenizers=texts)
-        figures = show._compared(data, "CT -> report", "text", batch, [MASS, MASS], [])
-        return {f.metric: f.value for f in figures}, show._classes({"text": batch}, data)
+        data = given(source, tokenizers=texts)
+        figures = show._compared(shown(micro("text_ct"), data), "CT -> report", "text", batch, [MASS, MASS], [])
+        return {f.metric: f.value for f in figures}, show._classes(data, {"text": batch})
 
     values, (classes, protocol) = measured(source("phantom"))
     assert values == {"exact": 0.5} and protocol == "gallery, same words" and list(classes) == [1, 0]
