@@ -30,6 +30,11 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale; default the run's own")
     parser.add_argument("--dtype", default="float32", help="of stored parameters: float32, or bfloat16, half of it")
     parser.add_argument("--guides", default="trained", help="trained pairs, all, or none")
+    parser.add_argument(
+        "--register",
+        default="trained",
+        help="trained: sources on the wanted image's grid are read there; made: only what is made together; none",
+    )
     parser.add_argument("--prompts", default="given", help="given, or none: only the guides then carry the sources")
 
 
@@ -64,6 +69,7 @@ def _generate(args: argparse.Namespace) -> None:
         guidance=args.guidance,
         seed=args.seed,
         guides=args.guides,
+        register=args.register,
         prompts=args.prompts,
         **options,
     )

@@ -11,6 +11,7 @@ A stage's own fields (batch, steps, lr ...) stand at the top level of its config
 fields for each upstream stage it may have to train first; the fields in `rounds.SHARED` are handed to all of them.
 """
 
+import dataclasses
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -101,6 +102,8 @@ def _shared(preset: str, variant: str, listing: tuple[str, ...]) -> ConfigDict:
                 template_text=False,  # take texts written from metadata for reports
                 range="",  # of 16-bit images, as in "xray=0:4095,mri:t2=0:1200"; found over the whole set if not said
                 most_pixels=2**26,  # of one image
+                # Take all images of one row as on one grid, where the row does not say ("registered" in a manifest).
+                registered=False,
                 # The phantom's subjects. Train and validation are shared out among the listing's pairs.
                 train=6000 if tiny else 60000,
                 val=384,
@@ -177,13 +180,16 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
         )
         own |= dict(
             loss=dict(eps=1.0),  # squared error of what is predicted
-            predict="eps",  # or another name in diffusion.PREDICTIONS; rounds take it from the flow they stand on
+            # A name in diffusion.PREDICTIONS; rounds take it from the flow they stand on. A fresh flow that will read
+            # sources on its grid follows them best where it predicts z0 (docs/quality.md).
+            predict="sample" if tiny and not paper and _on_grid(name, listing) else "eps",
             drop_prompt=0.1,
             unprompted=0.1,  # share of rows from records without the prompt's streams, where the data have some
         )
     else:
+        steps = 800 if _on_grid(name, listing) and not paper else 600 if name == listing[0] else 400
         own |= (
-            dict(steps=600 if name == listing[0] else 400, lr=5e-3, lr_adapt=5e-3, batch=16)
+            dict(steps=steps, lr=5e-3, lr_adapt=5e-3, batch=16)
             if tiny
             else dict(steps=50_000, lr=1e-5, lr_adapt=1e-5 if paper else 1e-3, batch=256)
         )
@@ -195,8 +201,20 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
             contrast_tau=0.07,
             freeze="paper",  # or "partner_open"
             others=0 if paper else 3,  # other contrasts of a modality, at most, that guide it beside the partner
+            # Sources on the target's grid stand on its UNet's input channels too (beyond the paper).
+            register=not paper,
+            # What else of a new modality trains: "flow" its UNet too, "guide" nothing; "auto": "flow" where it may have
+            # sources on its grid.
+            open="guide" if paper else "auto",
+            alone=0.0 if paper else 0.1,  # share of an open flow's rows without any source, so that it forgets nothing
         )
     return own
+
+
+def _on_grid(name: str, listing: tuple[str, ...]) -> bool:
+    """Is this a round in which a flow may have sources on its own grid, or the single flow of such a modality?"""
+    stages = rounds.graph(listing, register=listing).stages.values()
+    return any(stage.registered and name in (stage.name, *(f"ldm_{m}" for m in stage.registered)) for stage in stages)
 
 
 # --- what a number may be --------------------------------------------------------------------------------------------
@@ -277,6 +295,7 @@ RANGES: Mapping[str, Range] = {
     "crop": Range(0, 1, whole=False, open_low=True),
     "drop_prompt": _SHARE,
     "unprompted": _SHARE,
+    "alone": _SHARE,
     "others": Range(0, 64),
     "clean": _SHARE,
     "contrast_tau": _POSITIVE,
@@ -289,6 +308,7 @@ RANGES: Mapping[str, Range] = {
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "dtype": ("auto", "float32", "bfloat16"),
     "freeze": ("paper", "partner_open"),
+    "open": ("auto", "flow", "guide"),
     "optimizer": ("adamw", "adam"),
     "predict": ("eps", "v", "sample"),
     "sample.guide": ("cond", "both"),
@@ -535,7 +555,22 @@ def stage_graph(config: ConfigDict, absent: tuple[str, ...] = ()) -> rounds.Grap
     """The graph of the config's listing; only rounds say who of them is frozen. absent: see rounds.Graph."""
     freeze = config.freeze if "freeze" in config else "paper"
     contrasts = bool(config.others) if "others" in config else config.variant != "paper"
-    return rounds.graph(config.listing, freeze, absent, contrasts)
+
+    def says(name: str, field: str) -> Any:
+        """A round's own field, whichever stage asks: who trains what must look the same from all of them."""
+        if name == config.stage:
+            return config[field]
+        own = config.stages[name] if name in config.stages else None
+        return own[field] if own else _stage(name, config.preset, config.variant, config.listing)[field]
+
+    register = tuple(r for r in config.listing if says(r, "register"))
+    graph = rounds.graph(config.listing, freeze, absent, contrasts, register)
+    opened = []
+    for stage in graph.stages.values():
+        if stage.verb == "round":
+            how = says(stage.name, "open")
+            opened += [stage.name] if how == "flow" or (how == "auto" and stage.registered) else []
+    return dataclasses.replace(graph, opened=tuple(opened))
 
 
 def stage_own_fields(config: ConfigDict) -> list[str]:

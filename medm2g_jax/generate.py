@@ -4,8 +4,11 @@ All wanted flows start from noise and move in lockstep. At every step each flow 
 
     its prompt  C_B(x_B) of everything given                            (the null prompt if nothing is)
     its guide   V_B([z^B, f_B]) of what is given (clean, level 0) and of what is being made (at the current t)
+    beside z_t  the latents of those of them that lie on its grid, where it was trained to read them there
 
-and classifier-free guidance moves it away from the prediction with the null prompt and no guide. Where a source ->
+and classifier-free guidance moves it away from the prediction with the null prompt and no guide. What lies on
+its grid a flow keeps in both halves, and where that is given also its guide: guidance would overshoot what the flow has
+before its eyes (docs/quality.md). Where a source ->
 flow pair was trained, all tokens of a context are used; for other pairs only its pooled token, since only pooled
 vectors are aligned. This file builds the denoiser of a request; `diffusion.sample` moves it.
 """
@@ -24,11 +27,12 @@ from medm2g_jax.diffusion import Denoise, Denoised, Streams, guided, sample
 from medm2g_jax.errors import UserError
 from medm2g_jax.keys import row_normal, salt
 from medm2g_jax.modality import split_stream
-from medm2g_jax.model import MedM2G, guide_halves, null_context, pooled_context, prompt_halves
+from medm2g_jax.model import MedM2G, OnGrid, guide_halves, null_context, pooled_context, prompt_halves
 from medm2g_jax.nn.attention import Context, concat
 
 PROMPTS = ("given", "none")
 GUIDES = ("trained", "all", "none")
+REGISTER = ("trained", "made", "none")
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,14 @@ class Request:
     Attributes:
       given, make: streams.
       steps, sampler, spacing: see `diffusion.sample`.
-      guide: "cond" leaves the guide out of the unconditional half of guidance; "both" keeps it there (CoDi).
+      guide: "cond" leaves the guide out of the unconditional half of guidance, but for a flow that reads given sources
+        on its grid; "both" keeps it there (CoDi).
       prompts: "given", or "none" for the null prompt whatever is given.
       guides: those of "trained" pairs, "all", or "none".
-      prompt_pairs, guide_pairs: (source, target) modalities that were trained; (m, m) is another contrast of m.
+      register: what lies on the grid of a flow that was trained to read it there: "trained" takes all that is given and
+        made for such, "made" what is made alone, "none" nothing.
+      prompt_pairs, guide_pairs, registered_pairs: (source, target) modalities that were trained; (m, m) is another
+        contrast of m.
     """
 
     given: tuple[str, ...]
@@ -54,9 +62,12 @@ class Request:
     guides: str = "trained"
     prompt_pairs: tuple[tuple[str, str], ...] = ()
     guide_pairs: tuple[tuple[str, str], ...] = ()
+    register: str = "trained"
+    registered_pairs: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self):
-        for name, allowed in (("prompts", PROMPTS), ("guides", GUIDES), ("guide", ("cond", "both"))):
+        table = dict(prompts=PROMPTS, guides=GUIDES, guide=("cond", "both"), register=REGISTER)
+        for name, allowed in table.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
         if not self.make:
@@ -79,6 +90,13 @@ class Request:
             return "tokens"
         return "pooled" if self.guides == "all" and a != b else None
 
+    def registered(self, source: str, target: str) -> bool:
+        """Does stream `source` stand on `target`'s input channels?"""
+        if self.register == "none" or (self.register == "made" and source in self.given):
+            return False
+        trained = (_modality(source), _modality(target)) in self.registered_pairs
+        return trained and self.link(source, target) == "tokens"
+
     def told(self, source: str, target: str) -> str | None:
         """How given stream `source` prompts stream `target`."""
         if source not in self.given or self.prompts == "none":
@@ -93,6 +111,7 @@ class Request:
             for source in (*self.given, *make):
                 ways = {"prompt": self.told(source, target), "guide": self.link(source, target)}
                 words = [f"{what} {how}" for what, how in ways.items() if how]
+                words += ["registered"] if self.registered(source, target) else []
                 if words and source != target:
                     out[f"{source} -> {target}"] = ", ".join(words)
         return out
@@ -156,6 +175,7 @@ def build_denoiser(
     encoded = {s: model.encode(params, _modality(s), x) for s, x in given.items() if s in sources}
     clean = _contexts(model, params, encoded, jnp.int32(0))
     prompts = _prompts(model, request, make, params, given, rows)
+    told = {a for a in make if any(request.registered(s, a) for s in request.given)}  # pixel by pixel
     # With neither prompt nor guide there is nothing to guide by, and one half is enough.
     bare = not any(prompts.values()) and not sources
     # Without a barrier XLA's CPU compiler keeps float32 copies of all bfloat16 parameters through the whole loop.
@@ -173,8 +193,14 @@ def build_denoiser(
             null = flow.null(own)
             prompt = null_context(null, count) if bare else prompt_halves(null, prompts[s], rows)
             guides = [available[source][how == "pooled"] for source, how in links[s].items()]
-            guide = guide_halves(concat(guides), request.guide == "both") if guides else None
-            prediction = flow.predict(own, z_t, times, prompt, guide, streams)
+            guide = guide_halves(concat(guides), request.guide == "both" or s in told) if guides else None
+            near = [
+                _on_grid(model, source, encoded[source] if source in encoded else z[source], t, source in encoded)
+                for source in links[s]
+                if request.registered(source, s)
+            ]
+            registered = jnp.tile(flow.on_grid(near), (2, 1, 1, 1)) if near else None
+            prediction = flow.predict(own, z_t, times, prompt, guide, streams, registered)
             out[s] = flow.process.split(prediction, z_t, times)
         return out
 
@@ -190,6 +216,14 @@ def _contexts(model: MedM2G, params: Params, z: Streams, t: Array) -> dict[str, 
         tokens, pooled = model.flows[m].source(params, latent, jnp.broadcast_to(t, rows.shape), rows)
         out[s] = (tokens, pooled_context(pooled, model.width**0.5))
     return out
+
+
+def _on_grid(model: MedM2G, stream: str, z: Array, t: Array, given: bool) -> OnGrid:
+    m, index = split_stream(stream)
+    rows = z.shape[0]
+    signal, _ = model.flows[m].process.at(jnp.broadcast_to(t, (rows,)), z)
+    signal = jnp.ones((rows, 1, 1, 1)) if given else signal
+    return OnGrid(m, z, signal, jnp.full((rows,), index, jnp.int32), jnp.ones((rows,), bool))
 
 
 def _prompts(

@@ -26,7 +26,7 @@ from medm2g_jax.data.picture import Picture, network_input
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.device import activation_dtype, jit, use_compilation_cache
 from medm2g_jax.errors import UserError
-from medm2g_jax.generate import Generated, Request, build_sampler
+from medm2g_jax.generate import Generated, Request, build_sampler, with_bridges
 from medm2g_jax.keys import row_keys
 from medm2g_jax.modality import MODALITIES, adopt, split_stream
 from medm2g_jax.model import MedM2G, build, init_group
@@ -101,6 +101,7 @@ def load(path: str, modalities: Sequence[str] | None = None, dtype: str = "float
         shared["image_size"],
         jnp.float32 if jax.default_backend() == "cpu" else stored,
         predict=meta["predict"],
+        slots=meta["slots"] if "slots" in meta else {},  # results of before have none
         centred=bool(rounds.graph(shared["listing"]).centre),
     )
     # Of what is only given, everything but its UNet: C for prompts, V, f and the autoencoder for guides.
@@ -263,7 +264,9 @@ class Model:
         unknown = set(options) - {f.name for f in dataclasses.fields(Request)}
         if unknown:
             raise UserError(f"unknown option {sorted(unknown)[0]!r} of a generation")
-        pairs = {f"{k}_pairs": tuple(tuple(p) for p in self.meta["pairs"][k]) for k in ("prompt", "guide")}
+        trained = self.meta["pairs"]
+        kinds = [k for k in ("prompt", "guide", "registered") if k in trained]
+        pairs = {f"{k}_pairs": tuple(tuple(p) for p in trained[k]) for k in kinds}
         defaults = {k: self.defaults[k] for k in ("steps", "sampler", "spacing", "guide")}
         return Request(tuple(given), tuple(make), **(defaults | pairs | options))
 
@@ -308,7 +311,7 @@ class Model:
           count: samples; default one for each given value. A single given value is repeated.
           steps, eta, guidance: of the sampler; None for the run's own.
           seed: sample i's noise is a function of (seed, i, stream).
-          **options: `sampler`, `guide`, `prompts`, `guides` of `generate.Request`.
+          **options: `sampler`, `guide`, `prompts`, `guides`, `register` of `generate.Request`.
 
         Raises:
           UserError: unknown streams or options, numbers out of range, batches of different lengths, unreadable
@@ -328,6 +331,9 @@ class Model:
             if len(items) not in (1, n):
                 raise UserError(f"{stream}: {len(items)} values given for {n} samples")
             batch[stream] = self.model_input(stream, items * (n if len(items) == 1 else 1))
+        apart = self._apart(request, values)
+        if apart:
+            request = dataclasses.replace(request, register="made")
         keys = row_keys(jax.random.key(seed), n)
         scale = self.defaults["guidance"] if guidance is None else guidance
         latents = self.sample(request, batch, keys, scale, self.defaults["eta"] if eta is None else eta)
@@ -336,9 +342,22 @@ class Model:
         groups = request.groups()
         independent = groups if len(groups) > 1 else ()
         kept = {s: np.asarray(latents[s]) for s in request.make}
-        return Generated(samples, request.pairs(), seed, independent, self._notes(values, independent), kept)
+        notes = self._notes(values, independent, apart)
+        return Generated(samples, request.pairs(), seed, independent, notes, kept)
 
-    def _notes(self, given: Mapping[str, Sequence[Any]], independent: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    def _apart(self, request: Request, given: Mapping[str, Sequence[Any]]) -> tuple[str, ...]:
+        """The given streams that could stand on a wanted one's input channels and cannot share a grid: their images
+        differ in size; () where all may."""
+        if request.register != "trained":
+            return ()
+        near = [s for s in given if any(request.registered(s, target) for target in with_bridges(request))]
+        rows = max((len(given[s]) for s in near), default=0)
+        shapes = [{given[s][i if len(given[s]) > 1 else 0].pixels.shape for s in near} for i in range(rows)]
+        return tuple(near) if any(len(some) > 1 for some in shapes) else ()
+
+    def _notes(
+        self, given: Mapping[str, Sequence[Any]], independent: Sequence[Sequence[str]], apart: Sequence[str] = ()
+    ) -> tuple[str, ...]:
         """What a user has to know of a generation."""
         read = {name: n for name, n in self.lengths.items() if name in ("clip", "bert")}  # of given texts
         texts = [x for items in given.values() for x in items if isinstance(x, str)]
@@ -348,6 +367,11 @@ class Model:
             notes.append(
                 f'independent of each other, since no trained pair links them: {groups} (guides "all" links them '
                 "through the aligned space)"
+            )
+        if apart:
+            notes.append(
+                f"{' and '.join(apart)} differ in size, so they share no grid: they guide by their contexts alone, not "
+                "pixel by pixel; resample them to one grid"
             )
         return tuple(notes)
 

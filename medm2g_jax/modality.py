@@ -31,6 +31,7 @@ class Modality:
       unit: of the values inside the window.
       dicom: DICOM modality code ("" for text).
       centre: the modality all others are aligned to; exactly one is.
+      projection: its images are shadows of the whole body, which lie on no slice's grid.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Modality:
     unit: str = ""
     dicom: str = ""
     centre: bool = False
+    projection: bool = False
 
     @property
     def is_image(self) -> bool:
@@ -51,6 +53,11 @@ class Modality:
     def streams(self) -> tuple[str, ...]:
         """All streams; index 0 is the bare one, and the index is what the networks embed."""
         return (self.name, *(f"{self.name}:{contrast}" for contrast in self.contrasts))
+
+    def shares_grid(self, other: "Modality") -> bool:
+        """Can an image of it lie on the grid of one of `other`, pixel by pixel? Whether it does is the data's to say
+        (`Record.grid`)."""
+        return self.is_image and other.is_image and self.projection == other.projection
 
     def normalise(self, values: Float[Any, "*shape"]) -> Float[Any, "*shape"]:
         """Values in the modality's unit -> [-1, 1] of its window; what lies outside is cut off."""
@@ -96,20 +103,23 @@ def adopt(records: Mapping[str, Mapping[str, Any]], where: str) -> None:
         of contrasts would exchange them without a word.
     """
     for name, record in records.items():
-        theirs = Modality(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.items()})
-        ours = MODALITIES.get(name, theirs)
+        known = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+        ours = MODALITIES.get(name, Modality(**known))
         for field in fields(Modality):
-            a, b = getattr(theirs, field.name), getattr(ours, field.name)
+            b = getattr(ours, field.name)
+            a = known[field.name] if field.name in known else b  # trained before there was such a field
             if a != b:
                 raise UserError(
                     f"{where}: its modality {name!r} has {field.name} {a!r}, the one registered here {b!r}; register "
                     "it as the model was trained with it"
                 )
-        register(theirs)
+        register(ours)
 
 
 register(Modality("text", "text", "report", centre=True))
-register(Modality("xray", "image", "X-ray", window=(0.0, 1.0), unit="relative attenuation", dicom="DX"))
+register(
+    Modality("xray", "image", "X-ray", window=(0.0, 1.0), unit="relative attenuation", dicom="DX", projection=True)
+)
 register(Modality("ct", "image", "CT", window=(-1000.0, 400.0), unit="HU", dicom="CT"))
 register(
     Modality(

@@ -5,22 +5,23 @@ Both are recipes without weights: pure functions of a flat dict of parameters, m
     ct/clip/...       C_CT, prompt encoder (3.2)            ct/context/...  V_CT, context encoder (3.4)
     ct/prompt_in/...  shared space -> what the UNet reads   ct/adapt/...    f_CT, guided adaptation (Eq. 5)
     ct/null/token     the null prompt, where there is no centre whose C("") it could be
-    ct/unet/...       eps_theta (Eq. 2); .../guide/... inside it is theta_c (Eq. 6)
+    ct/unet/...       eps_theta (Eq. 2); .../guide/... inside it is theta_c (Eq. 6), guide/kernel what it reads of
+                      sources on its own grid
     image/vae/...     the autoencoder that all modalities of a kind share
 
 Freezing, sharding, conversion and loading are comprehensions over these names. This file is where they are flattened
 and unflattened. What depends on a modality's kind is `family`'s.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from medm2g_jax.arrays import Latent, Params, Times
 from medm2g_jax.diffusion import Process
@@ -65,6 +66,7 @@ class Flow:
     """What one modality owns. Methods are pure functions of the flat parameters.
 
     Attributes:
+      slots: the streams that may stand on the UNet's input channels, where they lie on its grid; () for none.
       centred: the centre is among the flows, so that the null prompt is its C(""); else each flow has a token of its
         own for it, zero at first.
     """
@@ -78,6 +80,7 @@ class Flow:
     adapt: nn.Module
     prompt_in: nn.Module
     centred: bool
+    slots: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -102,16 +105,37 @@ class Flow:
         prompt: Context,
         guide: Context | None = None,
         stream: Array | None = None,
+        registered: Array | None = None,
     ) -> Latent:
         """The UNet's own answer to (z_t, t, C(y)) of Eq. 2; with a guide (z_t, t, V_B([z_t^B, f_B])) of Eq. 6. What it
         means is `process`'s to say.
 
-        The prompt is in the shared space; `prompt_in` maps its tokens to what this UNet reads.
+        The prompt is in the shared space; `prompt_in` maps its tokens to what this UNet reads. registered: `on_grid`.
         """
         tokens = apply(self.prompt_in, params, f"{self.name}/prompt_in", prompt.tokens)
-        return apply(
-            self.unet, params, f"{self.name}/unet", z_t, t, Context(tokens, prompt.bias), guide, self._at(stream)
-        )
+        told = [Context(tokens, prompt.bias), guide, self._at(stream)]
+        told += [] if registered is None else [registered]
+        return apply(self.unet, params, f"{self.name}/unet", z_t, t, *told)
+
+    def on_grid(self, sources: Iterable["OnGrid"]) -> Float[Array, "b h w s"]:
+        """Sources on this flow's grid as its UNet's input channels: a slot a stream of `slots`, holding the latent and
+        how much of it is signal: 1 where it is clean, alpha_t where it is at noise level t, 0 where there is none.
+
+        The sources of one row are of different streams; those of streams without a slot are left out.
+        """
+        shape = self.family.latent_shape
+        filled: dict[str, Array] = {}
+        for source in sources:
+            streams = MODALITIES[source.modality].streams
+            filling = jnp.concatenate([source.z, jnp.broadcast_to(source.signal, (*source.z.shape[:-1], 1))], axis=-1)
+            for index, stream in enumerate(streams):
+                if stream in self.slots:
+                    on = source.on if source.stream is None else source.on & (source.stream == index)
+                    mine = jnp.where(on[:, None, None, None], filling, 0.0)
+                    filled[stream] = filled[stream] + mine if stream in filled else mine
+        rows = next(iter(filled.values())).shape[0]
+        empty = jnp.zeros((rows, *shape[:-1], shape[-1] + 1))
+        return jnp.concatenate([filled[s] if s in filled else empty for s in self.slots], axis=-1)
 
     def source(
         self, params: Params, z: Latent, t: Times, stream: Array | None = None
@@ -140,9 +164,21 @@ class Flow:
             out |= init(self.adapt, f"{self.name}/adapt", key)
             f = jnp.zeros((self.adapt.count, self.adapt.width))
             out |= init(self.context, f"{self.name}/context", key, z, t, f, stream)
-            unet = init(self.unet, f"{self.name}/unet", key, z, t, example, example, stream)
+            near = [jnp.zeros((*z.shape[:-1], len(self.slots) * (z.shape[-1] + 1)))] if self.slots else []
+            unet = init(self.unet, f"{self.name}/unet", key, z, t, example, example, stream, *near)
             out |= {name: value for name, value in unet.items() if "/guide/" in name}
         return out
+
+
+class OnGrid(NamedTuple):
+    """A source that may lie on a flow's grid: its latent, how much of it is signal (b 1 1 1), which stream of its
+    modality it is (None: the first), and the rows where it does."""
+
+    modality: str
+    z: Latent
+    signal: Float[Array, "b 1 1 1"]
+    stream: Int[Array, "b"] | None
+    on: Bool[Array, "b"]
 
 
 # --- all of them ----------------------------------------------------------------------------------------------------
@@ -234,6 +270,7 @@ def build(
     remat: bool = False,
     predict: Mapping[str, str] | None = None,
     centred: bool = True,
+    slots: Mapping[str, Sequence[str]] | None = None,
 ) -> MedM2G:
     """The recipe of the flows of `modalities` and of the autoencoders of their kinds.
 
@@ -245,6 +282,7 @@ def build(
       dtype: of activations.
       predict: modality -> what its UNet predicts, where it is not eps.
       centred: the centre's C is trained, so that C("") is the null prompt (`rounds.Graph.centre`).
+      slots: modality -> `Flow.slots`, of those that have any.
     """
     kinds = dict.fromkeys(MODALITIES[m].kind for m in modalities)
     families = {kind: FAMILIES[kind](net, vocab, image_size, dtype) for kind in kinds}
@@ -269,6 +307,7 @@ def build(
                 kernel_init=lambda key, shape, dtype=jnp.float32: jnp.eye(*shape, dtype=dtype),
             ),
             centred=centred,
+            slots=tuple(slots[name]) if slots and name in slots else (),
         )
     scales = {kind: float(scales.get(kind, 1.0)) for kind in kinds}
     return MedM2G(flows, families, scales, width)

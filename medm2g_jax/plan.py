@@ -154,6 +154,10 @@ def abstract_batch(rows: Rows, batch: int, model: MedM2G) -> dict[str, Any]:
             }
             for m in rows.contrasts
         }
+    for m in rows.registered:
+        near = {"partner": flags()} if len(rows.require) > 1 else {}
+        near |= {"others": flags(rows.others)} if m in rows.contrasts else {}
+        about.setdefault("grid", {})[m] = near
     return out | ({"about": about} if about else {})
 
 
@@ -165,7 +169,7 @@ def abstract_step(
     graph = stage_graph(config, tuple(absent))
     dtype = activation_dtype(config.dtype, backend)
     predict = results.predictions(config, tuple(graph.owners(config.stage)))
-    setup = assemble(config, graph, mesh, vocab, {}, predict, dtype)
+    setup = assemble(config, graph, mesh, vocab, {}, predict, results.slots_of(graph, config.stage), dtype)
     spec, model = setup.recipe, setup.model
 
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -32,7 +32,7 @@ from medm2g_jax.diffusion import T, denoising_loss
 from medm2g_jax.extract import invariant_loss, view
 from medm2g_jax.keys import row_keys, row_normal, row_uniform
 from medm2g_jax.modality import of_kind
-from medm2g_jax.model import Flow, MedM2G, apply, init, init_group, prompt_context, under
+from medm2g_jax.model import Flow, MedM2G, OnGrid, apply, init, init_group, prompt_context, under
 from medm2g_jax.nn.attention import Context, concat, mask
 
 EVAL_TIMES = tuple(range(T // 20, T, T // 10))  # 50, 150, ..., 950: held-out loss of a flow is their mean
@@ -72,7 +72,13 @@ def rows_of(config: ConfigDict, graph: rounds.Graph) -> Rows:
     if stage.verb == "ldm":
         return Rows(require=stage.subjects, prompts=graph.prompts(*stage.subjects), unprompted=config.unprompted)
     contrasts = stage.contrasts if config.others else ()
-    return Rows(require=stage.subjects, contrasts=contrasts, others=config.others if contrasts else 0, identify=True)
+    return Rows(
+        require=stage.subjects,
+        contrasts=contrasts,
+        others=config.others if contrasts else 0,
+        registered=tuple(stage.registered),
+        identify=True,
+    )
 
 
 def weighted(recipe: Recipe, weights: Mapping[str, float], features: Any) -> tuple[Array, dict[str, Array]]:
@@ -214,13 +220,15 @@ class Projector(nn.Module):
 
 
 class Noised(NamedTuple):
-    """A batch on its way: z_t at times t, what the network has to say of it, and what the prompt is made of."""
+    """A batch on its way: z_t at times t, what the network has to say of it, what the prompt is made of, and what
+    stands on its grid (`Flow.on_grid`)."""
 
     z_t: Latent
     t: Times
     target: Latent
     given: dict[str, tuple[Array, Bool[Array, "b"]]]
     stream: Array | None
+    registered: Array | None = None
 
 
 class Predicted(NamedTuple):
@@ -357,9 +365,17 @@ def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: Rows) -
         if t is not None:  # held out: always translation
             clean = jnp.ones_like(clean)
         streams = {m: _stream(batch, m) for m in subjects}
+        # A flow that trains on must not forget what it does with nobody to guide it: half of these rows by its prompt.
+        alone = {}
+        for i, m in enumerate(subjects):
+            if f"{m}/flow" in stage.trains and config.alone and t is None:
+                alone[m] = row_uniform(keys, f"alone/{i}")
+        guided = {m: u >= config.alone for m, u in alone.items()}
         noised, sources, others = {}, {}, {}
         for i, m in enumerate(subjects):
             keep = row_uniform(keys, f"drop_prompt/{i}") >= config.drop_prompt
+            if m in alone:
+                keep = jnp.where(guided[m], keep, alone[m] < config.alone / 2)
             given = {}
             if m in partner and config.drop_prompt < 1:
                 other = partner[m]
@@ -376,12 +392,22 @@ def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: Rows) -
             noise = flat(row_normal(keys, (rows.others, *z.shape[1:]), 100 + i))
             source_t = each(jnp.where(clean, 0, times))
             z = _where(each(clean), z, flows[m].process.add_noise(z, source_t, noise))
-            others[m] = Others(Source(z, source_t, flat(some["stream"])), some["has"])
+            has = some["has"] & guided[m][:, None] if m in guided else some["has"]
+            others[m] = Others(Source(z, source_t, flat(some["stream"])), has)
+        by_partner = dict(about.get("partner", {}))
+        for m, some in guided.items():
+            by_partner[m] = some & by_partner[m] if m in by_partner else some
+        for m in stage.registered:
+            on = about["grid"][m]
+            if m in guided:
+                on = jax.tree.map(lambda x, m=m: x & guided[m].reshape(-1, *(1,) * (x.ndim - 1)), on)
+            near = _near(flows, m, partner, sources, others, on)
+            noised[m] = noised[m]._replace(registered=flows[m].on_grid(near))
         counts = {m: about["has"][m] & about["has"][partner.get(m, m)] for m in subjects} if rows.contrasts else None
         for m in rows.contrasts:  # guided by whatever there is
             counts[m] = about["has"][m]
         same = _same(batch, [(flows[m], batch[m]) for m in subjects])
-        return Pair(noised, sources, others, clean, counts, dict(about.get("partner", {})), same)
+        return Pair(noised, sources, others, clean, counts, by_partner, same)
 
     def features(params: Params, p: Pair) -> Paired:
         sources = {m: flows[m].source(params, *p.sources[m]) for m in partner}
@@ -394,7 +420,7 @@ def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: Rows) -
                 tokens = flows[m].source(params, *p.others[m].source)[0]
                 guides.append(_side_by_side(tokens, p.others[m].has))
             prompt = prompt_context(flows[m].null(params), n.given, n.t.shape[0])
-            prediction = flows[m].predict(params, n.z_t, n.t, prompt, concat(guides), n.stream)
+            prediction = flows[m].predict(params, n.z_t, n.t, prompt, concat(guides), n.stream, n.registered)
             predicted[m] = Predicted(n.target, prediction)
         pooled = {m: pooled for m, (_, pooled) in sources.items()}
         return Paired(predicted, pooled, p.clean, p.counts, p.same)
@@ -421,6 +447,28 @@ def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: Rows) -
         times=EVAL_TIMES,
         start=start,
     )
+
+
+def _near(
+    flows: Mapping[str, Flow],
+    m: str,
+    partner: Mapping[str, str],
+    sources: Mapping[str, Source],
+    others: Mapping[str, Others],
+    on: Mapping[str, Array],
+) -> list[OnGrid]:
+    """The sources of flow m that may lie on its grid; on: where they do, as a batch has it in about["grid"]."""
+
+    def near(name: str, source: Source, rows: Array) -> OnGrid:
+        signal, _ = flows[name].process.at(source.t, source.z)  # alpha_0 is 1 but for 4e-4
+        return OnGrid(name, source.z, jnp.where(source.t[:, None, None, None] > 0, signal, 1.0), source.stream, rows)
+
+    out = [near(partner[m], sources[partner[m]], on["partner"])] if m in partner else []
+    if m in others:
+        (b, k), source = others[m].has.shape, others[m].source
+        each = lambda x, i: x.reshape(b, k, *x.shape[1:])[:, i]  # noqa: E731
+        out += [near(m, Source(*(each(x, i) for x in source)), on["others"][:, i]) for i in range(k)]
+    return out
 
 
 def _where(rows: Bool[Array, "b"], x: Latent, y: Latent) -> Latent:

@@ -12,13 +12,14 @@ Parameters come in four groups a modality (or kind), and every group is trained 
 
     <kind>/vae      autoencoder, shared by a kind's modalities        image_vae, text_vae
     <m>/clip        prompt encoder C_M                                align_<pair>
-    <m>/flow        UNet eps_theta and its prompt_in                  ldm_<m>
-    <m>/guide       V_M, f_M, theta_c of m's UNet                     the rounds
+    <m>/flow        UNet eps_theta and its prompt_in                  ldm_<m>, on in m's first round where it is open
+    <m>/guide       V_M, f_M, theta_c of m's UNet, its input          the rounds
+                    channels for sources on its grid
 """
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from medm2g_jax.errors import UserError
@@ -81,6 +82,8 @@ class Stage:
       trains, reads: groups; what it reads besides comes frozen from the stages that trained it.
       new: the modalities that first appear here (align, round), else subjects.
       contrasts: the subjects that are guided by their own other contrasts too (round).
+      registered: a subject whose guide trains -> the modalities whose images may lie on its grid, and then stand on its
+        UNet's input channels: its partner, and itself where its other contrasts guide it (round).
     """
 
     name: str
@@ -90,6 +93,7 @@ class Stage:
     reads: tuple[str, ...]
     new: tuple[str, ...]
     contrasts: tuple[str, ...] = ()
+    registered: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,13 +103,17 @@ class Graph:
     `freeze="paper"`: a modality's guide group trains in its first round only; "partner_open": the known partner of
     a round trains on as well. `absent`: rounds that were never run (upstream="init"): a modality whose earlier round is
     absent counts as first appearing, so it trains; a new guide that is also frozen would give no gradient at all.
-    `contrasts`: a modality whose guide trains is guided by its own other contrasts too.
+    `contrasts`: a modality whose guide trains is guided by its own other contrasts too. `register`: the rounds in which
+    sources on the target's grid stand on its input channels. `opened`: the rounds in which the flows of new modalities
+    train on, from where their single flow's stage left them; that of an open partner too, where it reads such sources.
     """
 
     listing: tuple[str, ...]
     freeze: str = "paper"
     absent: tuple[str, ...] = ()
     contrasts: bool = True
+    register: tuple[str, ...] = ()
+    opened: tuple[str, ...] = ()
 
     @cached_property
     def pairs(self) -> tuple[tuple[str, ...], ...]:
@@ -163,8 +171,25 @@ class Graph:
                 *(f"{m}/flow" for m in ab),
                 *(f"{m}/guide" for m in ab if m not in new),
             )
-            out.append(Stage(name, "round", ab, tuple(f"{m}/guide" for m in open_), reads, new, contrasts))
+            registered = {}
+            for m in open_ if name in self.register else ():
+                near = [p for p in ab if p != m and MODALITIES[m].shares_grid(MODALITIES[p])]
+                near += [m] if m in contrasts else []
+                if near:
+                    registered[m] = tuple(near)
+            opened = [m for m in open_ if m in new or m in registered] if name in self.opened else []
+            flows = tuple(f"{m}/flow" for m in opened)
+            trains = (*flows, *(f"{m}/guide" for m in open_))
+            out.append(Stage(name, "round", ab, trains, reads, new, contrasts, registered))
         return {stage.name: stage for stage in out}
+
+    def slots(self, target: str) -> tuple[str, ...]:
+        """The streams that may stand on the input channels of `target`'s UNet, in the order of their slots: those of
+        the modalities that the listing pairs it with and that may lie on its grid, then its own stated contrasts."""
+        own = MODALITIES[target]
+        partners = dict.fromkeys(m for p in self.pairs if target in p for m in p if m != target)
+        near = [MODALITIES[m] for m in partners if own.shares_grid(MODALITIES[m])]
+        return (*(s for m in near for s in m.streams), *own.streams[1:])
 
     def stage(self, name: str) -> Stage:
         if name not in self.stages:
@@ -209,7 +234,13 @@ class Graph:
         return {"prompt": prompts, "guide": tuple(dict.fromkeys(guides))}
 
 
-def graph(listing: Sequence[str], freeze: str = "paper", absent: Sequence[str] = (), contrasts: bool = True) -> Graph:
+def graph(
+    listing: Sequence[str],
+    freeze: str = "paper",
+    absent: Sequence[str] = (),
+    contrasts: bool = True,
+    register: Sequence[str] = (),
+) -> Graph:
     if freeze not in ("paper", "partner_open"):
         raise UserError(f"config.freeze={freeze!r}: expected 'paper' or 'partner_open'")
-    return Graph(tuple(listing), freeze, tuple(absent), contrasts)
+    return Graph(tuple(listing), freeze, tuple(absent), contrasts, tuple(register))

@@ -155,7 +155,7 @@ def described(
             lines.append(f"  note: {name} comes from the converted weights in {config.weights}")
     never = [name.removeprefix("ldm_") for name, what in todo if name.startswith("ldm_") and what == "initialised"]
     for word in (MODALITIES[m].word for m in never):
-        lines.append(f"  note: the {word} base has never seen a {word}; only guides train on it")
+        lines.append(f"  note: the {word} base has never seen a {word}; only what this run trains of it does")
     return "\n".join(lines)
 
 

@@ -7,7 +7,16 @@ from absl import flags
 from ml_collections import config_flags
 
 from medm2g_jax import rounds
-from medm2g_jax.config import CHOICES, WEIGHT_FOLDERS, check, get_config, numbers, range_of, stage_config
+from medm2g_jax.config import (
+    CHOICES,
+    WEIGHT_FOLDERS,
+    check,
+    get_config,
+    numbers,
+    range_of,
+    stage_config,
+    stage_graph,
+)
 from medm2g_jax.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -107,6 +116,27 @@ def test_a_round_of_another_listing_is_refused():
     assert load("align", "ct_mri,tiny").listing == rounds.LISTINGS["default"]
     own = get_config("ct_mri", "tiny", listing=("text_xray", "ct_mri"))
     assert own.listing == ("text_xray", "ct_mri") and "text_ct" not in own.stages
+
+
+def test_rounds_with_sources_on_a_grid_look_the_same_from_every_stage():
+    """Who trains what: a round's own fields say it, whichever stage asks."""
+    config = get_config("ct_mri", "tiny", "text_mri")
+    trains = lambda c: {s.name: s.trains for s in stage_graph(c).stages.values()}  # noqa: E731
+    assert trains(config)["text_mri"] == ("mri/flow", "mri/guide") and trains(config)["text_xray"][0] == "text/guide"
+    assert trains(stage_config(config, "text_mri")) == trains(config)
+    config.stages.text_mri.open = "guide"
+    assert trains(config)["text_mri"] == ("mri/guide",) and trains(config)["ct_mri"] == ("ct/flow", "ct/guide")
+    config.register = False
+    assert trains(config)["ct_mri"] == ("ct/guide",) and not stage_graph(config).stages["ct_mri"].registered
+    config.open = "flow"
+    assert trains(config)["ct_mri"] == ("ct/flow", "ct/guide")
+    printed = get_config("ct_mri", "tiny,paper")
+    assert trains(printed)["ct_mri"] == ("mri/guide",) and not stage_graph(printed).opened
+    assert {n: s.predict for n, s in get_config("ct_mri", "tiny").stages.items() if n.startswith("ldm_")} == {
+        **dict.fromkeys(("ldm_text", "ldm_xray", "ldm_ct"), "eps"),
+        "ldm_mri": "sample",
+    }
+    assert {s.predict for n, s in get_config("ct_mri", "sd15").stages.items() if n.startswith("ldm_")} == {"eps"}
 
 
 def test_weights_folder_picks_the_preset(monkeypatch, weights):

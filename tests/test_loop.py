@@ -1,7 +1,9 @@
 """A run from the command line: resumes after kill -9 with the same bits, on any mesh; bad input is one line."""
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,16 +12,20 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
 from micro import NET, micro
 
-from medm2g_jax import run
+from medm2g_jax import rounds, run
+from medm2g_jax.config import stage_graph
 from medm2g_jax.data.contents import contents_of
+from medm2g_jax.data.phantom.render import Phantom
 from medm2g_jax.errors import UserError
 from medm2g_jax.main import read_config
-from medm2g_jax.train import checkpoint, loop
+from medm2g_jax.train import checkpoint, loop, results, sharding
+from medm2g_jax.train.setup import assemble
 
 HERE = Path(__file__).parent
 STAGE = "ldm_xray"  # image_vae, align_text_xray, ldm_xray: three stages, one of each cheap kind
@@ -253,3 +259,29 @@ def test_results_verify_what_they_stand_on(uninterrupted):
     assert meta["from"]["xray/flow"] == {"stage": STAGE}
     assert meta["from"]["text/clip"]["stage"] == "align_text_xray" and meta["from"]["text/clip"]["fingerprint"]
     assert set(meta["from"]) >= {"image/vae", "text/clip", "xray/clip", "xray/flow"}
+
+
+def test_an_open_flow_begins_where_its_single_flow_ended(monkeypatch):
+    """From the values of before and in float32; nothing that is there is made afresh."""
+    config = micro("mri", listing=("mri",))
+    graph, mesh = stage_graph(config), sharding.make_mesh(config.mesh)
+    setup = assemble(config, graph, mesh, {}, {}, {"mri": "sample"}, {}, jnp.float32)
+    flow = re.compile(rounds.group_regex(("mri/flow",)))
+    assert setup.model.flows["mri"].process.predict == "sample" and "mri/unet/guide/kernel" in setup.shapes
+    before = {n: jnp.full(x.shape, 0.5) for n, x in setup.shapes.items() if flow.match(n)}
+    assert before and len(before) < len(setup.shapes)
+    made = {}
+
+    def fresh(init, key, placed, dtype=None):
+        made.update(placed)
+        return {n: jnp.zeros(setup.shapes[n].shape) for n in placed}
+
+    monkeypatch.setattr(results, "fresh_params", fresh)
+    params = before | {"image/vae/x": jnp.ones(3)}
+    upstream = results.Upstream(params, {}, {}, (), (), (), {"mri": "sample"}, {}, ())
+    setup = dataclasses.replace(setup, recipe=dataclasses.replace(setup.recipe, start=None))
+    data = loop.Data(Phantom(32, 0, train=1, val=0, test=0), None, {}, 32)
+    trainable, frozen = loop._parameters(config, setup, upstream, data, iter, jax.random.key(0), mesh)
+    assert set(made) == set(setup.shapes) - set(before) and all(rounds.group_of(n) == "mri/guide" for n in made)
+    assert set(trainable) == set(setup.shapes) and set(frozen) == {"image/vae/x"}
+    assert all(trainable[n] is before[n] for n in before)

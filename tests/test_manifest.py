@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from medm2g_jax.data.contents import contents
 from medm2g_jax.data.manifest import Manifest
 from medm2g_jax.data.open import open_source
 from medm2g_jax.data.pipeline import Rows, batches, fixed, matching
@@ -64,6 +65,18 @@ def test_records_and_values(folder):
     np.testing.assert_allclose(source.read(1, "xray", RNG)[8, 8, 0], -0.6, atol=0.01)
     assert source.licences == {"CC0": 2, "unclear: no CC BY": 1} and not source.open
     assert Manifest(folder, 16, template_text=True).records[1].streams == ("xray", "text")
+
+
+def test_a_row_says_which_images_share_a_grid(tmp_path):
+    images = {key: picture(tmp_path, f"{key}.png", 3) for key in ("ct", "mri_t1", "mri_t1gd", "pet")}
+    said = ({}, {"registered": False}, {"registered": True}, {"registered": ["ct", "mri_t1gd", "pet"]})
+    write(tmp_path, [row(i, images=images, text="t", **fields) for i, fields in enumerate(said)])
+    whole, some = ("ct", "mri:t1", "mri:t1ce"), ("ct", "mri:t1ce")
+    assert [r.grid for r in Manifest(tmp_path, 8).records] == [(), (), whole, some]
+    assert [r.grid for r in Manifest(tmp_path, 8, registered=True).records] == [whole, (), whole, some]
+    before = contents(Manifest(tmp_path, 8))
+    write(tmp_path, [row(i, images=images, text="t", **fields) for i, fields in enumerate(reversed(said))])
+    assert contents(Manifest(tmp_path, 8)).fingerprint != before.fingerprint
 
 
 def test_decoded_images_are_remembered(folder):
@@ -144,6 +157,10 @@ BAD = [  # rows, and what the error says
     ([row(0, text="t", id=1.5)], "'id': expected a string or a whole number, found a number that is not whole"),
     ([row(0, text="t", id=1), row(1, text="t", id="1.0")], "manifest.jsonl:2: id '1' is taken by line 1"),
     ([row(0, images={"ct": "\udcff.png"})], "manifest.jsonl:1: 'images' holds half a character"),
+    ([row(0, images={"ct": "x.png"}, registered="yes")], ":1: 'registered' must be true, false or a list"),
+    ([row(0, images={"ct": "x.png"}, registered=1)], "manifest.jsonl:1: 'registered' must be .*found int"),
+    ([row(0, images={"ct": "x.png"}, registered=["mri"])], "manifest.jsonl:1: 'registered' names 'mri', .* no key of"),
+    ([row(0, images={"ct": "x.png"}, registered=[1])], "manifest.jsonl:1: 'registered' names a int, .* no key of"),
     (["[" * 100_000], r"manifest.jsonl:1: not JSON that can be read \(RecursionError\)"),
     (['{"id": ' + "1" * 5000 + "}"], r"manifest.jsonl:1: not JSON that can be read \(ValueError\)"),
     (
@@ -371,6 +388,9 @@ def test_tfds_gives_back_what_was_stored(prepared):
         assert record.subject == f"subject {number // 2}"
         assert ("text" in record.streams) == (number != 3)
         assert number == 3 or source.read(index, "text", RNG) == f"text {number}"
+    assert not any(r.grid for r in source.records)
+    said = Tfds("small", 8, data_dir=prepared, registered=True).records
+    assert all(set(r.grid) == {s for s in r.streams if s != "text"} for r in said)
     stream = batches(source, Rows(require=("ct", "mri")), "train", 6, 0, size=8)
     got = next(stream)
     stream.close()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from medm2g_jax.errors import UserError
-from medm2g_jax.modality import KINDS, MODALITIES, Modality, centre, of_kind, register, split_stream
+from medm2g_jax.modality import KINDS, MODALITIES, Modality, adopt, centre, of_kind, register, split_stream
 
 
 @pytest.fixture(autouse=True)
@@ -78,3 +78,16 @@ def test_what_cannot_be_registered(modality, message):
     with pytest.raises(UserError, match=message):
         register(modality)
     assert before == MODALITIES
+
+
+def test_slices_may_share_a_grid_and_projections_do_not():
+    ct, mri, xray, text = (MODALITIES[m] for m in ("ct", "mri", "xray", "text"))
+    assert ct.shares_grid(mri) and mri.shares_grid(ct) and mri.shares_grid(mri) and xray.shares_grid(xray)
+    assert not any(a.shares_grid(b) for a, b in ((ct, xray), (xray, mri), (text, ct), (ct, text), (text, text)))
+    # A model of before `projection` was a field is taken as trained with what is registered here.
+    record = dataclasses.asdict(xray)
+    del record["projection"]
+    adopt({"xray": record}, "model.json")
+    assert MODALITIES["xray"] is xray
+    with pytest.raises(UserError, match="projection False, the one registered here True"):
+        adopt({"xray": record | {"projection": False}}, "model.json")

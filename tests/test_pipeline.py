@@ -12,13 +12,15 @@ from PIL import Image
 
 from medm2g_jax.data import pipeline
 from medm2g_jax.data.manifest import Manifest
-from medm2g_jax.data.pipeline import Rows, batches, fixed, matching, texts
+from medm2g_jax.data.pipeline import Rows, batches, fixed, matching, share_a_grid, texts
 from medm2g_jax.data.source import Record
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.errors import UserError
+from medm2g_jax.modality import MODALITIES
 
 LENGTHS = {"clip": 12, "bert": 16, "gpt2": 16}
 MRI = ("mri", "mri:t1", "mri:t2")
+MRI_STREAMS = MODALITIES["mri"].streams
 
 
 class Fake:
@@ -26,8 +28,9 @@ class Fake:
 
     name, open = "fake", True
 
-    def __init__(self, *streams: tuple[str, ...], splits: tuple[str, ...] = ("train",)):
-        self.records = [Record(str(i), str(i), splits[i % len(splits)], s) for i, s in enumerate(streams)]
+    def __init__(self, *streams: tuple[str, ...], splits: tuple[str, ...] = ("train",), grids: dict | None = None):
+        grid = lambda i: grids[i] if grids and i in grids else ()  # noqa: E731
+        self.records = [Record(str(i), str(i), splits[i % len(splits)], s, grid=grid(i)) for i, s in enumerate(streams)]
         self.streams = sorted({stream for s in streams for stream in s})
 
     def read(self, index, stream, rng):
@@ -143,6 +146,35 @@ def test_a_prompt_of_the_target_is_another_stated_contrast():
             assert not mri or {target, prompt} == {"mri:t1", "mri:t2"}
             seen[record, target] += 1
     assert seen[0, "mri"] == 0 and seen[1, "mri"] > 0 and seen[2, "mri"] == 200
+
+
+def test_rows_say_which_of_their_sources_lie_on_the_targets_grid():
+    """Never the target's own stream, nothing of a record that does not say so, and only of what guides it."""
+    held = ("ct", *MRI, "mri:pd")
+    source = Fake(held, held, held, ("ct",), grids={1: ("mri:t1", "mri:t2"), 2: held})
+    rows = Rows(require=("ct", "mri"), contrasts=("mri",), others=2, registered=("ct", "mri"))
+    seen = collections.Counter()
+    for batch in take(batches(source, rows, "train", 60, 2, size=4), 10):
+        about = batch["about"]
+        others = about["others"]["mri"]
+        for i, (record, target) in enumerate(source.source_of(batch["mri"])):
+            partner, near = about["grid"]["mri"]["partner"][i], about["grid"]["mri"]["others"][i]
+            streams = [MRI_STREAMS[k] for k in others["stream"][i]]
+            assert all(near <= others["has"][i]) and target not in np.asarray(streams)[near]
+            assert partner == (record == 2 and about["partner"]["mri"][i])
+            assert about["grid"]["ct"]["partner"][i] == (record == 2)  # whatever guides the MRI
+            if record == 1:
+                pair = [{s, target} == {"mri:t1", "mri:t2"} for s in streams]
+                assert list(near) == list(others["has"][i] & pair)
+            elif record == 2:
+                assert list(near) == list(others["has"][i])
+            else:
+                assert not near.any()
+            seen[record, bool(partner), bool(near.any())] += 1
+    assert all(seen[2, a, b] for a, b in ((True, True), (True, False), (False, True))) and seen[1, False, True]
+    assert share_a_grid(Fake(held, grids={0: held}), ("ct", "mri"), "train")
+    assert not share_a_grid(source, ("ct", "mri:t1"), "train") and not share_a_grid(source, ("xray",), "train")
+    assert share_a_grid(Fake(held, ("ct",), grids={0: ("mri:t1", "ct")}), ("ct", "mri:t1"), "train")
 
 
 def test_any_of_draws_evenly_among_all_streams():

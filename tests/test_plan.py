@@ -48,7 +48,7 @@ def test_an_abstract_batch_is_the_pipelines(stage, data):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
-@pytest.mark.parametrize("stage", ["image_vae", "align_text_ct", "ldm_mri", "text_ct"])
+@pytest.mark.parametrize("stage", ["image_vae", "align_text_ct", "ldm_mri", "text_ct", "ct_mri"])
 def test_the_abstract_step_is_placed_on_the_mesh(stage, data):
     """Every argument has a sharding, rows are split, the step gives back the state it took."""
     config = of(stage)
@@ -60,7 +60,7 @@ def test_the_abstract_step_is_placed_on_the_mesh(stage, data):
     assert {x.sharding.shard_shape(x.shape)[0] for x in jax.tree.leaves(batch)} == {config.batch // 8}
     assert {x.dtype for k, x in frozen.items() if k != "null/tokens"} <= {jnp.dtype("bfloat16")}
     assert {x.dtype for x in state.trainable.values()} == {jnp.dtype("float32")}
-    stage_ = rounds.graph(config.listing).stage(stage)
+    stage_ = stage_graph(config).stage(stage)
     kept = {k for k in state.trainable if results.trains(stage_, k)}
     assert kept and not any(results.trains(stage_, k) for k in frozen)
     out, metrics = jax.eval_shape(step, *arguments)

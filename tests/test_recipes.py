@@ -13,6 +13,7 @@ from medm2g_jax.config import stage_graph
 from medm2g_jax.data import pipeline
 from medm2g_jax.data.phantom.render import Phantom
 from medm2g_jax.data.text import Tokenizers
+from medm2g_jax.diffusion import ALPHA
 from medm2g_jax.family import text_lengths
 from medm2g_jax.model import init_group, prompt_context
 from medm2g_jax.nn.attention import context
@@ -191,6 +192,58 @@ def test_in_a_round_the_prompt_is_the_partner(data, target):
     before, after = bench.prepared().noised, bench.prepared(changed).noised
     assert np.array_equal(before[a].given[b][0], after[a].given[b][0])
     assert not np.allclose(before[b].given[a][0], after[b].given[a][0])
+
+
+def test_sources_on_the_grid_stand_in_their_slots_and_nothing_else_does(data):
+    """At their own noise level, never the target's own stream, and nothing of a record that names no grid."""
+    bench = Bench(data, "ct_mri", clean=0.5, alone=0.0)
+    assert {m: f.slots for m, f in bench.model.flows.items() if f.slots} == {"mri": bench.graph.slots("mri")}
+    slots = bench.graph.slots("mri")
+    prepare = jax.jit(bench.recipe.prepare)
+    pair = prepare(bench.frozen, bench.batch, jax.random.key(1))
+    about, others = bench.batch["about"], pair.others["mri"]
+    assert pair.noised["ct"].registered is None
+    near = np.asarray(pair.noised["mri"].registered).reshape(8, *others.source.z.shape[1:3], len(slots), -1)
+    streams = ("mri", *(s for s in slots if s.startswith("mri:")))
+    expected = np.zeros_like(near)
+    z = np.asarray(others.source.z).reshape(8, -1, *others.source.z.shape[1:])
+    t = np.asarray(pair.sources["ct"].t)
+    for i in range(8):
+        there = {streams[s]: z[i, k] for k, s in enumerate(about["others"]["mri"]["stream"][i]) if others.has[i, k]}
+        there |= {"ct": pair.sources["ct"].z[i]} if about["partner"]["mri"][i] else {}
+        assert streams[about["stream"]["mri"][i]] not in there
+        for stream, latent in there.items():
+            expected[i, ..., slots.index(stream), :-1] = latent
+            expected[i, ..., slots.index(stream), -1] = 1.0 if pair.clean[i] else ALPHA[t[i]]
+    assert (expected[..., -1] > 0).any() and {*np.asarray(pair.clean)} == {True, False}
+    np.testing.assert_allclose(near, expected, atol=1e-5)
+
+    nowhere = about | {"grid": jax.tree.map(jnp.zeros_like, about["grid"])}
+    apart = prepare(bench.frozen, bench.batch | {"about": nowhere}, jax.random.key(1))
+    assert not np.any(apart.noised["mri"].registered)
+    np.testing.assert_array_equal(apart.others["mri"].source.z, others.source.z)  # V carries them all the same
+
+
+def test_a_share_of_an_open_flows_rows_is_guided_by_nobody(data):
+    """Half of them by its prompt; the flow that is frozen is guided as ever, and held-out rows all are."""
+    bench = Bench(data, "ct_mri", alone=1.0, batch=32, drop_prompt=0.9)
+    batch = jax.tree.map(jnp.asarray, next(data.batches(bench.recipe.rows, "train", 32, 0)))
+    pair = jax.jit(bench.recipe.prepare)(bench.frozen, batch, jax.random.key(1))
+    assert not np.any(pair.noised["mri"].registered) and not np.any(pair.others["mri"].has)
+    assert not np.any(pair.partner["mri"]) and "ct" not in pair.partner
+    prompted = np.asarray(pair.noised["mri"].given["ct"][1])
+    assert 0.2 < prompted[np.asarray(batch["about"]["has"]["ct"])].mean() < 0.8
+    held_out = bench.prepared(batch)
+    assert np.any(held_out.noised["mri"].registered) and np.any(held_out.partner["mri"])
+
+
+def test_rounds_without_a_source_on_a_grid_are_what_they_were(data):
+    for target in ("text_xray", "text_ct"):
+        plain, off = Bench(data, target), Bench(data, target, register=False, open="guide")
+        assert plain.trainable.keys() == off.trainable.keys() and plain.recipe.rows == off.recipe.rows
+        assert not any(f.slots for f in plain.model.flows.values())
+    printed = Bench(data, "ct_mri", "tiny,paper")
+    assert printed.stage.trains == ("mri/guide",) and "mri/unet/guide/kernel" not in printed.trainable
 
 
 def test_f_starts_as_rows_of_the_prompt_encoders_tokens(data):

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import pytest
@@ -112,6 +113,7 @@ NAMES = {
     "ct/unet/down_1/attn_0/ff/out/kernel": "ct/flow",
     "ct/unet/down_1/attn_0/guide/q/kernel": "ct/guide",
     "ct/unet/down_1/attn_0/guide/norm/scale": "ct/guide",
+    "ct/unet/guide/kernel": "ct/guide",
     "text/unet/mid/attn_0/guide/out/bias": "text/guide",
     "text/unet/up_0/res_1/fc_2/kernel": "text/flow",
     "mri/unet/stream/embedding": "mri/flow",
@@ -194,6 +196,32 @@ def test_partner_open_trains_the_known_partner_on():
     assert g.plan("ct_mri") == DEFAULT.plan("ct_mri")
     with pytest.raises(UserError, match="'paper' or 'partner_open'"):
         graph(LISTINGS["default"], "open")
+
+
+def test_sources_on_the_grid_and_flows_that_train_on():
+    listing = LISTINGS["default"]
+    g = graph(listing, register=listing)
+    assert {n: dict(s.registered) for n, s in g.stages.items() if s.registered} == {"ct_mri": {"mri": ("ct", "mri")}}
+    assert {n: s.trains for n, s in g.stages.items()} == {n: s.trains for n, s in DEFAULT.stages.items()}
+    # Both directions where both train; an X-ray is on no slice's grid, a report on none.
+    alone = graph(("ct_mri",), register=("ct_mri",)).stages["ct_mri"]
+    assert alone.registered == {"ct": ("mri",), "mri": ("ct", "mri")}
+    assert not graph(("xray_ct",), register=("xray_ct",)).stages["xray_ct"].registered
+    assert graph(("ct_mri",), contrasts=False, register=("ct_mri",)).stages["ct_mri"].registered["mri"] == ("ct",)
+    # The order of the slots is the listing's and the registry's, whatever the round.
+    assert g.slots("mri") == ("ct", "mri:t1", "mri:t2", "mri:pd", "mri:flair", "mri:t1ce")
+    assert g.slots("ct") == ("mri", "mri:t1", "mri:t2", "mri:pd", "mri:flair", "mri:t1ce")
+    assert g.slots("text") == g.slots("xray") == ()
+
+    opened = dataclasses.replace(g, opened=("ct_mri",))
+    assert opened.stages["ct_mri"].trains == ("mri/flow", "mri/guide")
+    assert opened.owners("ct_mri") == g.owners("ct_mri") and opened.plan("ct_mri") == g.plan("ct_mri")
+    other = dataclasses.replace(graph(LISTINGS["text_mri"], register=("text_mri",)), opened=("text_mri",))
+    assert other.owners("text_mri")["mri/flow"] == "ldm_mri" and other.owners("ct_mri")["mri/flow"] == "text_mri"
+    assert other.plan("ct_mri") == OTHER.plan("ct_mri")
+    both = graph(listing, "partner_open", register=listing)
+    both = dataclasses.replace(both, opened=("ct_mri",)).stages["ct_mri"]
+    assert set(both.trains) == {"ct/flow", "mri/flow", "ct/guide", "mri/guide"}
 
 
 def test_trained_pairs():

@@ -143,6 +143,30 @@ def test_stream_embedding_is_zero_at_first_and_then_tells_streams_apart(small):
     assert "stream" not in single["params"]
 
 
+def test_what_stands_beside_z_starts_at_nothing_and_is_local(small):
+    rng = np.random.default_rng(3)
+    near = jnp.asarray(rng.normal(size=(2, 4, 4, 10)), jnp.float32)
+    initial = jax.eval_shape(small.net.init, jax.random.key(0), *small.inputs, small.guide, None, near)
+    added = set(flatten_dict(initial["params"], sep="/")) - set(flatten_dict(small.fresh, sep="/"))
+    assert added == {"guide/kernel"} and initial["params"]["guide"]["kernel"].shape == (3, 3, 10, 16)
+    fresh = small.net.init(jax.random.key(0), *small.inputs, small.guide, None, near)["params"]["guide"]
+    assert not np.any(fresh["kernel"])
+
+    run = oracles.fast_jit(lambda p, near: small.net.apply({"params": p}, *small.inputs, None, None, near))
+    np.testing.assert_allclose(run(small.params | {"guide": fresh}, near), small.run(small.params), atol=1e-5)
+    kernel = jnp.zeros((3, 3, 10, 16)).at[1, 1, :4].set(small.params["conv_in"]["kernel"][1, 1])
+    taught = small.params | {"guide": {"kernel": kernel}}
+    np.testing.assert_array_equal(small.run(taught), small.run(small.params))  # none there: not read
+    # Its first four channels through conv_in's own middle weights: as if they were added to z, one pixel at a time.
+    point = small.params | {
+        "conv_in": small.params["conv_in"]
+        | {"kernel": jnp.zeros((3, 3, 4, 16)).at[1, 1].set(small.params["conv_in"]["kernel"][1, 1])}
+    }
+    z, t, prompt = small.inputs
+    moved = small.net.apply({"params": point}, z + near[..., :4], t, prompt)
+    np.testing.assert_allclose(run(point | {"guide": {"kernel": kernel}}, near), moved, atol=1e-4)
+
+
 def test_remat_keeps_gradients(small):
     net = UNet(**SMALL, remat=True)
     again = oracles.fast_jit(

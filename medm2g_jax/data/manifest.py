@@ -5,7 +5,9 @@ A manifest folder holds `manifest.jsonl`, one JSON object a line:
     {"id": "s1", "subject": "p1", "split": "train", "images": {"ct": "ct/s1.png", "mri_t2": "mri/s1.png"},
      "text": "findings : ...", "text_origin": "report", "license": "CC BY 4.0"}
 
-`split` is train, val or test; the last four fields may be missing. Image keys are streams with "_" in place of ":"
+`split` is train, val or test; the last four fields may be missing. `"registered": true` says that all images of the
+row share one grid, pixel by pixel, a list of image keys that these do (`config.data.registered` says it of every row
+that does not say). Image keys are streams with "_" in place of ":"
 ("mri_t1ce" is "mri:t1ce", also spelt "mri_t1gd"), files are of the formats in `data.formats`. PNG, JPEG, TIFF carry no
 Hounsfield units: they are taken as windowed already, 8-bit ones over 0 .. 255, 16-bit ones as `data.check` says.
 
@@ -28,7 +30,7 @@ from etils import epath
 from medm2g_jax.data import formats
 from medm2g_jax.data.check import Examined, Item
 from medm2g_jax.data.picture import MOST_PIXELS, Span, network_input
-from medm2g_jax.data.source import SPLITS, SURROGATE, Record, check_subjects, identity, is_open, stream_of
+from medm2g_jax.data.source import SPLITS, SURROGATE, Record, check_subjects, identity, images_of, is_open, stream_of
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES, split_stream
 
@@ -46,6 +48,7 @@ class _Row(NamedTuple):
     text: str
     origin: str
     licence: str
+    registered: bool | tuple[str, ...] | None  # image keys, or all or none of them; None: not said
 
 
 class Manifest:
@@ -58,6 +61,7 @@ class Manifest:
         template_text: bool = False,
         ranges: Mapping[str, Span] | None = None,
         most_pixels: int = MOST_PIXELS,
+        registered: bool = False,
     ):
         """Open `path`; images are padded to a square and resized to `size`.
 
@@ -67,6 +71,7 @@ class Manifest:
           template_text: also take texts written from metadata (`text_origin` "template"), which are no reports.
           ranges: stream or modality -> the values of its 16-bit images that count as -1 and +1; found if not said.
           most_pixels: an image of more is an error: a file of a few kB can hold gigabytes.
+          registered: of rows that do not say: their images share one grid.
 
         Raises:
           UserError: no manifest, a bad line, missing images, a subject in two splits, or nothing that can be used.
@@ -97,6 +102,7 @@ class Manifest:
                 row.split,
                 tuple(value),
                 row.licence,
+                _grid(row, value, registered),
             )
             for row, value in kept
         ]
@@ -128,7 +134,9 @@ class Manifest:
 
     def identity(self) -> Iterator[str]:
         """What each record holds, image by image and text by text, wherever the folder stands: names and sizes."""
-        for folder, values in zip(self._folders, self._values, strict=True):
+        for record, folder, values in zip(self.records, self._folders, self._values, strict=True):
+            if record.grid:
+                yield f"one grid: {' '.join(record.grid)}"
             for value in values.values():
                 if isinstance(value, str):
                     yield value
@@ -224,8 +232,30 @@ def _checked(where: str, folder: Path, row: Any) -> _Row:
         raise UserError(f"{where}: 'images' holds half a character (a lone surrogate), which no file name can")
     if not isinstance(text, str):
         raise UserError(f"{where}: 'text' must be a string, found {type(text).__name__}")
+    registered = row.get("registered")
+    if isinstance(registered, list):
+        unknown = [key for key in registered if not isinstance(key, str) or key not in files]
+        if unknown:
+            said = repr(unknown[0]) if isinstance(unknown[0], str) else f"a {type(unknown[0]).__name__}"
+            raise UserError(f"{where}: 'registered' names {said}, which is no key of 'images'")
+        registered = tuple(registered)
+    elif registered is not None and not isinstance(registered, bool):
+        raise UserError(
+            f"{where}: 'registered' must be true, false or a list of keys of 'images', found "
+            f"{type(registered).__name__}"
+        )
     origin, licence = (SURROGATE.sub("\ufffd", str(row.get(f) or "")) for f in ("text_origin", "license"))
-    return _Row(where, folder, names["id"], names["subject"], row["split"], files, text.strip(), origin, licence)
+    who = names["id"], names["subject"], row["split"]
+    return _Row(where, folder, *who, files, text.strip(), origin, licence, registered)
+
+
+def _grid(row: _Row, value: Mapping[str, Path | str], by_default: bool) -> tuple[str, ...]:
+    """The streams of a row that share a grid."""
+    said = by_default if row.registered is None else row.registered
+    if isinstance(said, bool):
+        return images_of(value) if said else ()
+    named = {stream_of(key) for key in said}
+    return tuple(stream for stream in value if stream in named)
 
 
 def _values(row: _Row, template_text: bool, left_out: Counter, missing: list[str]) -> dict[str, Path | str]:

@@ -25,13 +25,14 @@ def open_source(
     phantom: dict,
     range: str = "",
     most_pixels: int = MOST_PIXELS,
+    registered: bool = False,
 ) -> Source:
     """The source that `spec` names: "phantom", "manifest:PATH" or "tfds:NAME".
 
     Args:
       size: side of the images.
       seed, pairs, phantom: of the phantom alone.
-      template_text, most_pixels: see `Manifest`.
+      template_text, most_pixels, registered: see `Manifest`; the phantom knows what it has rendered.
       range: of 16-bit images, see `check.parse_ranges`; "" finds it.
 
     Raises:
@@ -44,11 +45,11 @@ def open_source(
 
         return Phantom(size=size, seed=seed, pairs=pairs, **phantom)
     if scheme == "manifest" and name:
-        return Manifest(name, size, template_text, ranges, most_pixels)
+        return Manifest(name, size, template_text, ranges, most_pixels, registered)
     if scheme == "tfds" and name:
         from medm2g_jax.data.tfds import Tfds
 
-        return Tfds(name, size, ranges=ranges, most_pixels=most_pixels)
+        return Tfds(name, size, ranges=ranges, most_pixels=most_pixels, registered=registered)
     if scheme == OWN and name:
         raise UserError(
             f"data {spec!r} were handed over in Python, as run(config, source=...); they have no other name"
@@ -67,5 +68,6 @@ def source_of(shared: Mapping[str, Any] | ConfigDict) -> Source:
         template_text=d["template_text"],
         range=d["range"],
         most_pixels=d["most_pixels"],
+        registered="registered" in d and d["registered"],  # left out where it is not
         phantom=dict(train=d["train"], val=d["val"], test=d["test"]),
     )

@@ -17,10 +17,13 @@ A batch:
                "record": (b,) int32                              `Rows.identify`: which record
                "has": {modality: (b,) bool},                     `Rows.contrasts`: required modalities that are there,
                "partner": {modality: (b,) bool},                 does the partner guide it, and which other contrasts
-               "others": {modality: {"x": (b k size size 1), "stream": (b k), "has": (b k)}}}}
+               "others": {modality: {"x": (b k size size 1), "stream": (b k), "has": (b k)}},
+               "grid": {modality: {"partner": (b,), "others": (b k)} bool}}}  `Rows.registered`: which of these sources
+                                                                 guide it and lie on the drawn target's grid
 """
 
 import functools
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,6 +61,7 @@ class Rows:
         what the record has besides the target, the partner among it. A record may then lack the rest of `require`.
         Never the target's own stream; never a contrast beside a target whose contrast is not stated.
       others: so many other contrasts at most.
+      registered: required modalities of whose sources rows say whether they lie on the target's grid.
       identify: rows say which record they are of.
     """
 
@@ -68,6 +72,7 @@ class Rows:
     unprompted: float = 0.0
     contrasts: tuple[str, ...] = ()
     others: int = 0
+    registered: tuple[str, ...] = ()
     identify: bool = False
 
     @property
@@ -207,10 +212,14 @@ class _Reader:
                 value = self._nothing(modality)
             about.setdefault("prompt", {})[modality] = value
             about.setdefault("present", {})[modality] = np.bool_(bool(streams))
+        guides = {}
         for modality in self.rows.contrasts:
-            partner, others = self._guides(record, modality, drawn, rng)
+            partner, others = guides[modality] = self._guides(record, modality, drawn, rng)
             about.setdefault("partner", {})[modality] = np.bool_(partner)
             about.setdefault("others", {})[modality] = self._others(index, modality, others, rng)
+        for modality in self.rows.registered:
+            partner, others = guides[modality] if modality in guides else (len(self.rows.require) > 1, [])
+            about.setdefault("grid", {})[modality] = self._grid(record, modality, drawn, partner, others)
         return row | ({"about": about} if about else {})
 
     def _nothing(self, modality: str) -> Any:
@@ -229,6 +238,17 @@ class _Reader:
         chosen = [choices[i] for i in rng.permutation(len(choices))[:count]]
         others = [s for s in chosen if s][: self.rows.others]
         return "" in chosen, others
+
+    def _grid(self, record: Record, modality: str, drawn: Mapping[str, str], partner: bool, others: list[str]) -> Batch:
+        """Which of the sources that guide the row's target of a modality lie on its grid."""
+        out = {}
+        if len(self.rows.require) > 1:
+            beside = all(record.registered(*pair) for pair in itertools.combinations(drawn.values(), 2))
+            out["partner"] = np.bool_(partner and len(drawn) > 1 and beside)
+        if modality in self.rows.contrasts:
+            near = [modality in drawn and record.registered(drawn[modality], s) for s in others]
+            out["others"] = np.asarray(near + [False] * (self.rows.others - len(others)), bool)
+        return out
 
     def _others(self, index: int, modality: str, streams: list[str], rng: np.random.Generator) -> Batch:
         """Other contrasts of a modality, `Rows.others` places."""
@@ -342,6 +362,17 @@ def of_streams(
         columns = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         out[stream] = columns if isinstance(values[0], str) else columns[""]
     return out
+
+
+def share_a_grid(source: Source, streams: Sequence[str], split: str) -> bool:
+    """Do these streams (a modality stands for all of its own) lie on one grid in every record of `split` that holds
+    them all?"""
+    held = []
+    for record in source.records:
+        own = [[s for s in record.streams if f"{s}:".startswith(f"{asked}:")] for asked in streams]
+        if record.split == split and all(own):
+            held.append(set(record.grid).issuperset(s for some in own for s in some))
+    return bool(held) and all(held)
 
 
 def texts(source: Source, split: str, seed: int) -> list[str]:

@@ -21,13 +21,21 @@ _OPEN = re.compile(r"(cc[ -]by|cc[ -]?0|apache|mit|bsd|public domain|synthetic)\
 
 @dataclass(frozen=True)
 class Record:
-    """One study: what there is to read of it. Splits are by subject."""
+    """One study: what there is to read of it. Splits are by subject.
+
+    grid: the streams whose images share one grid, registered with each other pixel by pixel; () where nobody says so.
+    """
 
     id: str
     subject: str
     split: str
     streams: tuple[str, ...]
     licence: str = ""
+    grid: tuple[str, ...] = ()
+
+    def registered(self, a: str, b: str) -> bool:
+        """Do these two streams share a grid?"""
+        return a in self.grid and b in self.grid
 
 
 @runtime_checkable
@@ -73,6 +81,11 @@ def check(source: Source, cache: epath.PathLike | None, say: Callable[[str], Any
 def ranges(source: Source) -> dict[str, tuple[float, float]]:
     """The range of the source's 16-bit images by stream, `source.ranges`: stored values that count as -1 and +1."""
     return dict(getattr(source, "ranges", {}))
+
+
+def images_of(streams: Iterable[str]) -> tuple[str, ...]:
+    """Those of the streams that are images."""
+    return tuple(s for s in streams if MODALITIES[s.partition(":")[0]].is_image)
 
 
 def identity(value: Any) -> str:

@@ -17,7 +17,7 @@ from etils import epath
 from medm2g_jax.data.check import Examined, Item
 from medm2g_jax.data.formats import raster
 from medm2g_jax.data.picture import MOST_PIXELS, Picture, Span, network_input
-from medm2g_jax.data.source import SURROGATE, Record, check_subjects, identity, is_open, stream_of
+from medm2g_jax.data.source import SURROGATE, Record, check_subjects, identity, images_of, is_open, stream_of
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES, split_stream
 
@@ -36,6 +36,7 @@ class Tfds:
         data_dir: str | None = None,
         ranges: Mapping[str, Span] | None = None,
         most_pixels: int = MOST_PIXELS,
+        registered: bool = False,
     ):
         """Open the prepared data set `name`.
 
@@ -44,7 +45,7 @@ class Tfds:
             "subject"). Without subjects every example is a subject of its own.
           splits: the set's split -> train, val or test; the set need not have them all.
           data_dir: TFDS's own default if None.
-          ranges, most_pixels: see `Manifest`.
+          ranges, most_pixels, registered: see `Manifest`.
 
         Raises:
           UserError: the set is not there, not ArrayRecord, lacks a feature, or has a subject in two splits.
@@ -101,7 +102,8 @@ class Tfds:
                     except UserError as error:
                         raise UserError(f"tfds:{name}: example {split}/{i}: {subject!r}: {error}") from None
                     lost += sum(_text(example[self._features[s]])[1] for s in held if not _is_image(s))
-                    self.records.append(Record(f"{split}/{i}", who, splits[split], held, licence))
+                    grid = images_of(held) if registered else ()
+                    self.records.append(Record(f"{split}/{i}", who, splits[split], held, licence, grid))
                     self._places.append((split, i))
         if lost:
             logging.warning("data %s: %d bytes of texts that are no UTF-8 became U+FFFD", name, lost)

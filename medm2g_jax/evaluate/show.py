@@ -29,7 +29,7 @@ from medm2g_jax import rounds
 from medm2g_jax.align import LOG_SCALE_INIT, info_nce
 from medm2g_jax.arrays import Params
 from medm2g_jax.data.phantom.report import swap_side
-from medm2g_jax.data.pipeline import Batch, Rows
+from medm2g_jax.data.pipeline import Batch, Rows, share_a_grid
 from medm2g_jax.data.source import Record, labeller
 from medm2g_jax.device import jit
 from medm2g_jax.evaluate.figures import Figure, Reference, from_json, line, scalars, to_json
@@ -387,7 +387,8 @@ def _made(s: Shown, given: Mapping[str, Any], target: str, real: Any, which: str
     """The target made from what is given: drawn, and measured."""
     n = _count(s, target, PICTURED, real)
     given = jax.tree.map(lambda x: x[:n], dict(given))
-    request = s.model.request(tuple(given), (target,))
+    shared = share_a_grid(s.data.source, (*given, target), "train" if which.startswith("training") else "val")
+    request = s.model.request(tuple(given), (target,), register="trained" if shared else "made")
     made = _sampled(s, request, given, n)
     task = _task(" + ".join(given), target, which=which)
     if _image(target) and not any(map(_image, given)):

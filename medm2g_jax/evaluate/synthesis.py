@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from medm2g_jax.data.pipeline import of_streams
+from medm2g_jax.data.pipeline import of_streams, share_a_grid
 from medm2g_jax.data.source import Source
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.figures import Figure, Reference
@@ -53,8 +53,10 @@ def synthesis(
     last = given[-1]
     order = np.random.default_rng(seed + 1).permutation(rows)
 
+    register = "trained" if share_a_grid(source, (*given, target), "test") else "made"
+
     def made(some: dict[str, Images]) -> Images:
-        return samples(model, some, [target], rows, seed)[target]
+        return samples(model, some, [target], rows, seed, register=register)[target]
 
     words = " + ".join(map(_word, given)), _word(target)
     floor = ("the mean image", [np.broadcast_to(train[target].mean(0, keepdims=True), x.shape)])

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from medm2g_jax.arrays import Times
 from medm2g_jax.errors import UserError
 from medm2g_jax.nn.attention import Context
-from medm2g_jax.nn.layers import GroupNorm, ResBlock, Transformer, conv, faint, time_embedding, upsample
+from medm2g_jax.nn.layers import GroupNorm, ResBlock, Transformer, conv, faint, time_embedding, upsample, zeros
 
 Hidden = Float[Array, "b ..."]  # (b h w c) in an image UNet, flat (b c*positions) in a text UNet
 
@@ -118,6 +118,9 @@ IMAGE = Operators(
 class UNet(nn.Module):
     """The noise in z_t, given the noise level, a prompt and, from other flows, a guide.
 
+    What lies on z_t's own grid, pixel by pixel, may come in beside it (`registered`): a 3x3 convolution of its own adds
+    to conv_in's output. It belongs to the guide (leaf guide) and starts at zero, as theta_c does.
+
     Attributes:
       channels: of each level; each level but the last halves height and width.
       attention: per level, whether its blocks have transformers. The middle always has one.
@@ -147,6 +150,7 @@ class UNet(nn.Module):
         prompt: Context,
         guide: Context | None = None,
         stream: Int[Array, "b"] | None = None,
+        registered: Float[Array, "b h w s"] | None = None,
     ) -> Float[Array, "b h w o"]:
         """eps at z_t, float32."""
         factor = 2 ** (len(self.channels) - 1)
@@ -158,6 +162,8 @@ class UNet(nn.Module):
         check_width(self.width, prompt, guide)
         time = time_embedding(t, stream, self.channels[0], self.streams, self.dtype)
         x = conv(self.channels[0], "conv_in", self.dtype)(z_t)
+        if registered is not None:
+            x += conv(self.channels[0], "guide", self.dtype, use_bias=False, kernel_init=zeros)(registered)
         x = through(self, IMAGE, x, time, prompt, guide)
         x = jax.nn.silu(GroupNorm(self.groups, dtype=self.dtype, name="norm_out")(x))
         return conv(self.out_channels, "conv_out", self.dtype, kernel_init=faint)(x).astype(jnp.float32)

@@ -17,6 +17,7 @@ started again by the same command ends with the same bits.
 import dataclasses
 import functools
 import json
+import re
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from medm2g_jax import rounds
 from medm2g_jax.arrays import Params
 from medm2g_jax.config import stage_config
 from medm2g_jax.data import pipeline
@@ -187,7 +189,7 @@ def run_stage(
     place = lambda name, shape: sharding.param_sharding(name, shape, mesh)  # noqa: E731
     upstream = results.load_upstream(config, root, graph, place, frozen_dtype(dtype), data.vocab)
     results.record_lineage(config, folder, graph.stage(config.stage).trains, upstream)
-    setup = assemble(config, graph, mesh, data.vocab, upstream.scales, upstream.predict, dtype)
+    setup = assemble(config, graph, mesh, data.vocab, upstream.scales, upstream.predict, upstream.slots, dtype)
     spec = setup.recipe
     few = data.holds(spec.rows, "train")
     if few < config.batch and jax.process_index() == 0:
@@ -340,14 +342,18 @@ def _parameters(
     mesh: jax.sharding.Mesh,
 ) -> tuple[Params, Params]:
     """(trainable, frozen): converted weights, fresh parameters for the rest, then what earlier stages trained of them
-    (an open partner), then what `start` draws from data."""
+    (an open partner or flow), then what `start` draws from data."""
     spec, placed = setup.recipe, setup.placed
     frozen = {k: v for k, v in upstream.params.items() if not setup.trains(k)}
     sizes = {name: x.shape for name, x in setup.shapes.items()}
     place = lambda name, shape: placed[name]  # noqa: E731
-    begun, _, _ = results.converted_params(config, setup.stage.trains, sizes, place, jnp.float32)
-    fresh = results.fresh_params(spec.init, key, {n: at for n, at in placed.items() if n not in begun})
-    trainable = {**begun, **fresh} | {k: v for k, v in upstream.params.items() if setup.trains(k)}
+    before = {k: v for k, v in upstream.params.items() if setup.trains(k)}
+    regexes = {g: re.compile(rounds.group_regex((g,))) for g in setup.stage.trains}
+    first = [g for g, regex in regexes.items() if not any(map(regex.match, before))]
+    begun, _, _ = results.converted_params(config, first, sizes, place, jnp.float32)
+    rest = {n: at for n, at in placed.items() if n not in begun and n not in before}
+    fresh = results.fresh_params(spec.init, key, rest) if rest else {}
+    trainable = {**begun, **fresh, **before}
     if spec.start is not None:
         first = sharding.put_batch(next(loader(0)), mesh)
         empty = jax.device_put(data.empty, sharding.replicated(mesh))

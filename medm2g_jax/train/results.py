@@ -47,6 +47,8 @@ class Upstream:
     own: tuple[str, ...]  # names among params that no other result or folder holds: this one has to
     rounds: tuple[str, ...]  # that its results stand on
     predict: dict[str, str]  # what each flow's UNet predicts
+    slots: dict[str, tuple[str, ...]]  # the streams that may stand on its input channels
+    registered: tuple[tuple[str, str], ...]  # (source, target) that were trained to do so
     licences: tuple[str, ...] = ()  # of converted weights, and of what its results stand on
 
 
@@ -58,6 +60,8 @@ def shared(config: ConfigDict) -> dict[str, Any]:
     """The fields that all stages of a run root agree on, as plain JSON values."""
     everything = json.loads(config.to_json_best_effort())
     del everything["data"]["accept"]  # says what may differ, and is none of it
+    if not everything["data"]["registered"]:
+        del everything["data"]["registered"]  # results of before it was a field stay good
     return {field: everything[field] for field in rounds.SHARED}
 
 
@@ -280,6 +284,8 @@ def load_upstream(
     params: Params = {}
     scales: dict[str, float] = {}
     predict: dict[str, str] = {}
+    slots: dict[str, tuple[str, ...]] = {}
+    registered: dict[tuple[str, str], None] = {}
     lineage: dict[str, dict] = {}
     missing, standing_in, groups_in, done, licences = [], [], [], set(), set()
     owners = graph.owners(config.stage)
@@ -311,6 +317,9 @@ def load_upstream(
                 )
         scales |= meta["scales"]
         predict |= meta["predict"]
+        if "slots" in meta:  # results of before have none
+            slots |= tuples(meta["slots"])
+            registered |= dict.fromkeys(tuples(meta["pairs"]["registered"]))
         lineage |= meta["from"]
         lineage |= {g: dict(stage=owner, fingerprint=group_fingerprint(meta["fingerprints"], g)) for g in groups}
     if missing:
@@ -318,16 +327,33 @@ def load_upstream(
     own: tuple[str, ...] = ()
     if groups_in:
         predict |= predictions(config, groups_in)
-        stood, origins, more, own = stand_in(config, groups_in, place, dtype or jnp.float32, vocab)
-        params |= stood
-        lineage |= origins
-        scales |= more
+        for some, stored in (
+            ([g for g in groups_in if g not in stage.trains], dtype or jnp.float32),
+            ([g for g in groups_in if g in stage.trains], jnp.float32),
+        ):
+            if some:
+                stood, origins, more, fresh = stand_in(config, some, place, stored, vocab)
+                params |= stood
+                lineage |= origins
+                scales |= more
+                own += fresh
     # A group that trains here may start from converted weights as well.
     begun = (*groups_in, *stage.trains)
     used = {weights.source_of(g)[0] for g in begun if weights.offers(config.weights, g)}
     licences |= {converted.read(config.weights, part).meta["licence"] for part in used}
     ordered = tuple(r for r in config.listing if r in done)
-    return Upstream(params, scales, lineage, tuple(standing_in), own, ordered, predict, tuple(sorted(licences)))
+    return Upstream(
+        params=params,
+        scales=scales,
+        lineage=lineage,
+        standing_in=tuple(standing_in),
+        own=own,
+        rounds=ordered,
+        predict=predict,
+        slots=slots,
+        registered=tuple(registered),
+        licences=tuple(sorted(licences)),
+    )
 
 
 def predictions(config: ConfigDict, groups: Sequence[str]) -> dict[str, str]:
@@ -350,6 +376,13 @@ def predictions(config: ConfigDict, groups: Sequence[str]) -> dict[str, str]:
                 f"{config.weights}, which predict eps; leave it at 'eps', or start afresh with --config.weights="
             )
     return found
+
+
+def slots_of(graph: rounds.Graph, name: str) -> dict[str, tuple[str, ...]]:
+    """The slots of each flow that a round before stage `name`, or this one, gave input channels for its sources."""
+    until = list(graph.stages)[: list(graph.stages).index(name) + 1]
+    given = dict.fromkeys(m for s in until if s not in graph.absent for m in graph.stages[s].registered)
+    return {m: graph.slots(m) for m in given}
 
 
 def stand_in(
@@ -419,10 +452,13 @@ def build_model(
     scales: Mapping[str, float],
     dtype: Any = jnp.float32,
     predict: Mapping[str, str] | None = None,
+    slots: Mapping[str, Sequence[str]] | None = None,
 ) -> MedM2G:
-    """The recipe of all modalities of the config's listing."""
+    """The recipe of all modalities of the config's listing; slots: as the config's own graph has them, if not said."""
+    if slots is None:
+        slots = slots_of(stage_graph(config), config.stage)
     net, graph = tuples(json.loads(config.net.to_json_best_effort())), rounds.graph(config.listing)
-    options = dict(remat=config.remat, predict=predict, centred=bool(graph.centre))
+    options = dict(remat=config.remat, predict=predict, centred=bool(graph.centre), slots=slots)
     return build(net, graph.modalities, vocab, scales, config.image_size, dtype, **options)
 
 
@@ -438,14 +474,16 @@ def describe(config: ConfigDict, graph: rounds.Graph, data, upstream: Upstream, 
     done = [name for name in config.listing if name in (*upstream.rounds, config.stage)]
     origins = dict(upstream.lineage) | {g: {"stage": config.stage} for g in stage.trains}
     flows = [m for m in graph.modalities if f"{m}/flow" in origins]
+    registered = (*upstream.registered, *((s, m) for m, near in stage.registered.items() for s in near))
     return {
         "stage": config.stage,
         "shared": shared(config),
         "trains": list(stage.trains),
         "from": origins,
         "rounds": done,
-        "pairs": graph.trained_pairs(flows, done),
+        "pairs": graph.trained_pairs(flows, done) | {"registered": tuple(dict.fromkeys(registered))},
         "ranges": ranges(data.source),
+        "slots": {m: model.flows[m].slots for m in graph.modalities if model.flows[m].slots},
         "predict": {m: model.flows[m].process.predict for m in flows},
         "vocab": data.vocab,
         "lengths": dict(data.lengths),

@@ -3,7 +3,7 @@
 Nothing is allocated here: parameters are shapes and places.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,12 +52,13 @@ def assemble(
     vocab: Mapping[str, int],
     scales: Mapping[str, float],
     predict: Mapping[str, str],
+    slots: Mapping[str, Sequence[str]],
     dtype: Any,
 ) -> Setup:
     """config.stage in the run's graph.
 
     Args:
-      vocab, scales, predict: of tokenizers, of latents, and of the flows that were trained before.
+      vocab, scales, predict, slots: of tokenizers, of latents, and of the flows that were trained before.
       dtype: of activations.
 
     Raises:
@@ -65,7 +66,10 @@ def assemble(
     """
     sharding.check_batch(config.batch, mesh)
     stage = graph.stage(config.stage)
-    model = results.build_model(config, vocab, scales, dtype, {**predict, **results.predictions(config, stage.trains)})
+    first = [g for g in stage.trains if g not in stage.reads]  # a flow that trains on predicts what it did before
+    predict = {**predict, **results.predictions(config, first)}
+    slots = {**slots, **{m: graph.slots(m) for m in stage.registered}}
+    model = results.build_model(config, vocab, scales, dtype, predict, slots)
     spec = recipe(config, model, graph)
     shapes = jax.eval_shape(spec.init, jax.eval_shape(lambda: jax.random.key(0)))
     placed = {name: sharding.param_sharding(name, x.shape, mesh) for name, x in shapes.items()}

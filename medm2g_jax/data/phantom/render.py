@@ -182,6 +182,7 @@ class Phantom:
         self._args = (size, seed, train, val, test, tuple(pairs))
         self.size, self.seed = size, seed
         streams = [tuple(s for m in pair for s in MODALITIES[m].streams) for pair in pairs]
+        axial = {s for m in RENDERERS if not MODALITIES[m].projection for s in MODALITIES[m].streams}
         everything = tuple(s for m in known for s in MODALITIES[m].streams)
         splits = ["train"] * train + ["val"] * val + ["test"] * test
         self.records = [
@@ -189,10 +190,12 @@ class Phantom:
                 id=f"phantom-{i:06d}",
                 subject=f"phantom-{i:06d}",
                 split=split,
-                streams=everything if split == "test" else streams[i % len(pairs)],
+                streams=held,
                 licence="synthetic, Apache-2.0",
+                grid=tuple(s for s in held if s in axial),  # one slice of one body
             )
             for i, split in enumerate(splits)
+            for held in (everything if split == "test" else streams[i % len(pairs)],)
         ]
         # A chunk holds neighbours among those that show the modality: nothing is rendered that nobody may read.
         self._rows = {m: [i for i, r in enumerate(self.records) if m in r.streams] for m in RENDERERS}
