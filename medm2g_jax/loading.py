@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from etils import epath
 from jaxtyping import Array
 
@@ -362,6 +361,7 @@ class Model:
         read = {name: n for name, n in self.lengths.items() if name in ("clip", "bert")}  # of given texts
         texts = [x for items in given.values() for x in items if isinstance(x, str)]
         notes = self.tokenizers.report_on(texts, read) if texts else []
+        notes += filter(None, (self._ranged(stream, x) for stream, items in given.items() for x in items))
         if independent:
             groups = " | ".join(" + ".join(group) for group in independent)
             notes.append(
@@ -374,6 +374,15 @@ class Model:
                 "pixel by pixel; resample them to one grid"
             )
         return tuple(notes)
+
+    def _ranged(self, stream: str, item: Any) -> str:
+        """What a 16-bit file counts over, in words; "" for anything else."""
+        if not isinstance(item, Picture) or not item.path or item.span is None or item.pixels.dtype != np.uint16:
+            return ""
+        known = stream in self.meta["ranges"]
+        why = "as in training" if known else "all its bits: training met no 16-bit image of this stream"
+        low, high = item.span
+        return f"{item.path}: counts from -1 to +1 over {low:g} to {high:g} ({why})"
 
     def opened(self, stream: str, items: Sequence[Any]) -> list[Any]:
         """Values of a stream, images as pictures: each file is read here and nowhere else.
@@ -404,12 +413,9 @@ class Model:
             if picture.span is None or picture.pixels.dtype != np.uint16:
                 return picture
             # A 16-bit file counts as those of its stream did in training, else over all its bits: one image alone
-            # does not tell its range.
+            # does not tell its range. `_ranged` says so.
             known = self.meta["ranges"]
-            low, high = known[stream] if stream in known else picture.span
-            why = "as in training" if stream in known else "all its bits: training met no 16-bit image of this stream"
-            logging.warning("%s: counts from -1 to +1 over %g to %g (%s)", item, low, high, why)
-            return dataclasses.replace(picture, span=(low, high))
+            return dataclasses.replace(picture, span=tuple(known[stream] if stream in known else picture.span))
         try:
             pixels = np.asarray(item, np.float32)
         except (TypeError, ValueError):

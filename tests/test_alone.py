@@ -64,10 +64,10 @@ def test_each_of_the_two_from_the_other_and_both_from_nothing(pair):
     out = pair.generate({"mri:t2": image}, ["ct"], seed=1)
     assert out.samples["ct"].shape == (1, 40, 30) and np.ptp(out.samples["ct"]) > 0
     assert -1000 <= out.samples["ct"].min() and out.samples["ct"].max() <= 400
-    assert out.pairs == {"mri:t2 -> ct": "prompt tokens, guide tokens"} and out.notes == ()
+    assert out.pairs == {"mri:t2 -> ct": "prompt tokens, guide tokens, registered"} and out.notes == ()
     both = pair.generate({}, ["ct", "mri"], seed=1)
     assert both.samples["ct"].shape == both.samples["mri"].shape == (1, 32, 32) and both.independent == ()
-    assert both.pairs == {"mri -> ct": "guide tokens", "ct -> mri": "guide tokens"}
+    assert both.pairs == {"mri -> ct": "guide tokens, registered", "ct -> mri": "guide tokens, registered"}
     with pytest.raises(UserError, match="'text' cannot be given: this model takes ct, mri there"):
         pair.generate({"text": "a"}, ["ct"])
 
@@ -108,7 +108,7 @@ def test_a_flow_says_what_it_predicts_and_a_round_takes_it_from_there(roots):
     """eps, z0 and v: each trains to a sample of its own."""
     assert checkpoint.read_meta(roots / "mri" / "mri")["predict"] == {"mri": "sample"}
     assert checkpoint.read_meta(roots / "ct" / "ldm_ct")["predict"] == {"ct": "v"}
-    for name, predict in (("ct_mri", "eps"), ("mri", "sample"), ("ct", "v")):
+    for name, predict in (("ct_mri", "sample"), ("mri", "sample"), ("ct", "v")):
         model = load(str(roots / name))
         assert {flow.process.predict for flow in model.model.flows.values()} == {predict}
     with pytest.raises(
@@ -155,10 +155,10 @@ def test_given_contrasts_guide_wanted_ones_and_these_each_other(contrasts):
     image = np.linspace(0, 1, 32 * 32).reshape(32, 32)
     given = {"mri:t1": image, "mri:t2": image.T}
     one = contrasts.generate(given, ["mri:flair"], seed=3, eta=0.0)
-    assert one.pairs == {f"{s} -> mri:flair": "prompt tokens, guide tokens" for s in given}
+    assert one.pairs == {f"{s} -> mri:flair": "prompt tokens, guide tokens, registered" for s in given}
     assert 0 <= one.samples["mri:flair"].min() and one.samples["mri:flair"].max() <= 1
     several = contrasts.generate(given, ["mri:flair", "mri:pd"], seed=3, eta=0.0)
-    assert several.pairs["mri:pd -> mri:flair"] == several.pairs["mri:flair -> mri:pd"] == "guide tokens"
+    assert several.pairs["mri:pd -> mri:flair"] == several.pairs["mri:flair -> mri:pd"] == "guide tokens, registered"
     # In latents: three steps of training leave the guide's output near zero.
     assert not np.array_equal(one.latents["mri:flair"], several.latents["mri:flair"])
     other = contrasts.generate({**given, "mri:t1": 1 - image}, ["mri:flair"], seed=3, eta=0.0, prompts="none")

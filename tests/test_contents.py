@@ -8,7 +8,7 @@ import pytest
 from micro import micro
 from test_manifest import picture, row, write
 
-from medm2g_jax.data import images
+from medm2g_jax.data import formats
 from medm2g_jax.data.contents import changes, contents, contents_of
 from medm2g_jax.data.manifest import Manifest
 from medm2g_jax.data.phantom.render import Phantom
@@ -17,7 +17,7 @@ from medm2g_jax.data.source import Record
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "read", lambda *_: pytest.fail("an image was decoded"))
+    monkeypatch.setattr(formats, "read", lambda *_: pytest.fail("an image was decoded"))
     path = tmp_path / "data"
     return write(
         path,

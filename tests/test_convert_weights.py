@@ -174,8 +174,8 @@ def test_a_model_finds_its_weights_where_they_are_now(folder, tmp_path, monkeypa
 
     def read(recorded, now=""):
         monkeypatch.setenv("MEDM2G_SD_WEIGHTS", str(now))
-        meta = {"shared": {"weights": str(recorded)}, "from": origins, "stage": "text_ct"}
-        return loading._converted(epath.Path("run"), meta, model, net, groups, jnp.float32)
+        meta = {"shared": {"weights": str(recorded), "net": net}, "from": origins, "stage": "text_ct"}
+        return loading._converted(epath.Path("run"), meta, model, lambda name: True, groups, jnp.float32)
 
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder, tmp_path / "moved")

@@ -84,7 +84,7 @@ def finished(root, config, params, lineage, **texts):
     data = SimpleNamespace(**{"vocab": {}, "lengths": {}, "source": Own(0)} | texts)
     rounds_ = tuple(r for r in config.listing if r in graph.plan(config.stage)[:-1])
     predict = results.predictions(config, graph.stages[config.stage].trains)
-    upstream = results.Upstream({}, {}, lineage, (), (), rounds_, predict)
+    upstream = results.Upstream({}, {}, lineage, (), (), rounds_, predict, {}, ())
     model = results.build_model(config, data.vocab, {})
     folder = root / config.stage
     folder.mkdir(parents=True, exist_ok=True)

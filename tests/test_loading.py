@@ -1,7 +1,5 @@
 """What a user gives to a model, and what it gives back: values in units, files, the grid. No network is needed."""
 
-import logging
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -36,7 +34,7 @@ def test_values_in_a_unit_and_files_become_what_the_networks_read(tmp_path):
         )
 
 
-def test_a_16_bit_file_counts_as_those_of_its_stream_did_in_training(tmp_path, caplog):
+def test_a_16_bit_file_counts_as_those_of_its_stream_did_in_training(tmp_path):
     Image.fromarray(np.full((16, 16), 819, np.uint16)).save(tmp_path / "a.png")
     known = model(ranges={"xray": [0, 4095]})
     for stream, loaded, value, why in (
@@ -44,11 +42,11 @@ def test_a_16_bit_file_counts_as_those_of_its_stream_did_in_training(tmp_path, c
         ("ct", known, 819 / 32767.5 - 1, "0 to 65535 (all its bits: training met no 16-bit image of this stream)"),
         ("xray", model(), 819 / 32767.5 - 1, "all its bits"),
     ):
-        caplog.clear()
-        with caplog.at_level(logging.WARNING):
-            np.testing.assert_allclose(loaded.model_input(stream, [tmp_path / "a.png"]), value, atol=1e-6)
-        (line,) = [r.getMessage() for r in caplog.records]
+        (picture,) = loaded.opened(stream, [tmp_path / "a.png"])
+        np.testing.assert_allclose(loaded.model_input(stream, [picture]), value, atol=1e-6)
+        line = loaded._ranged(stream, picture)
         assert why in line and "a.png" in line
+    assert model()._ranged("ct", np.zeros((4, 4))) == ""
 
 
 @pytest.mark.parametrize(

@@ -504,7 +504,8 @@ def _finished(path: epath.Path) -> bool:
 def _drop_unfinished(folder: epath.Path) -> None:
     for path in list(folder.iterdir()):
         if ocp.utils.TMP_DIR_SUFFIX in path.name:
-            path.rmtree()
+            with contextlib.suppress(OSError):  # a thread of a save that failed may still write there: next time
+                path.rmtree()
 
 
 def _read_record(path: epath.Path) -> dict[str, Any] | None:

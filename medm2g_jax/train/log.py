@@ -171,6 +171,13 @@ def quiet() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA, where it has not started yet
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    absl = logging.getLogger("absl")  # what our readers say of data goes through it
+    absl.setLevel(logging.WARNING)
+    absl.addFilter(_of_ours_or_an_error)
+
+
+def _of_ours_or_an_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR or f"{os.sep}medm2g_jax{os.sep}" in record.pathname
 
 
 def versions() -> dict[str, Any]:
