@@ -122,7 +122,9 @@ def test_a_flow_says_what_it_predicts_and_a_round_takes_it_from_there(roots):
         match=r"ldm_mri was trained with config\.predict='sample', this config has "
         r"config\.stages\.ldm_mri\.predict='eps'; type --config\.stages\.ldm_mri",
     ):
-        loop.plan_stages(micro("mri", "tiny", listing=("mri",)), roots / "mri")
+        config = micro("mri", "tiny", listing=("mri",))
+        config.stages.ldm_mri.predict = "eps"
+        loop.plan_stages(config, roots / "mri")
 
 
 # --- contrasts guide each other -------------------------------------------------------------------------------------
