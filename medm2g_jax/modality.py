@@ -156,3 +156,9 @@ def split_stream(stream: str) -> tuple[str, int]:
         known = ", ".join(s for m in MODALITIES.values() for s in m.streams)
         raise UserError(f"unknown stream {stream!r}; known streams: {known}")
     return modality.name, modality.streams.index(stream)
+
+
+def stream_word(stream: str) -> str:
+    """What a person calls a stream: "mri:t2" -> "MRI t2"."""
+    name, _, contrast = stream.partition(":")
+    return f"{MODALITIES[name].word} {contrast}".strip()

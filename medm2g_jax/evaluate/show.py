@@ -39,7 +39,7 @@ from medm2g_jax.evaluate.pictures import grid
 from medm2g_jax.generate import Request
 from medm2g_jax.keys import row_keys
 from medm2g_jax.loading import Model
-from medm2g_jax.modality import MODALITIES, centre
+from medm2g_jax.modality import MODALITIES, centre, stream_word
 from medm2g_jax.model import MedM2G
 from medm2g_jax.recipes import rows_of
 from medm2g_jax.train import checkpoint, loop, results
@@ -151,7 +151,7 @@ def _measured(data: loop.Data, rows: Rows, count: int) -> tuple[Batch, str]:
 
 def _task(source: str, target: str, how: str = "", which: str = "held-out records") -> str:
     """What a figure measures: "report -> CT, prompt alone"."""
-    words = [f"{' + '.join(map(_word, source.split(' + ')))} -> {_word(target)}", how]
+    words = [f"{' + '.join(map(stream_word, source.split(' + ')))} -> {stream_word(target)}", how]
     return ", ".join(w for w in [*words, which if which != "held-out records" else ""] if w)
 
 
@@ -311,11 +311,6 @@ def _image(stream: str) -> bool:
     return MODALITIES[stream.partition(":")[0]].is_image
 
 
-def _word(stream: str) -> str:
-    name, _, contrast = stream.partition(":")
-    return f"{MODALITIES[name].word} {contrast}".strip()
-
-
 def _single_flow(s: Shown) -> list[Figure]:
     (target,) = s.stage.subjects
     source = next((m for m in s.graph.prompts(target) if m != target), None)
@@ -335,7 +330,7 @@ def _from_noise(s: Shown, target: str) -> list[Figure]:
     batch, which = _measured(s.data, Rows(require=(target,)), s.config.sample.rows)
     n = _count(s, target, 2 * PICTURED, batch)
     made = _sampled(s, s.model.request((), (target,), guides="none"), {}, n)
-    _drawn(s, {}, target, batch[target], made, "samples.png", f"{_word(target)} from noise, and {which}")
+    _drawn(s, {}, target, batch[target], made, "samples.png", f"{stream_word(target)} from noise, and {which}")
     return []
 
 
@@ -353,7 +348,7 @@ def _compared(s: Shown, task: str, target: str, real: Any, made: Any, bounds: Se
 
 def _drawn(s: Shown, given: Mapping[str, Any], target: str, real, made, name: str, title: str) -> None:
     """Real beside generated: a picture, or texts."""
-    shown = [(_word(m), x) for m, x in given.items() if _image(m)]
+    shown = [(stream_word(m), x) for m, x in given.items() if _image(m)]
     if not _image(target):
         texts = _texts_of(s.data, real)[: len(made)]
         _texts(s, {"real": texts[:16], "generated": made[:16]})
@@ -362,7 +357,7 @@ def _drawn(s: Shown, given: Mapping[str, Any], target: str, real, made, name: st
             _picture(s.folder, name, [(w, _images(x[:6])) for w, x in shown], captions[:6], title=title, side=190)
         return
     rows = [(f"{w}, given", _images(x[:PICTURED])) for w, x in shown]
-    rows += [(f"{_word(target)}, real", _images(real[:PICTURED])), ("generated", _images(made[:PICTURED]))]
+    rows += [(f"{stream_word(target)}, real", _images(real[:PICTURED])), ("generated", _images(made[:PICTURED]))]
     captions = next((_texts_of(s.data, x)[:PICTURED] for m, x in given.items() if not _image(m)), ())
     if not s.data.source.open:
         rows, captions = rows[-1:], ()

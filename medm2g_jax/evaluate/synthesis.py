@@ -20,7 +20,7 @@ from medm2g_jax.evaluate.metrics.image import Images, decibel, squared_error
 from medm2g_jax.evaluate.metrics.intervals import bootstrap
 from medm2g_jax.evaluate.samples import CHUNK, samples
 from medm2g_jax.loading import Model
-from medm2g_jax.modality import MODALITIES
+from medm2g_jax.modality import stream_word
 
 MEAN_OF = 500  # training images that the mean image is of
 
@@ -58,18 +58,18 @@ def synthesis(
     def made(some: dict[str, Images]) -> Images:
         return samples(model, some, [target], rows, seed, register=register)[target]
 
-    words = " + ".join(map(_word, given)), _word(target)
+    words = " + ".join(map(stream_word, given)), stream_word(target)
     floor = ("the mean image", [np.broadcast_to(train[target].mean(0, keepdims=True), x.shape)])
     again = _reconstructed(model, target, x)
     ceiling = figures_of("image", f"{words[1]} -> {words[1]}", x, again, seed=seed, floor=floor)
     ends = dict(seed=seed, autoencoder=ceiling)
     whole, alone = made(sources), made({last: sources[last]})
     out = [*ceiling, *figures_of("image", f"{words[0]} -> {words[1]}", x, whole, **ends)]
-    out += figures_of("image", f"{_word(last)} -> {words[1]}", x, alone, **ends)
+    out += figures_of("image", f"{stream_word(last)} -> {words[1]}", x, alone, **ends)
     shuffled = made({s: image[order] for s, image in sources.items()})
     out += figures_of("image", f"{words[0]} of another subject -> {words[1]}", x, shuffled, **ends)
-    out += figures_of("image", f"{_word(last)} taken for {words[1]}", x, sources[last], **ends)
-    out.append(_gain(f"{words[0]} -> {words[1]}, beyond {_word(last)} alone", x, whole, alone, seed))
+    out += figures_of("image", f"{stream_word(last)} taken for {words[1]}", x, sources[last], **ends)
+    out.append(_gain(f"{words[0]} -> {words[1]}, beyond {stream_word(last)} alone", x, whole, alone, seed))
     return out
 
 
@@ -96,8 +96,3 @@ def _reconstructed(model: Model, stream: str, x: Images) -> Images:
     name = stream.partition(":")[0]
     again = jax.jit(lambda p, x: model.model.decode(p, name, model.model.encode(p, name, x)))
     return np.concatenate([np.asarray(again(model.params, x[i : i + CHUNK])) for i in range(0, len(x), CHUNK)])
-
-
-def _word(stream: str) -> str:
-    name, _, contrast = stream.partition(":")
-    return f"{MODALITIES[name].word} {contrast}".strip()
