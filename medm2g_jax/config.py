@@ -4,19 +4,16 @@
     get_config("ldm", "ct,sd15,paper")      # configs/ldm.py:ct,sd15,paper
     get_config("ct_mri", "tiny,alone")      # that round and nothing but what it stands on
 
-Presets: `tiny` trains in minutes on two CPU cores (64 px, 8x8x4 latents); `sd15` is the paper's geometry and
-hyper-parameters. The variant `paper` switches back every choice that goes beyond the printed method.
+Presets: `tiny` trains in minutes on two CPU cores (64 px, 8x8x4 latents); `base` is for one GPU of 24 GB (256 px,
+32x32x4 latents, UNets of 100 M); `sd15` is the paper's geometry and hyper-parameters. The variant `paper` switches back
+every choice that goes beyond the printed method.
 
 A stage's own fields (batch, steps, lr ...) stand at the top level of its config. `config.stages.<name>` holds the same
 fields for each upstream stage it may have to train first; the fields in `rounds.SHARED` are handed to all of them.
 """
 
 import dataclasses
-import math
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -26,39 +23,68 @@ from medm2g_jax import rounds
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES
 
-PRESETS = ("tiny", "sd15")
+PRESETS = ("tiny", "base", "sd15")
 WEIGHT_FOLDERS = ("sd15", "clip", "vd", "optimus")
+_ALL = tuple(f"{kind}/{group}" for kind in ("image", "text") for group in ("vae", "clip", "flow"))
+_BEGIN = {"tiny": _ALL, "base": ("image/vae",), "sd15": _ALL}  # what converted weights begin
 
 # --- what all stages of a run root agree on -------------------------------------------------------------------------
 
 
-def _net(preset: str) -> dict:
-    """Sizes of the networks. `tiny`: measured to train in minutes; `sd15`: SD-1.5, CLIP-L, Versatile Diffusion."""
-    if preset == "tiny":
-        return dict(
-            width=64,  # of the space that prompts and guides share
-            image_vae=dict(channels=(64,), layers=0, groups=8, latent=4, patch=8, mid_attention=False, colours=1),
-            image_unet=dict(channels=(48, 96), attention=(False, True), layers=1, heads=4, groups=8),
-            text_vae=dict(width=64, layers=2, heads=4, ff=256, latent=64, bert_positions=64, gpt2_positions=64),
-            text_unet=dict(
-                channels=(48, 96), attention=(False, True), layers=1, heads=4, groups=8, positions=4, latent=64
-            ),
-            clip_text=dict(width=64, layers=2, heads=4, ff=256, length=36),
-            clip_image=dict(width=64, layers=2, heads=4, ff=256, patch=16, image=64),
-            image_context=dict(heads=4, channels=(32, 64), stride=2),
-            text_context=dict(heads=4, tokens=4),
-            adapt=4,  # K, rows of f_B
-            projector=128,  # width of the visual-invariant projector
-            vocabulary=1024,  # at most, for tokenizers trained on the data at hand
-            bert_length=36,
-            gpt2_length=36,
-            report_words=60,  # longer reports are cut
-        )
-    return dict(
-        width=768,
-        image_vae=dict(
-            channels=(128, 256, 512, 512), layers=2, groups=32, latent=4, patch=1, mid_attention=True, colours=3
+# Sizes of the networks. `tiny`: measured to train in minutes on two cores; `base`: 256 px with Stable Diffusion's own
+# autoencoder, UNets of 100 M, everything else to match, for one GPU of 24 GB; `sd15`: SD-1.5, CLIP-L, Versatile
+# Diffusion.
+_SD_VAE = dict(channels=(128, 256, 512, 512), layers=2, groups=32, latent=4, patch=1, mid_attention=True, colours=3)
+_NETS: dict[str, dict[str, Any]] = {
+    "tiny": dict(
+        width=64,  # of the space that prompts and guides share
+        image_vae=dict(channels=(64,), layers=0, groups=8, latent=4, patch=8, mid_attention=False, colours=1),
+        image_unet=dict(channels=(48, 96), attention=(False, True), layers=1, heads=4, groups=8),
+        text_vae=dict(width=64, layers=2, heads=4, ff=256, latent=64, bert_positions=64, gpt2_positions=64),
+        text_unet=dict(
+            channels=(48, 96), attention=(False, True), layers=1, heads=4, groups=8, positions=4, latent=64
         ),
+        clip_text=dict(width=64, layers=2, heads=4, ff=256, length=36),
+        clip_image=dict(width=64, layers=2, heads=4, ff=256, patch=16, image=64),
+        image_context=dict(heads=4, channels=(32, 64), stride=2),
+        text_context=dict(heads=4, tokens=4),
+        adapt=4,  # K, rows of f_B
+        projector=128,  # width of the visual-invariant projector
+        vocabulary=1024,  # at most, for tokenizers trained on the data at hand
+        bert_length=36,
+        gpt2_length=36,
+        report_words=60,  # longer reports are cut
+    ),
+    "base": dict(
+        width=512,
+        image_vae=_SD_VAE,
+        image_unet=dict(
+            channels=(128, 256, 384, 512), attention=(True, True, True, False), layers=2, heads=8, groups=32
+        ),
+        text_vae=dict(width=512, layers=6, heads=8, ff=2048, latent=256, bert_positions=256, gpt2_positions=256),
+        text_unet=dict(
+            channels=(128, 192, 256, 320),
+            attention=(True, True, True, False),
+            layers=2,
+            heads=8,
+            groups=32,
+            positions=4,
+            latent=256,
+        ),
+        clip_text=dict(width=512, layers=6, heads=8, ff=2048, length=128),
+        clip_image=dict(width=512, layers=8, heads=8, ff=2048, patch=16, image=224),
+        image_context=dict(heads=8, channels=(64, 128, 256), stride=4),
+        text_context=dict(heads=8, tokens=4),
+        adapt=8,
+        projector=1024,
+        vocabulary=16384,
+        bert_length=192,
+        gpt2_length=192,
+        report_words=100,
+    ),
+    "sd15": dict(
+        width=768,
+        image_vae=_SD_VAE,
         image_unet=dict(
             channels=(320, 640, 1280, 1280), attention=(True, True, True, False), layers=2, heads=8, groups=32
         ),
@@ -82,7 +108,8 @@ def _net(preset: str) -> dict:
         bert_length=256,
         gpt2_length=192,
         report_words=100,
-    )
+    ),
+}
 
 
 def _shared(preset: str, variant: str, listing: tuple[str, ...]) -> ConfigDict:
@@ -94,8 +121,10 @@ def _shared(preset: str, variant: str, listing: tuple[str, ...]) -> ConfigDict:
             listing=listing,
             seed=0,
             weights="",  # folder of converted weights; "" = start fresh
+            begin=_BEGIN[preset],  # what of them, where they are given: "KIND/GROUP"
             image_size=64 if tiny else 512,
-            net=_net(preset),
+            schedule="scaled_linear",  # of the noise, a name in diffusion.SCHEDULES
+            net=_NETS[preset],
             data=dict(
                 source="phantom",  # or manifest:PATH, tfds:NAME
                 accept="",  # fingerprint of data that may take the place of others under a begun run; never compared
@@ -137,9 +166,40 @@ _OPTIMIZER = dict(
     keep=2,
 )
 
-_PAPER_SIZES = dict(
-    b2=0.999, weight_decay=1e-4, ema=0.9999, remat=True, log_every=50, eval_every=2000, checkpoint_every=1000
-)
+# What the larger presets change of it.
+_SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "base": dict(b2=0.99, ema=0.999, remat=True, log_every=50, eval_every=2000, checkpoint_every=1000),
+    "sd15": dict(
+        b2=0.999, weight_decay=1e-4, ema=0.9999, remat=True, log_every=50, eval_every=2000, checkpoint_every=1000
+    ),
+}
+_VERB_SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "tiny": dict(
+        image_vae=dict(steps=1800, lr=4e-3, batch=8, log_every=100, checkpoint_every=600),
+        text_vae=dict(steps=700, lr=3e-3, batch=32),
+        align=dict(steps=400, lr=2e-3, batch=96),
+        ldm=dict(steps=1200, lr=2e-3, batch=16),
+        ldm_text=dict(steps=500, lr=3e-3, batch=64),
+        round=dict(steps=400, lr=5e-3, lr_adapt=5e-3, batch=16),
+    ),
+    "base": dict(  # to start from; nothing has been trained at this size yet
+        image_vae=dict(steps=60_000, lr=1e-4, batch=16),
+        text_vae=dict(steps=20_000, lr=2e-4, batch=64),
+        align=dict(steps=10_000, lr=1e-4, batch=128),
+        ldm=dict(steps=100_000, lr=1e-4, batch=64),
+        ldm_text=dict(steps=50_000, lr=1e-4, batch=256),
+        round=dict(steps=20_000, lr=1e-4, lr_adapt=1e-3, batch=64),
+    ),
+    "sd15": dict(
+        image_vae=dict(steps=100_000, lr=2e-5, batch=64),
+        text_vae=dict(steps=50_000, lr=5e-5, batch=64),
+        align=dict(steps=20_000, lr=1e-5, batch=256),
+        ldm=dict(steps=200_000, lr=2e-5, batch=256),
+        ldm_text=dict(steps=200_000, lr=5e-5, batch=1024),
+        round=dict(steps=50_000, lr=1e-5, lr_adapt=1e-3, batch=256),
+    ),
+}
 
 
 def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> dict:
@@ -150,56 +210,49 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
     """
     tiny, paper = preset == "tiny", variant == "paper"
     verb = name.split("_")[0] if name.split("_")[0] in ("align", "ldm") else "vae" if name.endswith("_vae") else "round"
-    own = _OPTIMIZER | ({} if tiny else _PAPER_SIZES)
+    sizes = _VERB_SIZES[preset]
+    own = _OPTIMIZER | _SIZES[preset] | (sizes[name] if name in sizes else sizes[verb])
     if paper:
         own |= dict(optimizer="adam", weight_decay=1e-4)
     if name == "image_vae":
-        own |= (
-            dict(steps=1800, lr=4e-3, batch=8, log_every=100, checkpoint_every=600)
-            if tiny
-            else dict(steps=100_000, lr=2e-5, batch=64)
-        )
         own |= dict(loss=dict(l1=1.0, mse=10.0, kl=1e-3))
     elif name == "text_vae":
-        own |= dict(steps=700, lr=3e-3, batch=32) if tiny else dict(steps=50_000, lr=5e-5, batch=64)
         # A KL this strong gives latents that stand the sampler's noise: 3e-3 loses a quarter of the findings.
         own |= dict(loss=dict(ce=1.0, kl=0.05))
     elif verb == "align":
-        own |= dict(steps=400, lr=2e-3, batch=96) if tiny else dict(steps=20_000, lr=1e-5, batch=256)
         own |= dict(
-            loss=dict(contrast=1.0, invariant=1.0 if not tiny else 0.3),
+            loss=dict(contrast=1.0, invariant=0.3 if tiny else 1.0),
             barlow_lambda=0.0051,
             crop=0.9 if tiny else 0.6,  # least area of a view: at 0.6 a lesion's level is learned last
         )
     elif verb == "ldm":
-        text = name == "ldm_text"
-        own |= (
-            dict(steps=500 if text else 1200, lr=3e-3 if text else 2e-3, batch=64 if text else 16)
-            if tiny
-            else dict(steps=200_000, lr=5e-5 if text else 2e-5, batch=1024 if text else 256)
-        )
         own |= dict(
             loss=dict(eps=1.0),  # squared error of what is predicted
-            # A name in diffusion.PREDICTIONS; rounds take it from the flow they stand on. A fresh flow that will read
-            # sources on its grid follows them best where it predicts z0 (docs/quality.md).
-            predict="sample" if tiny and not paper and _on_grid(name, listing) else "eps",
+            # A name in diffusion.PREDICTIONS; rounds take it from the flow they stand on. "auto": eps where converted
+            # weights begin the flow, which learned that, else z0: it is learned soonest (docs/quality.md).
+            predict="eps" if paper else "auto",
+            min_snr=0.0,  # the most that z0's error may count at a time, in signal over noise; 0: all times alike
             drop_prompt=0.1,
             unprompted=0.1,  # share of rows from records without the prompt's streams, where the data have some
         )
     else:
-        steps = 800 if _on_grid(name, listing) and not paper else 600 if name == listing[0] else 400
-        own |= (
-            dict(steps=steps, lr=5e-3, lr_adapt=5e-3, batch=16)
-            if tiny
-            else dict(steps=50_000, lr=1e-5, lr_adapt=1e-5 if paper else 1e-3, batch=256)
-        )
+        if tiny and name == listing[0]:
+            own |= dict(steps=600)  # two guides, not one
+        if tiny and not paper and _on_grid(name, listing):
+            own |= dict(steps=800)
+        if paper:
+            own |= dict(lr_adapt=own["lr"])
         own |= dict(
             # Without the prompt (Eq. 6 prints none) the guide has to carry the partner.
             drop_prompt=1.0 if paper else 0.9,
             clean=0.0 if paper else 0.75,  # share of rows whose source is clean (translation); the rest share t
             loss=dict(eps=1.0, contrast=0.0 if paper else 0.1),
             contrast_tau=0.07,
-            freeze="paper",  # or "partner_open"
+            min_snr=0.0,
+            # Of the known partner nothing trains ("paper"), all of its guide ("partner_open"), or, where it may have
+            # sources on its grid, its flow ("auto"), which then practises with its earlier partners in a share of rows.
+            freeze="paper" if paper else "auto",
+            rehearse=0.25,
             others=0 if paper else 3,  # other contrasts of a modality, at most, that guide it beside the partner
             # Sources on the target's grid stand on its UNet's input channels too (beyond the paper).
             register=not paper,
@@ -215,172 +268,6 @@ def _on_grid(name: str, listing: tuple[str, ...]) -> bool:
     """Is this a round in which a flow may have sources on its own grid, or the single flow of such a modality?"""
     stages = rounds.graph(listing, register=listing).stages.values()
     return any(stage.registered and name in (stage.name, *(f"ldm_{m}" for m in stage.registered)) for stage in stages)
-
-
-# --- what a number may be --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Range:
-    """Numbers from `low` to `high`, these included but for an open end; never NaN or infinity."""
-
-    low: float | int
-    high: float | int
-    whole: bool = True
-    open_low: bool = False
-    open_high: bool = False
-
-    def __contains__(self, value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
-            return False
-        above = value > self.low if self.open_low else value >= self.low
-        return above and math.isfinite(value) and (value < self.high if self.open_high else value <= self.high)
-
-    def __str__(self) -> str:
-        number = "a whole number" if self.whole else "a finite number"
-        low = "" if self.low == -math.inf else f"{'above' if self.open_low else 'from'} {self.low:g}"
-        # :g would round the largest whole ones
-        high = "" if self.high == math.inf else f"{'below' if self.open_high else 'to'} {self.high}"
-        return " ".join(part for part in (number, low, high) if part)
-
-
-MAX_INT = 2**31 - 1
-MAX_SEED = 2**32 - 1  # jax.random.key takes no more bits than these: larger seeds would repeat smaller ones
-_COUNT, _SIZE = Range(0, MAX_INT), Range(1, MAX_INT)
-_SHARE = Range(0, 1, whole=False)
-_BELOW_ONE = Range(0, 1, whole=False, open_high=True)
-_POSITIVE = Range(0, math.inf, whole=False, open_low=True)
-_NOT_NEGATIVE = Range(0, math.inf, whole=False)
-_FINITE = Range(-math.inf, math.inf, whole=False)
-
-# Sampling, in configs, on the command line and from Python.
-SAMPLING = {
-    "count": _SIZE,
-    "rows": _SIZE,
-    "seed": Range(0, MAX_SEED),
-    "steps": Range(1, 1000),
-    "eta": _SHARE,
-    "guidance": _FINITE,
-}
-# Every number of a config; "loss", "net" and "sample" say what holds for all numbers in them that have no row.
-RANGES: Mapping[str, Range] = {
-    "seed": SAMPLING["seed"],
-    "image_size": _SIZE,
-    "net": _SIZE,
-    "net.image_vae.layers": _COUNT,  # 0: patches alone
-    "data.most_pixels": _SIZE,
-    "data.train": _SIZE,
-    "data.val": _COUNT,
-    "data.test": _COUNT,
-    "mesh": Range(-1, MAX_INT),
-    "steps": _SIZE,
-    "batch": _SIZE,
-    "lr": _POSITIVE,
-    "lr_adapt": _NOT_NEGATIVE,
-    "b1": _BELOW_ONE,
-    "b2": _BELOW_ONE,
-    "weight_decay": _NOT_NEGATIVE,
-    "warmup": _SHARE,
-    "final_lr": _SHARE,
-    "clip": _POSITIVE,
-    "ema": _BELOW_ONE,
-    "accumulate": _SIZE,
-    "log_every": _SIZE,
-    "eval_every": _COUNT,
-    "eval_rows": _SIZE,
-    "checkpoint_every": _SIZE,
-    "keep": _SIZE,
-    "loss": _NOT_NEGATIVE,
-    "barlow_lambda": _NOT_NEGATIVE,
-    "crop": Range(0, 1, whole=False, open_low=True),
-    "drop_prompt": _SHARE,
-    "unprompted": _SHARE,
-    "alone": _SHARE,
-    "others": Range(0, 64),
-    "clean": _SHARE,
-    "contrast_tau": _POSITIVE,
-    **{f"sample.{field}": SAMPLING[field] for field in ("steps", "eta", "guidance", "rows")},
-}
-
-
-# Names that a field may be, as the tables have them that they are looked up in (a test holds them together; a config is
-# read without jax).
-CHOICES: Mapping[str, tuple[str, ...]] = {
-    "dtype": ("auto", "float32", "bfloat16"),
-    "freeze": ("paper", "partner_open"),
-    "open": ("auto", "flow", "guide"),
-    "optimizer": ("adamw", "adam"),
-    "predict": ("eps", "v", "sample"),
-    "sample.guide": ("cond", "both"),
-    "sample.sampler": ("ddim", "ddpm", "euler", "heun", "dpmpp_2m"),
-    "sample.spacing": ("auto", "leading", "trailing", "linspace"),
-    "upstream": ("train", "init", "require"),
-}
-
-
-def _names(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted field, value) of every field of CHOICES in a config and in its stages."""
-    for key, value in config.items():
-        field = prefix + key
-        if isinstance(value, ConfigDict):
-            yield from _names(value, f"{field}.")
-        elif (field.split(".", 2)[2] if field.startswith("stages.") else field) in CHOICES:
-            yield field, value
-
-
-def numbers(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> Iterator[tuple[str, int | float]]:
-    """(dotted field, value) of every number in a config; those in a tuple each."""
-    for key, value in config.items():
-        if isinstance(value, (Mapping, ConfigDict)):
-            yield from numbers(value, f"{prefix}{key}.")
-        else:
-            for one in value if isinstance(value, (tuple, list)) else (value,):
-                if isinstance(one, Real) and not isinstance(one, bool):
-                    yield prefix + key, one
-
-
-def range_of(field: str) -> Range | None:
-    """What a field of a config may be, "stages.text_vae.steps" like "steps"; None where nothing is said."""
-    words = field.split(".")
-    words = words[2:] if words[0] == "stages" else words
-    return next((RANGES[at] for n in range(len(words), 0, -1) if (at := ".".join(words[:n])) in RANGES), None)
-
-
-def check(config: ConfigDict) -> None:
-    """Hold every number of a config to its range, and every name to its choices.
-
-    Raises:
-      UserError: names the field, what is expected and what was found.
-    """
-    for field, value in numbers(config):
-        allowed = range_of(field)
-        if allowed is not None and value not in allowed:
-            raise UserError(f"config.{field}: expected {allowed}, found {value!r}")
-    for field, value in _names(config):
-        allowed = CHOICES[field.split(".", 2)[2] if field.startswith("stages.") else field]
-        if value not in allowed:
-            raise UserError(f"config.{field}={value!r}: expected one of {', '.join(allowed)}")
-    for at, stage in (("", config), *((f"stages.{name}.", own) for name, own in config.stages.items())):
-        if not any(stage.loss.values()):
-            raise UserError(f"config.{at}loss: expected a weight above 0, found {', '.join(stage.loss)} all 0")
-        if stage.steps * stage.accumulate > MAX_INT:
-            raise UserError(
-                f"config.{at}steps: expected steps x accumulate <= {MAX_INT}, found {stage.steps} x {stage.accumulate}"
-            )
-
-
-def check_sampling(name: str, **values: Any) -> None:
-    """Hold count, rows, seed, steps, eta and guidance, where they are not None, to their ranges.
-
-    Args:
-      name: how a value is called where it was given, "--{}" or "{}".
-
-    Raises:
-      UserError: names the value, what is expected and what was found.
-    """
-    for field, value in values.items():
-        if value is not None and value not in SAMPLING[field]:
-            raise UserError(f"{name.format(field)}: expected {SAMPLING[field]}, found {value!r}")
 
 
 # --- the words after the colon --------------------------------------------------------------------------------------
@@ -503,7 +390,7 @@ def get_config(target: str, words: str | None = "", listing: str | tuple[str, ..
     config.preset_reason = reason
     config.update(_stage(name, preset, variant, tuple_))
     config.stages = ConfigDict({s: _stage(s, preset, variant, tuple_) for s in graph.plan(name)[:-1]})
-    if preset == "sd15":
+    if preset != "tiny":
         config.weights = weights_folder()
     data = absolute(os.environ.get("MEDM2G_DATA", ""))
     config.data_reason = "MEDM2G_DATA is not set"
@@ -553,7 +440,7 @@ def stage_config(config: ConfigDict, name: str) -> ConfigDict:
 
 def stage_graph(config: ConfigDict, absent: tuple[str, ...] = ()) -> rounds.Graph:
     """The graph of the config's listing; only rounds say who of them is frozen. absent: see rounds.Graph."""
-    freeze = config.freeze if "freeze" in config else "paper"
+    freeze = config.freeze if "freeze" in config else "paper" if config.variant == "paper" else "auto"
     contrasts = bool(config.others) if "others" in config else config.variant != "paper"
 
     def says(name: str, field: str) -> Any:
@@ -569,7 +456,8 @@ def stage_graph(config: ConfigDict, absent: tuple[str, ...] = ()) -> rounds.Grap
     for stage in graph.stages.values():
         if stage.verb == "round":
             how = says(stage.name, "open")
-            opened += [stage.name] if how == "flow" or (how == "auto" and stage.registered) else []
+            near = stage.name in register and graph.near(stage.name)
+            opened += [stage.name] if how == "flow" or (how == "auto" and near) else []
     return dataclasses.replace(graph, opened=tuple(opened))
 
 

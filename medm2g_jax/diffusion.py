@@ -5,6 +5,8 @@
 
 The schedule is linear in sqrt(beta), 0.00085 .. 0.0120 over T = 1000 steps, which latent diffusion calls "linear";
 alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t). Eq. 1's alpha_t and sigma_t mix alpha with its cumulative product.
+Its last abar is 0.0047: a network learns with a trace of the image in its noise, and samples from noise alone. The
+other row of `SCHEDULES` closes that gap.
 
 What a network predicts is a row of `PREDICTIONS`. Everything else speaks of a *denoiser*,
 
@@ -30,47 +32,72 @@ from medm2g_jax.keys import row_normal, salt
 T = 1000
 BETAS = np.linspace(0.00085**0.5, 0.0120**0.5, T, dtype=np.float64) ** 2
 ABAR = np.cumprod(1.0 - BETAS)
-ALPHA, SIGMA = np.sqrt(ABAR), np.sqrt(1.0 - ABAR)
+LEAST = 2.0**-24  # what "no signal" is, so that samplers may divide by it
+
+
+def _to_no_signal(abar: np.ndarray) -> np.ndarray:
+    """The schedule shifted and scaled in sqrt(abar) until it ends without signal (Lin et al. 2024, Algorithm 1)."""
+    root = np.sqrt(abar)
+    return np.maximum(((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2, LEAST)
+
+
+SCHEDULES = {"scaled_linear": ABAR, "zero_snr": _to_no_signal(ABAR)}  # name -> abar_t
 
 Streams = dict[str, Latent]
-Denoised = dict[str, tuple[Array, Array]]  # (z0, eps) of each stream, of as many rows as z or, in halves, twice
+Denoised = dict[str, tuple[Array, Array]]  # (z0, eps) of each stream, of as many rows as z, or parts of so many
 Denoise = Callable[[Streams, Array], Denoised]
 
 # --- the process ----------------------------------------------------------------------------------------------------
 
 
 class Prediction(NamedTuple):
-    """What a network may predict: the target it learns, and the (z0, eps) that a prediction p of it means."""
+    """What a network may predict: the target it learns, the (z0, eps) that a prediction p of it means, and how many
+    times z0's squared error its own is."""
 
     target: Callable[..., Latent]  # (z0, eps, alpha, sigma)
     split: Callable[..., tuple[Latent, Latent]]  # (p, z_t, alpha, sigma)
+    error: Callable[[Array], Array]  # (alpha^2 / sigma^2)
 
 
 PREDICTIONS = {
-    "eps": Prediction(lambda z0, eps, a, s: eps, lambda p, z, a, s: ((z - s * p) / a, p)),
-    "v": Prediction(lambda z0, eps, a, s: a * eps - s * z0, lambda p, z, a, s: (a * z - s * p, s * z + a * p)),
-    "sample": Prediction(lambda z0, eps, a, s: z0, lambda p, z, a, s: (p, (z - a * p) / s)),
+    "eps": Prediction(
+        lambda z0, eps, a, s: eps,
+        lambda p, z, a, s: ((z - s * p) / a, p),
+        lambda snr: snr,
+    ),
+    "v": Prediction(
+        lambda z0, eps, a, s: a * eps - s * z0,
+        lambda p, z, a, s: (a * z - s * p, s * z + a * p),
+        lambda snr: 1 + snr,
+    ),
+    "sample": Prediction(
+        lambda z0, eps, a, s: z0,
+        lambda p, z, a, s: (p, (z - a * p) / s),
+        lambda snr: jnp.ones_like(snr),
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Process:
-    """The forward process of one flow, and what its network predicts: a name in PREDICTIONS.
+    """The forward process of one flow, and what its network predicts: names in SCHEDULES and PREDICTIONS.
 
     Raises:
-      UserError: there is no such prediction.
+      UserError: there are no such ones.
     """
 
     predict: str = "eps"
+    schedule: str = "scaled_linear"
 
     def __post_init__(self):
-        if self.predict not in PREDICTIONS:
-            raise UserError(f"config.predict={self.predict!r}: expected one of {', '.join(PREDICTIONS)}")
+        for field, name, known in (("predict", self.predict, PREDICTIONS), ("schedule", self.schedule, SCHEDULES)):
+            if name not in known:
+                raise UserError(f"config.{field}={name!r}: expected one of {', '.join(known)}")
 
     def at(self, t: Times, like: Latent) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
         """(alpha_t, sigma_t) of each row, to multiply `like` with; t integers in 0 .. 999."""
-        shape = t.shape + (1,) * (like.ndim - t.ndim)
-        return tuple(jnp.asarray(table, jnp.float32)[t].reshape(shape) for table in (ALPHA, SIGMA))
+        shape, abar = t.shape + (1,) * (like.ndim - t.ndim), SCHEDULES[self.schedule]
+        return tuple(jnp.asarray(np.sqrt(table), jnp.float32)[t].reshape(shape) for table in (abar, 1 - abar))
 
     def add_noise(self, z: Latent, t: Times, eps: Latent) -> Latent:
         """z_t = alpha_t z + sigma_t eps."""
@@ -86,30 +113,50 @@ class Process:
         prediction, z_t = prediction.astype(jnp.float32), z_t.astype(jnp.float32)
         return PREDICTIONS[self.predict].split(prediction, z_t, *self.at(t, z_t))
 
+    def weight(self, t: Times, most: float) -> Float[Array, "b"]:
+        """What the squared error at time t counts where that of z0 counts min(SNR, most) (Hang et al. 2023, min-SNR);
+        most=0: one at all times, for whatever is predicted (Ho et al. 2020, "simple")."""
+        if not most:
+            return jnp.ones(t.shape)
+        abar = SCHEDULES[self.schedule]
+        snr = jnp.asarray(abar / (1 - abar), jnp.float32)[t]
+        return jnp.minimum(snr, most) / PREDICTIONS[self.predict].error(snr)
 
-def denoising_loss(target: Latent, prediction: Latent, rows: Bool[Array, "b"] | None = None) -> Float[Array, ""]:
-    """Squared error, mean over the latent's dimensions and the rows, in float32. rows: which count; all by default."""
+
+def denoising_loss(
+    target: Latent, prediction: Latent, weight: Float[Array, "b"] | None = None, rows: Bool[Array, "b"] | None = None
+) -> Float[Array, ""]:
+    """Squared error, mean over the latent's dimensions and the rows, in float32.
+
+    Args:
+      weight: of each row (`Process.weight`); one by default.
+      rows: which count; all by default.
+    """
     error = jnp.square(target.astype(jnp.float32) - prediction.astype(jnp.float32))
-    if rows is None:
-        return jnp.mean(error)
     each = jnp.mean(error.reshape(error.shape[0], -1), axis=1)
-    return jnp.sum(jnp.where(rows, each, 0.0)) / jnp.maximum(jnp.sum(rows), 1)
+    each = each if weight is None else weight * each
+    return jnp.mean(each) if rows is None else jnp.sum(jnp.where(rows, each, 0.0)) / jnp.maximum(jnp.sum(rows), 1)
 
 
-def guided(halves: Denoise, guidance: float | Float[Array, ""]) -> Denoise:
+def guided(parts: Denoise, guidance: float | Float[Array, "..."]) -> Denoise:
     """Classifier-free guidance in the paper's convention, eps_u + s (eps_c - eps_u): scale 1 is the conditional
     prediction alone. z0 follows the same line, since it is affine in the prediction.
 
     Args:
-      halves: a denoiser that answers b rows with 2 b, unconditional ones first: both halves go through the network as
-        one batch.
+      parts: a denoiser that answers b rows with b unconditional ones, then b for each further condition, all of which
+        go through the network as one batch.
+      guidance: a scale for each condition, which adds s times what it changes beside those before it.
     """
+    scales = jnp.atleast_1d(guidance)
 
-    def combine(both: Array) -> Array:
-        unconditional, conditional = jnp.split(both, 2)
-        return unconditional + guidance * (conditional - unconditional)
+    def combine(all_: Array) -> Array:
+        first, *more = jnp.split(all_, len(scales) + 1)
+        out, before = first, first
+        for scale, now in zip(scales, more, strict=True):
+            out, before = out + scale * (now - before), now
+        return out
 
-    return lambda z, t: jax.tree.map(combine, halves(z, t))
+    return lambda z, t: jax.tree.map(combine, parts(z, t))
 
 
 # --- samplers -------------------------------------------------------------------------------------------------------
@@ -147,13 +194,14 @@ SPACINGS = ("auto", "leading", "trailing", "linspace")
 LEADING = 20  # steps from which "leading" starts at the top, but for a twentieth of the schedule
 
 
-def times(steps: int, spacing: str = "auto") -> np.ndarray:
+def times(steps: int, spacing: str = "auto", schedule: str = "scaled_linear") -> np.ndarray:
     """The times of a sampler, descending.
 
     leading: 1 + i (T // steps), as latent diffusion takes them ({981, ..., 21, 1} for 50; all 1000 are 999 .. 0).
     trailing: T - i T / steps - 1. linspace: 0 to 999, ends included. Each has the values of diffusers' DDIMScheduler.
     auto: leading where it begins at the top, which it does for 20 steps and more that divide T; else trailing, which
-    does so always: a table that begins lower takes pure noise for a half denoised latent.
+    does so always: a table that begins lower takes pure noise for a half denoised latent. Of a schedule that ends
+    without signal the top is its very last time: always trailing.
 
     Raises:
       UserError: steps or spacing out of range.
@@ -163,7 +211,8 @@ def times(steps: int, spacing: str = "auto") -> np.ndarray:
     if spacing not in SPACINGS:
         raise UserError(f"spacing={spacing!r}: expected one of {', '.join(SPACINGS)}")
     if spacing == "auto":
-        spacing = "leading" if steps >= LEADING and T % steps == 0 else "trailing"
+        near = steps >= LEADING and T % steps == 0 and schedule != "zero_snr"
+        spacing = "leading" if near else "trailing"
     if spacing == "trailing":
         return np.round(np.arange(T, 0, -T / steps)[:steps]).astype(int) - 1
     if spacing == "linspace":
@@ -172,14 +221,15 @@ def times(steps: int, spacing: str = "auto") -> np.ndarray:
     return t + 1 if t[0] + 1 < T else t
 
 
-def sampler_table(steps: int, spacing: str = "auto") -> Row:
+def sampler_table(steps: int, spacing: str = "auto", schedule: str = "scaled_linear") -> Row:
     """The rows of a sampler. The step after the last time goes to abar_0, as Stable Diffusion's DDIM does (there is no
     time -1 in training); samplers that end on z_0 itself see `Row.last`."""
-    t = times(steps, spacing)
+    t = times(steps, spacing, schedule)
     t_next = np.append(t[1:], 0)
-    place = np.arange(steps)
-    beta = 1 - ABAR[t] / ABAR[t_next]
-    columns = (t, t_next, ALPHA[t], SIGMA[t], ALPHA[t_next], SIGMA[t_next], beta, place == 0, place == steps - 1)
+    place, abar = np.arange(steps), SCHEDULES[schedule]
+    beta = 1 - abar[t] / abar[t_next]
+    levels = (np.sqrt(x[at]) for at in (t, t_next) for x in (abar, 1 - abar))
+    columns = (t, t_next, *levels, beta, place == 0, place == steps - 1)
     return Row(*(jnp.asarray(x, jnp.float32) for x in columns))
 
 
@@ -280,13 +330,14 @@ def sample(
     steps: int = 50,
     spacing: str = "auto",
     eta: float | Float[Array, ""] = 0.0,
+    schedule: str = "scaled_linear",
 ) -> Streams:
     """Noise {stream: (b ...)} to latents z_0, all streams in lockstep through one `lax.scan`.
 
     Args:
       denoise: see the module's docstring; t comes as an int32 scalar.
       keys: one a row (b,); a step's noise is a function of it, the step and the stream's name.
-      sampler, spacing: names in SAMPLERS and SPACINGS.
+      sampler, spacing, schedule: names in SAMPLERS, SPACINGS and SCHEDULES.
 
     Raises:
       UserError: no such sampler or spacing, or steps out of range.
@@ -305,6 +356,6 @@ def sample(
         return step(at_integer, state, row, noise, jnp.asarray(eta, jnp.float32)), None
 
     z = {s: x.astype(jnp.float32) for s, x in z.items()}
-    numbered = jnp.arange(steps), sampler_table(steps, spacing)
+    numbered = jnp.arange(steps), sampler_table(steps, spacing, schedule)
     state, _ = jax.lax.scan(body, State(z, memory(z)), numbered)
     return state.z

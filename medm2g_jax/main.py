@@ -18,8 +18,9 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from medm2g_jax.config import absolute, check
+from medm2g_jax.config import absolute
 from medm2g_jax.errors import UserError
+from medm2g_jax.limits import check
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file, or the name of one in configs/; words after a colon.", lock_config=True

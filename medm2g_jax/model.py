@@ -149,7 +149,7 @@ class Flow:
         return stream if self.modality.contrasts else None
 
     def init(self, key: Array, groups: Sequence[str], example: Context) -> Params:
-        """Fresh parameters of the named groups ("clip", "flow", "guide"; see rounds.GROUPS)."""
+        """Fresh parameters of the named groups (the second words of rounds.GROUPS)."""
         z, t = jnp.zeros((1, *self.family.latent_shape)), jnp.zeros((1,), jnp.int32)
         stream = self._at(jnp.zeros((1,), jnp.int32))
         out: Params = {}
@@ -160,13 +160,16 @@ class Flow:
             out |= init(self.unet, f"{self.name}/unet", key, z, t, example, None, stream)
             if not self.centred:
                 out[f"{self.name}/null/token"] = jnp.zeros((1, example.tokens.shape[-1]))
+        if "grid" in groups or "guide" in groups:
+            channels = len(self.slots) * (z.shape[-1] + 1)
+            near = [jnp.zeros((*z.shape[:-1], channels))] if "grid" in groups and channels else []
+            unet = init(self.unet, f"{self.name}/unet", key, z, t, example, example, stream, *near)
+            ours = {n: n.startswith(f"{self.name}/unet/guide/") for n in unet if "/guide/" in n}
+            out |= {n: unet[n] for n, on_grid in ours.items() if ("grid" if on_grid else "guide") in groups}
         if "guide" in groups:
             out |= init(self.adapt, f"{self.name}/adapt", key)
             f = jnp.zeros((self.adapt.count, self.adapt.width))
             out |= init(self.context, f"{self.name}/context", key, z, t, f, stream)
-            near = [jnp.zeros((*z.shape[:-1], len(self.slots) * (z.shape[-1] + 1)))] if self.slots else []
-            unet = init(self.unet, f"{self.name}/unet", key, z, t, example, example, stream, *near)
-            out |= {name: value for name, value in unet.items() if "/guide/" in name}
         return out
 
 
@@ -237,18 +240,20 @@ def prompt_context(null: Float[Array, "1 n d"], prompts: Given, rows: int) -> Co
     return concat([mask(null_context(null, rows), ~someone), *slots])
 
 
-def prompt_halves(null: Float[Array, "1 n d"], prompts: Given, rows: int) -> Context:
-    """The prompts of both halves of guidance (2 b n d): unconditional rows, whose prompt is the null prompt, first."""
-    twice = {
-        s: (jnp.tile(x, (2, 1, 1)), jnp.concatenate([jnp.zeros_like(has), has])) for s, (x, has) in prompts.items()
+def prompt_parts(null: Float[Array, "1 n d"], prompts: Given, rows: int, told: Sequence[bool]) -> Context:
+    """The prompts of the parts of a batch that guidance compares, one under the other: those that are not told have
+    the null prompt."""
+    repeated = {
+        s: (jnp.tile(x, (len(told), 1, 1)), jnp.concatenate([has & part for part in told]))
+        for s, (x, has) in prompts.items()
     }
-    return prompt_context(null, twice, 2 * rows)
+    return prompt_context(null, repeated, len(told) * rows)
 
 
-def guide_halves(guide: Context, in_both: bool) -> Context:
-    """The guide of both halves of guidance; the unconditional half has it only if it is to be `in_both` (CoDi)."""
-    none = guide if in_both else mask(guide, jnp.zeros(guide.bias.shape[:1], bool))
-    return jax.tree.map(lambda *x: jnp.concatenate(x), none, guide)
+def guide_parts(guide: Context, told: Sequence[bool]) -> Context:
+    """The guide of these parts; those that are not told have none."""
+    none = mask(guide, jnp.zeros(guide.bias.shape[:1], bool))
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *(guide if part else none for part in told))
 
 
 def pooled_context(pooled: Float[Array, "b d"], scale: float = 1.0) -> Context:
@@ -269,6 +274,7 @@ def build(
     dtype=jnp.float32,
     remat: bool = False,
     predict: Mapping[str, str] | None = None,
+    schedule: str = Process.schedule,
     centred: bool = True,
     slots: Mapping[str, Sequence[str]] | None = None,
 ) -> MedM2G:
@@ -281,6 +287,7 @@ def build(
       image_size: pixels a side.
       dtype: of activations.
       predict: modality -> what its UNet predicts, where it is not eps.
+      schedule: of the noise of all flows, which move in lockstep.
       centred: the centre's C is trained, so that C("") is the null prompt (`rounds.Graph.centre`).
       slots: modality -> `Flow.slots`, of those that have any.
     """
@@ -294,7 +301,7 @@ def build(
         flows[name] = Flow(
             modality=modality,
             family=family,
-            process=Process(predict[name]) if predict and name in predict else Process(),
+            process=Process(predict[name] if predict and name in predict else Process.predict, schedule),
             clip=family.clip(),
             unet=family.unet(streams=streams, remat=remat),
             context=family.context(streams=streams),

@@ -142,8 +142,9 @@ def abstract_batch(rows: Rows, batch: int, model: MedM2G) -> dict[str, Any]:
         about["present"] = {m: flags() for m in rows.prompts}
     if rows.identify:
         about["record"] = flags(dtype=jnp.int32)
-    if rows.contrasts:
+    if rows.contrasts or rows.earlier:
         about["has"] = {m: flags() for m in rows.require}
+    if rows.contrasts:
         about["partner"] = {m: flags() for m in rows.contrasts}
         split = lambda x: x.update(shape=(batch, rows.others, *x.shape[1:]))  # noqa: E731
         about["others"] = {
@@ -154,6 +155,9 @@ def abstract_batch(rows: Rows, batch: int, model: MedM2G) -> dict[str, Any]:
             }
             for m in rows.contrasts
         }
+    for m, partners in rows.earlier:
+        about.setdefault("earlier", {}).update({p: value(p) for p in partners})
+        about.setdefault("practises", {})[m] = {p: flags() for p in partners}
     for m in rows.registered:
         near = {"partner": flags()} if len(rows.require) > 1 else {}
         near |= {"others": flags(rows.others)} if m in rows.contrasts else {}

@@ -35,6 +35,7 @@ from medm2g_jax.modality import of_kind
 from medm2g_jax.model import Flow, MedM2G, OnGrid, apply, init, init_group, prompt_context, under
 from medm2g_jax.nn.attention import Context, concat, mask
 
+PRACTISED_PROMPT = 0.5  # share of a flow's rows with an earlier partner that have its prompt beside its guide
 EVAL_TIMES = tuple(range(T // 20, T, T // 10))  # 50, 150, ..., 950: held-out loss of a flow is their mean
 
 
@@ -77,6 +78,8 @@ def rows_of(config: ConfigDict, graph: rounds.Graph) -> Rows:
         contrasts=contrasts,
         others=config.others if contrasts else 0,
         registered=tuple(stage.registered),
+        earlier=tuple(stage.earlier.items()),
+        rehearse=config.rehearse if stage.earlier else 0.0,
         identify=True,
     )
 
@@ -220,22 +223,24 @@ class Projector(nn.Module):
 
 
 class Noised(NamedTuple):
-    """A batch on its way: z_t at times t, what the network has to say of it, what the prompt is made of, and what
-    stands on its grid (`Flow.on_grid`)."""
+    """A batch on its way: z_t at times t, what the network has to say of it and what its error counts, what the prompt
+    is made of, and what stands on its grid (`Flow.on_grid`)."""
 
     z_t: Latent
     t: Times
     target: Latent
+    weight: Float[Array, "b"]
     given: dict[str, tuple[Array, Bool[Array, "b"]]]
     stream: Array | None
     registered: Array | None = None
 
 
 class Predicted(NamedTuple):
-    """What a network had to say, and what it said."""
+    """What a network had to say, what it said, and what its error counts."""
 
     target: Latent
     prediction: Latent
+    weight: Float[Array, "b"]
 
 
 def _null(model: MedM2G, frozen: Params, empty: Mapping) -> Params:
@@ -268,18 +273,18 @@ def _single_flow(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: R
         }
         process = flow.process
         z_t, aim = process.add_noise(z0, times, eps), process.target(z0, times, eps)
-        return Noised(z_t, times, aim, given, _stream(batch, target))
+        return Noised(z_t, times, aim, process.weight(times, config.min_snr), given, _stream(batch, target))
 
     def features(params: Params, p: Noised) -> Predicted:
         prompt = prompt_context(flow.null(params), p.given, p.t.shape[0])
-        return Predicted(p.target, flow.predict(params, p.z_t, p.t, prompt, None, p.stream))
+        return Predicted(p.target, flow.predict(params, p.z_t, p.t, prompt, None, p.stream), p.weight)
 
     return Recipe(
         rows,
         lambda key: init_group(model, key, stage.trains),
         prepare,
         features,
-        {f"eps/{target}": lambda f: denoising_loss(f.target, f.prediction)},
+        {f"eps/{target}": lambda f: denoising_loss(*f)},
         times=EVAL_TIMES,
         start=start,
     )
@@ -307,6 +312,13 @@ class Others(NamedTuple):
     has: Bool[Array, "b k"]
 
 
+class Earlier(NamedTuple):
+    """A partner of an earlier round: what V reads, and the rows of each target that it guides."""
+
+    source: Source
+    guides: dict[str, Bool[Array, "b"]]
+
+
 class Pair(NamedTuple):
     """A batch of a round, by modality: each flow's latents on their way, and the sources that guide the others.
 
@@ -317,6 +329,7 @@ class Pair(NamedTuple):
     noised: dict[str, Noised]
     sources: dict[str, Source]
     others: dict[str, Others]
+    earlier: dict[str, Earlier]
     clean: Bool[Array, "b"]
     counts: dict[str, Bool[Array, "b"]] | None
     partner: dict[str, Bool[Array, "b"]]
@@ -345,7 +358,7 @@ def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: Rows) -
             tokens = jax.jit(lambda p, x, m=m: flows[m].prompt(p, x).tokens)(frozen, batch[m])
             flat = tokens.reshape(-1, tokens.shape[-1]).astype(jnp.float32)
             odds = None
-            if rows.contrasts:  # where a record lacks the modality, its place in the batch is blank
+            if "has" in batch["about"]:  # where a record lacks the modality, its place in the batch is blank
                 has = jnp.repeat(batch["about"]["has"][m], tokens.shape[1])
                 odds = has / jnp.maximum(has.sum(), 1)
             count = flows[m].adapt.count
@@ -379,10 +392,15 @@ def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: Rows) -
             given = {}
             if m in partner and config.drop_prompt < 1:
                 other = partner[m]
-                present = about["has"][other] if rows.contrasts else True
+                present = about["has"][other] if "has" in about else True
                 given = {other: (flows[other].prompt(frozen, batch[other]).tokens, keep & present)}
-            aim = flows[m].process.target(z0[m], times, eps[m])
-            noised[m] = Noised(z_t[m], times, aim, given, streams[m])
+            # What an open flow did with its earlier partners it did by prompt, by guide and by both.
+            practised = row_uniform(keys, f"practised/{i}") < PRACTISED_PROMPT
+            for other in stage.earlier[m] if m in stage.earlier else ():
+                has = about["practises"][m][other] & practised
+                given[other] = (model.flows[other].prompt(frozen, about["earlier"][other]).tokens, has)
+            aim, weight = flows[m].process.target(z0[m], times, eps[m]), flows[m].process.weight(times, config.min_snr)
+            noised[m] = Noised(z_t[m], times, aim, weight, given, streams[m])
             sources[m] = Source(_where(clean, z0[m], z_t[m]), jnp.where(clean, 0, times), streams[m])
         for i, m in enumerate(rows.contrasts):
             some = about["others"][m]
@@ -394,7 +412,16 @@ def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: Rows) -
             z = _where(each(clean), z, flows[m].process.add_noise(z, source_t, noise))
             has = some["has"] & guided[m][:, None] if m in guided else some["has"]
             others[m] = Others(Source(z, source_t, flat(some["stream"])), has)
+        earlier = {}
+        for i, m in enumerate(rows.partners):
+            z = model.encode(frozen, m, about["earlier"][m])
+            source_t = jnp.where(clean, 0, times)
+            z = _where(clean, z, model.flows[m].process.add_noise(z, source_t, row_normal(keys, z.shape[1:], 200 + i)))
+            by = {target: has[m] for target, has in about["practises"].items() if m in has}
+            by = {target: has & guided[target] if target in guided else has for target, has in by.items()}
+            earlier[m] = Earlier(Source(z, source_t, jnp.zeros_like(times)), by)  # its contrast is not stated
         by_partner = dict(about.get("partner", {}))
+        by_partner |= {m: about["has"][partner[m]] for m in stage.earlier if m in partner and m not in by_partner}
         for m, some in guided.items():
             by_partner[m] = some & by_partner[m] if m in by_partner else some
         for m in stage.registered:
@@ -403,14 +430,16 @@ def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: Rows) -
                 on = jax.tree.map(lambda x, m=m: x & guided[m].reshape(-1, *(1,) * (x.ndim - 1)), on)
             near = _near(flows, m, partner, sources, others, on)
             noised[m] = noised[m]._replace(registered=flows[m].on_grid(near))
-        counts = {m: about["has"][m] & about["has"][partner.get(m, m)] for m in subjects} if rows.contrasts else None
-        for m in rows.contrasts:  # guided by whatever there is
-            counts[m] = about["has"][m]
+        counts = None
+        if "has" in about:
+            counts = {m: about["has"][m] & about["has"][partner.get(m, m)] for m in subjects}
+            counts |= {m: about["has"][m] for m in (*rows.contrasts, *stage.earlier)}  # guided by whatever there is
         same = _same(batch, [(flows[m], batch[m]) for m in subjects])
-        return Pair(noised, sources, others, clean, counts, by_partner, same)
+        return Pair(noised, sources, others, earlier, clean, counts, by_partner, same)
 
     def features(params: Params, p: Pair) -> Paired:
         sources = {m: flows[m].source(params, *p.sources[m]) for m in partner}
+        before = {m: model.flows[m].source(params, *e.source)[0] for m, e in p.earlier.items()}
         predicted = {}
         for m, n in p.noised.items():
             guides = [sources[partner[m]][0]] if m in partner else []
@@ -419,9 +448,10 @@ def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: Rows) -
             if m in p.others:
                 tokens = flows[m].source(params, *p.others[m].source)[0]
                 guides.append(_side_by_side(tokens, p.others[m].has))
+            guides += [mask(before[e], x.guides[m]) for e, x in p.earlier.items() if m in x.guides]
             prompt = prompt_context(flows[m].null(params), n.given, n.t.shape[0])
             prediction = flows[m].predict(params, n.z_t, n.t, prompt, concat(guides), n.stream, n.registered)
-            predicted[m] = Predicted(n.target, prediction)
+            predicted[m] = Predicted(n.target, prediction, n.weight)
         pooled = {m: pooled for m, (_, pooled) in sources.items()}
         return Paired(predicted, pooled, p.clean, p.counts, p.same)
 

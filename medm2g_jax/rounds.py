@@ -4,17 +4,19 @@
 
 A *listing* is the ordered tuple of rounds, each a pair of modalities: by default section 3.5's Text-Xray, Text-CT,
 CT-MRI. Everything else follows from it by one rule: in alignment and in the rounds **a modality trains when it first
-appears and is frozen afterwards**; every modality gets a single flow between the two. A listing is of the modalities
-one has: any tuple will do, without text too; a single modality in place of a pair is aligned and guided by its own
-contrasts alone, or, where it has none, gets a flow and nothing else.
+appears and is frozen afterwards**; every modality gets a single flow between the two. Beyond the paper, a flow that
+is to read sources on its own grid trains on in the round that brings them (`Graph.freeze`). A listing is of the
+modalities one has: any tuple will do, without text too; a single modality in place of a pair is aligned and guided by
+its own contrasts alone, or, where it has none, gets a flow and nothing else.
 
-Parameters come in four groups a modality (or kind), and every group is trained by the stages named here:
+Parameters come in five groups a modality (or kind), and every group is trained by the stages named here:
 
     <kind>/vae      autoencoder, shared by a kind's modalities        image_vae, text_vae
     <m>/clip        prompt encoder C_M                                align_<pair>
     <m>/flow        UNet eps_theta and its prompt_in                  ldm_<m>, on in m's first round where it is open
-    <m>/guide       V_M, f_M, theta_c of m's UNet, its input          the rounds
-                    channels for sources on its grid
+    <m>/guide       V_M, f_M, theta_c of m's UNet                     the rounds
+    <m>/grid        its UNet's input channels for sources on its      the rounds
+                    own grid
 """
 
 import re
@@ -31,13 +33,15 @@ LISTINGS = {
 }
 
 # What every stage of a run root must agree on: handed to upstream stages, and compared with what is there.
-SHARED = ("preset", "variant", "listing", "data", "image_size", "net", "seed", "weights")
+SHARED = ("preset", "variant", "listing", "data", "image_size", "schedule", "net", "seed", "weights")
 
+FREEZE = ("auto", "paper", "partner_open")  # see Graph
 GROUPS = {
     "vae": r"{}/vae/",
     "clip": r"{}/clip/",
     "flow": r"{}/(prompt_in/|null/|unet/(?!.*guide/))",
-    "guide": r"{}/(context/|adapt/|unet/.*guide/)",
+    "guide": r"{}/(context/|adapt/|unet/(?!guide/).*guide/)",
+    "grid": r"{}/unet/guide/",
 }
 
 
@@ -84,6 +88,8 @@ class Stage:
       contrasts: the subjects that are guided by their own other contrasts too (round).
       registered: a subject whose guide trains -> the modalities whose images may lie on its grid, and then stand on its
         UNet's input channels: its partner, and itself where its other contrasts guide it (round).
+      earlier: a known subject whose flow trains on -> its partners of earlier rounds, with whom it goes on practising,
+        so that it forgets nothing of them (round).
     """
 
     name: str
@@ -94,6 +100,7 @@ class Stage:
     new: tuple[str, ...]
     contrasts: tuple[str, ...] = ()
     registered: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    earlier: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,8 +108,10 @@ class Graph:
     """All stages of a listing, in the order in which they can run.
 
     `freeze="paper"`: a modality's guide group trains in its first round only; "partner_open": the known partner of
-    a round trains on as well. `absent`: rounds that were never run (upstream="init"): a modality whose earlier round is
-    absent counts as first appearing, so it trains; a new guide that is also frozen would give no gradient at all.
+    a round trains on as well; "auto": of the known partner the flow and its input channels do, its guide group not,
+    where it may have sources on its grid and the round is open. `absent`: rounds that were never run (upstream="init"):
+    a modality whose earlier round is absent counts as first appearing, so it trains; a new guide that is also frozen
+    would give no gradient at all.
     `contrasts`: a modality whose guide trains is guided by its own other contrasts too. `register`: the rounds in which
     sources on the target's grid stand on its input channels. `opened`: the rounds in which the flows of new modalities
     train on, from where their single flow's stage left them; that of an open partner too, where it reads such sources.
@@ -161,27 +170,51 @@ class Graph:
             earlier = {m for r in self.listing[:i] if r not in self.absent for m in members(r)}
             new = tuple(m for m in ab if m not in earlier)
             open_ = ab if self.freeze == "partner_open" else new
-            contrasts = tuple(m for m in open_ if MODALITIES[m].contrasts and self.contrasts)
+            near = self.near(name) if name in self.register else {}
+            auto = [m for m in near if m not in open_ and self.freeze == "auto" and name in self.opened]
+            learn = [m for m in ab if m in open_ or m in auto]
+            contrasts = tuple(m for m in learn if MODALITIES[m].contrasts and self.contrasts)
             if len(ab) == 1 and not contrasts:
                 continue  # nothing to be guided by
-            clips = dict.fromkeys((*self.centre, *ab))
-            reads = (
-                *dict.fromkeys(f"{MODALITIES[m].kind}/vae" for m in ab),
-                *(f"{m}/clip" for m in clips),
-                *(f"{m}/flow" for m in ab),
-                *(f"{m}/guide" for m in ab if m not in new),
+            registered = {m: near[m] for m in learn if m in near}
+            flows = [m for m in ab if name in self.opened and (m in new or m in registered)]
+            known = {m: self._partners(m, self.listing[:i]) for m in flows if m not in new}
+            practised = {m: others for m, others in known.items() if others}
+            clips = dict.fromkeys((*self.centre, *ab, *(e for others in practised.values() for e in others)))
+            with_grid = {m for stage in out for m in stage.registered if stage.name not in self.absent}
+            reads = dict.fromkeys(
+                (
+                    *(f"{MODALITIES[m].kind}/vae" for m in (*ab, *(e for o in practised.values() for e in o))),
+                    *(f"{m}/clip" for m in clips),
+                    *(f"{m}/flow" for m in ab),
+                    *(f"{m}/guide" for m in ab if m not in new),
+                    *(f"{e}/guide" for others in practised.values() for e in others),
+                    *(f"{m}/grid" for m in ab if m in with_grid and m not in new),
+                )
             )
-            registered = {}
-            for m in open_ if name in self.register else ():
-                near = [p for p in ab if p != m and MODALITIES[m].shares_grid(MODALITIES[p])]
-                near += [m] if m in contrasts else []
-                if near:
-                    registered[m] = tuple(near)
-            opened = [m for m in open_ if m in new or m in registered] if name in self.opened else []
-            flows = tuple(f"{m}/flow" for m in opened)
-            trains = (*flows, *(f"{m}/guide" for m in open_))
-            out.append(Stage(name, "round", ab, trains, reads, new, contrasts, registered))
+            trains = (
+                *(f"{m}/flow" for m in flows),
+                *(f"{m}/guide" for m in open_),
+                *(f"{m}/grid" for m in registered),
+            )
+            out.append(Stage(name, "round", ab, trains, tuple(reads), new, contrasts, registered, practised))
         return {stage.name: stage for stage in out}
+
+    def near(self, round_name: str) -> dict[str, tuple[str, ...]]:
+        """Member of a round -> the modalities whose images may lie on its grid there: its partner, and itself where its
+        other contrasts guide it."""
+        ab, out = members(round_name), {}
+        for m in ab:
+            own = [p for p in ab if p != m and MODALITIES[m].shares_grid(MODALITIES[p])]
+            own += [m] if MODALITIES[m].contrasts and self.contrasts else []
+            if own:
+                out[m] = tuple(own)
+        return out
+
+    def _partners(self, target: str, before: Sequence[str]) -> tuple[str, ...]:
+        """Whom `target` was paired with in these rounds, as far as they were run."""
+        rounds_ = [members(r) for r in before if r not in self.absent]
+        return tuple(dict.fromkeys(m for p in rounds_ if target in p for m in p if m != target))
 
     def slots(self, target: str) -> tuple[str, ...]:
         """The streams that may stand on the input channels of `target`'s UNet, in the order of their slots: those of
@@ -241,6 +274,6 @@ def graph(
     contrasts: bool = True,
     register: Sequence[str] = (),
 ) -> Graph:
-    if freeze not in ("paper", "partner_open"):
-        raise UserError(f"config.freeze={freeze!r}: expected 'paper' or 'partner_open'")
+    if freeze not in FREEZE:
+        raise UserError(f"config.freeze={freeze!r}: expected one of {', '.join(FREEZE)}")
     return Graph(tuple(listing), freeze, tuple(absent), contrasts, tuple(register))

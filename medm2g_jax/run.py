@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from medm2g_jax import rounds
-from medm2g_jax.config import check, get_config, stage_config, stage_graph
+from medm2g_jax.config import get_config, stage_config, stage_graph
 from medm2g_jax.convert import weights
 from medm2g_jax.data import pipeline
 from medm2g_jax.data.contents import contents
@@ -26,7 +26,8 @@ from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.report import write_report
 from medm2g_jax.evaluate.show import data_picture, show
 from medm2g_jax.family import text_lengths
-from medm2g_jax.modality import MODALITIES
+from medm2g_jax.limits import check
+from medm2g_jax.modality import MODALITIES, centre
 from medm2g_jax.recipes import rows_of
 from medm2g_jax.train import data_record, loop, results
 from medm2g_jax.train.disk import worded
@@ -60,7 +61,8 @@ def open_data(config: ConfigDict, root: epath.Path, source: Source | None = None
     if all(MODALITIES[m].is_image for m in graph.modalities):
         return loop.Data(source, None, {}, config.image_size)
     folder = root / "tokenizers"
-    if not (folder / "done").exists() and config.weights and jax.process_index() == 0:
+    begun = results.begins(config, f"{centre().name}/clip")  # its tokenizer belongs to it, and with it the others
+    if not (folder / "done").exists() and begun and jax.process_index() == 0:
         for name, path in weights.tokenizers(config.weights).items():
             (folder / name).mkdir(parents=True, exist_ok=True)
             for file in path.iterdir():

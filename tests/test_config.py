@@ -7,17 +7,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from medm2g_jax import rounds
-from medm2g_jax.config import (
-    CHOICES,
-    WEIGHT_FOLDERS,
-    check,
-    get_config,
-    numbers,
-    range_of,
-    stage_config,
-    stage_graph,
-)
+from medm2g_jax.config import PRESETS, WEIGHT_FOLDERS, get_config, stage_config, stage_graph
 from medm2g_jax.errors import UserError
+from medm2g_jax.limits import CHOICES, check, numbers, range_of
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # What each config file is called with, and the stage that this names.
@@ -72,7 +64,7 @@ def words_of(stage, *more):
 def test_every_config_file_names_its_stage(name):
     assert {p.stem for p in CONFIGS.glob("*.py")} - {"__init__", "tasks"} == set(STAGES)
     for subject, stage in STAGES[name].items():
-        for preset in ("tiny", "sd15"):
+        for preset in PRESETS:
             for variant in ((), ("paper",)):
                 config = load(name, ",".join(w for w in (subject, preset, *variant) if w))
                 assert (config.stage, config.preset, config.variant) == (stage, preset, "".join(variant))
@@ -93,7 +85,7 @@ def test_words_come_in_any_order():
 @pytest.mark.parametrize(
     ("name", "words", "message"),
     (
-        ("text_ct", "tinny", "unknown word 'tinny'.*tiny, sd15.*paper"),
+        ("text_ct", "tinny", "unknown word 'tinny'.*tiny, base, sd15.*paper"),
         ("text_ct", "ct", "unknown word 'ct'"),
         ("text_ct", "tiny,sd15", "two presets"),
         ("ldm", "tiny", "configs/ldm.py needs one of ct, mri, text, xray.*found 'tiny'"),
@@ -121,22 +113,24 @@ def test_a_round_of_another_listing_is_refused():
 def test_rounds_with_sources_on_a_grid_look_the_same_from_every_stage():
     """Who trains what: a round's own fields say it, whichever stage asks."""
     config = get_config("ct_mri", "tiny", "text_mri")
-    trains = lambda c: {s.name: s.trains for s in stage_graph(c).stages.values()}  # noqa: E731
-    assert trains(config)["text_mri"] == ("mri/flow", "mri/guide") and trains(config)["text_xray"][0] == "text/guide"
+    trains = lambda c: {s.name: set(s.trains) for s in stage_graph(c).stages.values()}  # noqa: E731
+    of = lambda m, *groups: {f"{m}/{group}" for group in groups}  # noqa: E731
+    assert trains(config)["text_mri"] == of("mri", "flow", "guide", "grid")
+    assert trains(config)["ct_mri"] == of("ct", "flow", "guide", "grid") | of("mri", "flow", "grid")
     assert trains(stage_config(config, "text_mri")) == trains(config)
     config.stages.text_mri.open = "guide"
-    assert trains(config)["text_mri"] == ("mri/guide",) and trains(config)["ct_mri"] == ("ct/flow", "ct/guide")
+    assert trains(config)["text_mri"] == of("mri", "guide", "grid")
+    config.freeze = "paper"
+    assert trains(config)["ct_mri"] == of("ct", "flow", "guide", "grid")
     config.register = False
-    assert trains(config)["ct_mri"] == ("ct/guide",) and not stage_graph(config).stages["ct_mri"].registered
+    assert trains(config)["ct_mri"] == of("ct", "guide") and not stage_graph(config).stages["ct_mri"].registered
     config.open = "flow"
-    assert trains(config)["ct_mri"] == ("ct/flow", "ct/guide")
+    assert trains(config)["ct_mri"] == of("ct", "flow", "guide")
     printed = get_config("ct_mri", "tiny,paper")
-    assert trains(printed)["ct_mri"] == ("mri/guide",) and not stage_graph(printed).opened
-    assert {n: s.predict for n, s in get_config("ct_mri", "tiny").stages.items() if n.startswith("ldm_")} == {
-        **dict.fromkeys(("ldm_text", "ldm_xray", "ldm_ct"), "eps"),
-        "ldm_mri": "sample",
-    }
-    assert {s.predict for n, s in get_config("ct_mri", "sd15").stages.items() if n.startswith("ldm_")} == {"eps"}
+    assert trains(printed)["ct_mri"] == of("mri", "guide") and not stage_graph(printed).opened
+    for words, predict in (("tiny", "auto"), ("sd15", "auto"), ("tiny,paper", "eps")):
+        stages = get_config("ct_mri", words).stages
+        assert {s.predict for n, s in stages.items() if n.startswith("ldm_")} == {predict}
 
 
 def test_weights_folder_picks_the_preset(monkeypatch, weights):
@@ -162,7 +156,7 @@ def test_data_folder_picks_the_source(monkeypatch):
     assert stage_config(config, "image_vae").data.source == "manifest:/data/prepared"
 
 
-@pytest.mark.parametrize("words", ("tiny", "sd15", "tiny,paper", "sd15,paper"))
+@pytest.mark.parametrize("words", (*PRESETS, "tiny,paper", "sd15,paper"))
 @pytest.mark.parametrize("last", ("ct_mri", "text_mri"))
 def test_an_upstream_stage_has_the_config_of_its_own_command(words, last):
     listing = "text_mri" if last == "text_mri" else "default"
@@ -211,7 +205,7 @@ def test_configs_are_locked(field):
         from_flags(f"--config={CONFIGS}/text_ct.py:tiny", f"--{field}")
 
 
-@pytest.mark.parametrize("preset", ("tiny", "sd15"))
+@pytest.mark.parametrize("preset", PRESETS)
 def test_the_variant_paper_switches_back_what_the_paper_does_not_print(preset):
     ours, paper = load("ct_mri", preset), load("ct_mri", f"{preset},paper")
     printed = dict(drop_prompt=1.0, clean=0.0, optimizer="adam", weight_decay=1e-4)
@@ -252,7 +246,7 @@ def test_the_paper_s_noise_schedule():
     assert (BETAS[0], BETAS[-1]) == (pytest.approx(0.00085), pytest.approx(0.0120))
 
 
-@pytest.mark.parametrize("preset", ("tiny", "sd15"))
+@pytest.mark.parametrize("preset", PRESETS)
 def test_sizes_fit_together(preset):
     config = load("ct_mri", preset)
     net = config.net
@@ -268,7 +262,7 @@ def test_sizes_fit_together(preset):
     assert all(w % c.heads == 0 for c in (net.image_context, net.text_context) for w in (net.width,))
 
 
-@pytest.mark.parametrize("words", ("tiny", "sd15", "tiny,paper", "sd15,paper"))
+@pytest.mark.parametrize("words", (*PRESETS, "tiny,paper", "sd15,paper"))
 def test_every_number_of_every_config_has_a_range_and_is_in_it(words):
     for name, stages in STAGES.items():
         for subject in stages:
@@ -288,7 +282,8 @@ def test_places_are_absolute_whatever_the_working_directory(monkeypatch, weights
 def test_choices_are_the_tables():
     from medm2g_jax import diffusion, generate
 
-    assert set(CHOICES["predict"]) == set(diffusion.PREDICTIONS)
+    assert set(CHOICES["predict"]) == {"auto", *diffusion.PREDICTIONS}
+    assert set(CHOICES["schedule"]) == set(diffusion.SCHEDULES)
     assert set(CHOICES["sample.sampler"]) == set(diffusion.SAMPLERS)
     assert CHOICES["sample.spacing"] == diffusion.SPACINGS
     for field, value in (("predict", "x0"), ("freeze", "open"), ("optimizer", "sgd")):

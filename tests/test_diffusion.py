@@ -7,8 +7,10 @@ import torch
 
 from medm2g_jax.diffusion import (
     ABAR,
+    BETAS,
     PREDICTIONS,
     SAMPLERS,
+    SCHEDULES,
     Process,
     Row,
     State,
@@ -244,6 +246,49 @@ def test_a_prediction_of_the_target_gives_z0_and_eps_back(predict):
         np.testing.assert_allclose(target, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("predict", PREDICTIONS)
+def test_min_snr_weights_are_those_of_z0_s_error(predict):
+    """Hang et al. 2023: whatever is predicted, its weighted error is min(SNR, 5) times that of z0."""
+    rng = np.random.default_rng(4)
+    z0, eps, wrong = map(jnp.asarray, rng.normal(size=(3, 4, 8, 8, 4)).astype(np.float32))
+    process, t = Process(predict), jnp.array([5, 300, 700, 990])
+    z_t = process.add_noise(z0, t, eps)
+    loss = denoising_loss(process.target(z0, t, eps), wrong, process.weight(t, 5.0))
+    error = jnp.mean(jnp.square(process.split(wrong, z_t, t)[0] - z0), axis=(1, 2, 3))
+    snr = ABAR[np.asarray(t)] / (1 - ABAR[np.asarray(t)])
+    assert float(loss) == pytest.approx(float(np.mean(np.minimum(snr, 5.0) * np.asarray(error))), rel=1e-3)
+    assert np.array_equal(process.weight(t, 0.0), np.ones(4))
+
+
+def test_the_schedule_that_ends_without_signal_is_diffusers():
+    from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+
+    betas = rescale_zero_terminal_snr(torch.from_numpy(BETAS))
+    theirs = np.cumprod(1 - betas.numpy())
+    np.testing.assert_allclose(SCHEDULES["zero_snr"][:-1], theirs[:-1], rtol=1e-9)
+    assert theirs[-1] == 0 and SCHEDULES["zero_snr"][-1] == 2.0**-24
+    for steps in (2, 20, 50):  # its samplers begin at the very end
+        assert times(steps, schedule="zero_snr")[0] == 999
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("predict", ("v", "sample"))
+def test_from_a_schedule_that_ends_without_signal_the_truth_is_reached(sampler, predict):
+    """A denoiser that knows z0 leads there from pure noise, finite at every step."""
+    z0, noise = map(jnp.asarray, np.random.default_rng(8).normal(size=(2, *SHAPE)).astype(np.float32))
+    process = Process(predict, "zero_snr")
+
+    def knows(z, t):
+        at = jnp.broadcast_to(t, SHAPE[:1])
+        alpha, sigma = process.at(at, z0)
+        eps = (z["a"] - alpha * z0) / sigma
+        return {"a": process.split(process.target(z0, at, eps), z["a"], at)}
+
+    keys = row_keys(jax.random.key(0), SHAPE[0])
+    z = sample(knows, {"a": noise}, keys, sampler, 10, schedule="zero_snr")["a"]
+    np.testing.assert_allclose(z, z0, atol=0.1)  # DDIM ends at abar_0
+
+
 def test_ddim_with_the_true_noise_recovers_z0():
     # Going from z_t to the last time with the eps that made z_t gives z_0's own noising at abar_0.
     rng = np.random.default_rng(5)
@@ -270,9 +315,9 @@ def test_the_loss_is_torch_mse_in_float32():
         float(torch.nn.functional.mse_loss(torch.from_numpy(a), torch.from_numpy(b))), rel=1e-6
     )
     assert denoising_loss(jnp.asarray(a, jnp.bfloat16), jnp.asarray(b, jnp.bfloat16)).dtype == jnp.float32
-    some = denoising_loss(jnp.asarray(a), jnp.asarray(b), jnp.array([False, True]))
+    some = denoising_loss(jnp.asarray(a), jnp.asarray(b), rows=jnp.array([False, True]))
     assert float(some) == pytest.approx(float(np.mean((a[1] - b[1]) ** 2)), rel=1e-6)
-    assert float(denoising_loss(jnp.asarray(a), jnp.asarray(b), jnp.zeros(2, bool))) == 0
+    assert float(denoising_loss(jnp.asarray(a), jnp.asarray(b), rows=jnp.zeros(2, bool))) == 0
 
 
 def test_a_row_has_the_same_noise_in_any_batch():

@@ -371,10 +371,10 @@ def test_a_share_of_zero_leaves_them_out_and_all_are_drawn_where_there_are_no_ot
 
 def test_a_stage_begun_with_one_prediction_is_not_resumed_with_another(tmp_path):
     root = epath.Path(tmp_path)
-    begun = micro("ldm", "ct,tiny,alone")
+    begun = micro("ldm", "ct,tiny,alone", predict="eps")
     loop._record(begun, root / "ldm_ct")
     (root / "ldm_ct" / "checkpoints").mkdir()
-    loop._record(micro("ldm", "ct,tiny,alone", steps=40), root / "ldm_ct")  # this may differ
+    loop._record(micro("ldm", "ct,tiny,alone", predict="eps", steps=40), root / "ldm_ct")  # this may differ
     for predict in ("v", "sample"):
         with pytest.raises(UserError, match=rf"begun with config\.predict='eps', this command has '{predict}'"):
             loop._record(micro("ldm", "ct,tiny,alone", predict=predict), root / "ldm_ct")
@@ -386,14 +386,26 @@ def test_weights_that_predict_eps_cannot_begin_a_flow_that_predicts_anything_els
     config.weights = "W"
     with pytest.raises(UserError, match=r"config\.predict='v', but ldm_ct begins from the converted weights in W"):
         results.predictions(config, ("ct/flow",))
-    config.predict = "eps"
-    assert results.predictions(config, ("ct/flow", "ct/guide")) == {"ct": "eps"}
-    config.weights, config.predict = "", "sample"
-    assert results.predictions(config, ("ct/flow",)) == {"ct": "sample"}
+    for predict in ("eps", "auto"):
+        config.predict = predict
+        assert results.predictions(config, ("ct/flow", "ct/guide")) == {"ct": "eps"}
+    config.weights = ""
+    for predict, meant in (("auto", "sample"), ("v", "v")):
+        config.predict = predict
+        assert results.predictions(config, ("ct/flow",)) == {"ct": meant}
     upstream = micro("text_ct", "tiny")
     upstream.weights, upstream.stages.ldm_ct.predict = "W", "v"
     with pytest.raises(UserError, match=r"config\.stages\.ldm_ct\.predict='v'"):
         results.predictions(upstream, ("text/flow", "ct/flow"))
+
+
+def test_where_no_signal_is_left_a_flow_that_predicts_eps_is_refused():
+    config = micro("text_ct", "tiny")
+    config.schedule = "zero_snr"
+    assert results.predictions(config, ("text/flow", "ct/flow")) == {"text": "sample", "ct": "sample"}
+    config.stages.ldm_ct.predict = "eps"
+    with pytest.raises(UserError, match=r"ldm_ct predicts eps \(config\.stages\.ldm_ct\.predict='eps'\)"):
+        results.predictions(config, ("text/flow", "ct/flow"))
 
 
 def test_what_a_flow_predicts_is_told_to_all_that_stand_on_it(tmp_path):

@@ -13,7 +13,7 @@ from medm2g_jax.config import stage_graph
 from medm2g_jax.data import pipeline
 from medm2g_jax.data.phantom.render import Phantom
 from medm2g_jax.data.text import Tokenizers
-from medm2g_jax.diffusion import ALPHA
+from medm2g_jax.diffusion import ABAR
 from medm2g_jax.family import text_lengths
 from medm2g_jax.model import init_group, prompt_context
 from medm2g_jax.nn.attention import context
@@ -196,7 +196,7 @@ def test_in_a_round_the_prompt_is_the_partner(data, target):
 
 def test_sources_on_the_grid_stand_in_their_slots_and_nothing_else_does(data):
     """At their own noise level, never the target's own stream, and nothing of a record that names no grid."""
-    bench = Bench(data, "ct_mri", clean=0.5, alone=0.0)
+    bench = Bench(data, "ct_mri", clean=0.5, alone=0.0, freeze="paper")
     assert {m: f.slots for m, f in bench.model.flows.items() if f.slots} == {"mri": bench.graph.slots("mri")}
     slots = bench.graph.slots("mri")
     prepare = jax.jit(bench.recipe.prepare)
@@ -214,7 +214,7 @@ def test_sources_on_the_grid_stand_in_their_slots_and_nothing_else_does(data):
         assert streams[about["stream"]["mri"][i]] not in there
         for stream, latent in there.items():
             expected[i, ..., slots.index(stream), :-1] = latent
-            expected[i, ..., slots.index(stream), -1] = 1.0 if pair.clean[i] else ALPHA[t[i]]
+            expected[i, ..., slots.index(stream), -1] = 1.0 if pair.clean[i] else ABAR[t[i]] ** 0.5
     assert (expected[..., -1] > 0).any() and {*np.asarray(pair.clean)} == {True, False}
     np.testing.assert_allclose(near, expected, atol=1e-5)
 
@@ -226,7 +226,7 @@ def test_sources_on_the_grid_stand_in_their_slots_and_nothing_else_does(data):
 
 def test_a_share_of_an_open_flows_rows_is_guided_by_nobody(data):
     """Half of them by its prompt; the flow that is frozen is guided as ever, and held-out rows all are."""
-    bench = Bench(data, "ct_mri", alone=1.0, batch=32, drop_prompt=0.9)
+    bench = Bench(data, "ct_mri", alone=1.0, batch=32, drop_prompt=0.9, freeze="paper")
     batch = jax.tree.map(jnp.asarray, next(data.batches(bench.recipe.rows, "train", 32, 0)))
     pair = jax.jit(bench.recipe.prepare)(bench.frozen, batch, jax.random.key(1))
     assert not np.any(pair.noised["mri"].registered) and not np.any(pair.others["mri"].has)
@@ -235,6 +235,40 @@ def test_a_share_of_an_open_flows_rows_is_guided_by_nobody(data):
     assert 0.2 < prompted[np.asarray(batch["about"]["has"]["ct"])].mean() < 0.8
     held_out = bench.prepared(batch)
     assert np.any(held_out.noised["mri"].registered) and np.any(held_out.partner["mri"])
+
+
+def test_a_known_flow_practises_with_its_earlier_partners(data):
+    """In its rows of practice CT is told of the report and of no MRI; MRI learns nothing there."""
+    bench = Bench(data, "ct_mri", alone=0.0, drop_prompt=1.0, rehearse=0.5, clean=1.0)
+    batch = jax.tree.map(jnp.asarray, next(data.batches(bench.recipe.rows, "train", 16, 0)))
+    about = batch["about"]
+    practises = np.asarray(about["practises"]["ct"]["text"])
+    assert 3 < practises.sum() < 13 and not np.any(about["has"]["mri"][practises])
+    assert not np.any(about["grid"]["ct"]["partner"][practises]) and np.any(about["grid"]["ct"]["partner"])
+
+    @jax.jit
+    def run(batch):
+        pair = bench.recipe.prepare(bench.frozen, batch, jax.random.key(1), jnp.int32(500))
+        out = bench.recipe.features({**bench.frozen, **bench.trainable}, pair)
+        return pair, out.predicted["ct"].prediction, out.predicted["mri"].prediction
+
+    # theta_c says nothing at first, and the channels are zero: here both speak.
+    rng = np.random.default_rng(1)
+    for params in (bench.frozen, bench.trainable):
+        loud = [n for n in params if re.match("ct/unet/(guide/|.*/guide/out/)", n)]
+        params |= {n: jnp.asarray(rng.normal(size=params[n].shape), jnp.float32) for n in loud}
+    pair, ct, mri = run(batch)
+    counts = np.asarray(pair.counts["ct"]), np.asarray(pair.counts["mri"])
+    assert counts[0][practises].all() and not counts[1][practises].any()
+    given = np.asarray(pair.noised["ct"].given["text"][1])
+    assert given[practises].any() and not given[~practises].any()
+    other = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), about["earlier"])
+    told = np.any(np.asarray(run(batch | {"about": about | {"earlier": other}})[1] != ct), axis=(1, 2, 3))
+    assert told[practises & np.roll(practises, 1)].all() and not told[~practises].any()
+    moved = np.any(np.asarray(run(batch | {"mri": jnp.roll(batch["mri"], 1, axis=0)})[1] != ct), axis=(1, 2, 3))
+    assert moved[counts[1] & counts[0]].any() and not moved[practises].any()
+    held_out = data.fixed(bench.recipe.rows, "val", 4)
+    assert not held_out["about"]["practises"]["ct"]["text"].any()
 
 
 def test_rounds_without_a_source_on_a_grid_are_what_they_were(data):

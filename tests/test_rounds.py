@@ -113,7 +113,7 @@ NAMES = {
     "ct/unet/down_1/attn_0/ff/out/kernel": "ct/flow",
     "ct/unet/down_1/attn_0/guide/q/kernel": "ct/guide",
     "ct/unet/down_1/attn_0/guide/norm/scale": "ct/guide",
-    "ct/unet/guide/kernel": "ct/guide",
+    "ct/unet/guide/kernel": "ct/grid",
     "text/unet/mid/attn_0/guide/out/bias": "text/guide",
     "text/unet/up_0/res_1/fc_2/kernel": "text/flow",
     "mri/unet/stream/embedding": "mri/flow",
@@ -194,7 +194,7 @@ def test_partner_open_trains_the_known_partner_on():
         n: s.trains for n, s in DEFAULT.stages.items() if s.verb != "round"
     }
     assert g.plan("ct_mri") == DEFAULT.plan("ct_mri")
-    with pytest.raises(UserError, match="'paper' or 'partner_open'"):
+    with pytest.raises(UserError, match="one of auto, paper, partner_open"):
         graph(LISTINGS["default"], "open")
 
 
@@ -202,7 +202,8 @@ def test_sources_on_the_grid_and_flows_that_train_on():
     listing = LISTINGS["default"]
     g = graph(listing, register=listing)
     assert {n: dict(s.registered) for n, s in g.stages.items() if s.registered} == {"ct_mri": {"mri": ("ct", "mri")}}
-    assert {n: s.trains for n, s in g.stages.items()} == {n: s.trains for n, s in DEFAULT.stages.items()}
+    added = {n: set(s.trains) - set(DEFAULT.stages[n].trains) for n, s in g.stages.items()}
+    assert {n: groups for n, groups in added.items() if groups} == {"ct_mri": {"mri/grid"}}
     # Both directions where both train; an X-ray is on no slice's grid, a report on none.
     alone = graph(("ct_mri",), register=("ct_mri",)).stages["ct_mri"]
     assert alone.registered == {"ct": ("mri",), "mri": ("ct", "mri")}
@@ -214,14 +215,34 @@ def test_sources_on_the_grid_and_flows_that_train_on():
     assert g.slots("text") == g.slots("xray") == ()
 
     opened = dataclasses.replace(g, opened=("ct_mri",))
-    assert opened.stages["ct_mri"].trains == ("mri/flow", "mri/guide")
+    assert opened.stages["ct_mri"].trains == ("mri/flow", "mri/guide", "mri/grid")
     assert opened.owners("ct_mri") == g.owners("ct_mri") and opened.plan("ct_mri") == g.plan("ct_mri")
     other = dataclasses.replace(graph(LISTINGS["text_mri"], register=("text_mri",)), opened=("text_mri",))
     assert other.owners("text_mri")["mri/flow"] == "ldm_mri" and other.owners("ct_mri")["mri/flow"] == "text_mri"
     assert other.plan("ct_mri") == OTHER.plan("ct_mri")
     both = graph(listing, "partner_open", register=listing)
     both = dataclasses.replace(both, opened=("ct_mri",)).stages["ct_mri"]
-    assert set(both.trains) == {"ct/flow", "mri/flow", "ct/guide", "mri/guide"}
+    assert set(both.trains) == {f"{m}/{group}" for m in ("ct", "mri") for group in ("flow", "guide", "grid")}
+
+
+def test_a_known_flow_trains_on_where_it_gets_sources_on_its_grid_and_practises_what_it_knew():
+    listing = LISTINGS["default"]
+    auto = dataclasses.replace(graph(listing, "auto", register=listing), opened=("ct_mri",))
+    stage = auto.stages["ct_mri"]
+    assert set(stage.trains) == {"mri/flow", "mri/guide", "mri/grid", "ct/flow", "ct/grid"}  # neither V_CT nor theta_c
+    assert stage.earlier == {"ct": ("text",)} and set(stage.registered) == {"ct", "mri"}
+    assert {"text/vae", "text/clip", "text/guide", "ct/guide"} <= set(stage.reads) and "text/flow" not in stage.reads
+    assert auto.owners("ct_mri")["text/guide"] == "text_xray" and auto.owners("ct_mri")["ct/flow"] == "ldm_ct"
+    assert not any(s.earlier for n, s in auto.stages.items() if n != "ct_mri")
+    # Not where the round is closed, or nobody knew anybody; a contrast is known as well.
+    assert graph(listing, "auto", register=listing).stages["ct_mri"].trains == ("mri/guide", "mri/grid")
+    alone = dataclasses.replace(graph(("ct_mri",), "auto", register=("ct_mri",)), opened=("ct_mri",))
+    assert not alone.stages["ct_mri"].earlier
+    other = LISTINGS["text_mri"]
+    other = dataclasses.replace(graph(other, "auto", register=other), opened=("text_mri", "ct_mri")).stages["ct_mri"]
+    assert other.earlier == {"mri": ("text",)} and other.contrasts == ("mri",) and "mri/grid" in other.reads
+    init = dataclasses.replace(auto, absent=("text_ct",))
+    assert not init.stages["ct_mri"].earlier
 
 
 def test_trained_pairs():

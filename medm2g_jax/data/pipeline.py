@@ -18,6 +18,8 @@ A batch:
                "has": {modality: (b,) bool},                     `Rows.contrasts`: required modalities that are there,
                "partner": {modality: (b,) bool},                 does the partner guide it, and which other contrasts
                "others": {modality: {"x": (b k size size 1), "stream": (b k), "has": (b k)}},
+               "earlier": {partner: as above},                   `Rows.earlier`: partners of before, and which rows
+               "practises": {modality: {partner: (b,) bool}},    are guided by them
                "grid": {modality: {"partner": (b,), "others": (b k)} bool}}}  `Rows.registered`: which of these sources
                                                                  guide it and lie on the drawn target's grid
 """
@@ -62,6 +64,9 @@ class Rows:
         Never the target's own stream; never a contrast beside a target whose contrast is not stated.
       others: so many other contrasts at most.
       registered: required modalities of whose sources rows say whether they lie on the target's grid.
+      earlier: required modalities, and partners that each had before: a share `rehearse` of the rows comes from records
+        that have one of these modalities and some of its earlier partners, all of which the row then gives; the rest of
+        `require` counts as absent.
       identify: rows say which record they are of.
     """
 
@@ -73,12 +78,19 @@ class Rows:
     contrasts: tuple[str, ...] = ()
     others: int = 0
     registered: tuple[str, ...] = ()
+    earlier: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    rehearse: float = 0.0
     identify: bool = False
 
     @property
     def only_contrasts(self) -> bool:
         """Is the one modality of a row guided by nothing but its own other contrasts?"""
         return bool(self.contrasts) and self.require == self.contrasts
+
+    @property
+    def partners(self) -> tuple[str, ...]:
+        """All of `earlier`'s partners."""
+        return tuple(dict.fromkeys(p for _, partners in self.earlier for p in partners))
 
 
 def _streams(record: Record, modality: str) -> list[str]:
@@ -114,6 +126,19 @@ def fitting(source: Source, rows: Rows, split: str) -> tuple[Int[np.ndarray, "n"
     told = [not rows.prompts or any(_can_prompt(source.records[i], rows, m) for m in rows.prompts) for i in index]
     with_, without = ([i for i, has in zip(index, told, strict=True) if has == want] for want in (True, False))
     return np.asarray(with_, int), np.asarray(without if rows.unprompted else [], int)
+
+
+def practising(source: Source, rows: Rows, split: str) -> dict[str, Int[np.ndarray, "n"]]:
+    """{modality: indices of the records of `split` with which it practises} (`Rows.earlier`); those that have some."""
+    found = {}
+    for modality, partners in rows.earlier if rows.rehearse else ():
+        index = [
+            i
+            for i, r in enumerate(source.records)
+            if r.split == split and _streams(r, modality) and any(_streams(r, p) for p in partners)
+        ]
+        found |= {modality: np.asarray(index, int)} if index else {}
+    return found
 
 
 def matching(source: Source, rows: Rows, split: str) -> Int[np.ndarray, "n"]:
@@ -159,7 +184,7 @@ class _Reader:
 
     def __init__(self, source: Source, rows: Rows, size: int, tokenizers: Tokenizers | None, lengths: Mapping | None):
         self.source, self.rows = source, rows
-        used = {*rows.require, *rows.any_of, *rows.prompts}
+        used = {*rows.require, *rows.any_of, *rows.prompts, *rows.partners}
         self.encode: Callable[[str], dict] | None = None
         if not all(MODALITIES[m].is_image for m in used):
             if tokenizers is None or lengths is None:
@@ -181,12 +206,13 @@ class _Reader:
             return _draw(_stated(record, modality), rng)  # other contrasts alone guide it
         return _draw(_streams(record, modality), rng)
 
-    def __call__(self, index: int, rng: np.random.Generator) -> Batch:
+    def __call__(self, index: int, rng: np.random.Generator, practises: str = "") -> Batch:
+        """practises: the modality of `Rows.earlier` that the row is for; "" for an ordinary one."""
         record, row, about = self.source.records[index], {}, {}
         if self.rows.identify:
             about["record"] = np.int32(index)
-        there = {m: bool(_streams(record, m)) for m in self.rows.require}
-        if self.rows.contrasts:
+        there = {m: bool(_streams(record, m)) and practises in ("", m) for m in self.rows.require}
+        if self.rows.contrasts or self.rows.earlier:
             about["has"] = {m: np.bool_(has) for m, has in there.items()}
         drawn = {modality: self._target(record, modality, rng) for modality, has in there.items() if has}
         for modality in self.rows.require:
@@ -217,6 +243,14 @@ class _Reader:
             partner, others = guides[modality] = self._guides(record, modality, drawn, rng)
             about.setdefault("partner", {})[modality] = np.bool_(partner)
             about.setdefault("others", {})[modality] = self._others(index, modality, others, rng)
+        for partner in self.rows.partners:
+            streams = _streams(record, partner) if practises else []
+            value = self._value(index, _draw(streams, rng), rng) if streams else self._nothing(partner)
+            about.setdefault("earlier", {})[partner] = value
+            for modality, partners in self.rows.earlier:
+                has = about.setdefault("practises", {}).setdefault(modality, {})
+                if partner in partners:
+                    has[partner] = np.bool_(bool(streams) and modality == practises)
         for modality in self.rows.registered:
             partner, others = guides[modality] if modality in guides else (len(self.rows.require) > 1, [])
             about.setdefault("grid", {})[modality] = self._grid(record, modality, drawn, partner, others)
@@ -293,6 +327,7 @@ def batches(
     index = matching(source, rows, split)
     told, untold = fitting(source, rows, split)
     untold = untold if len(told) else untold[:0]
+    before = practising(source, rows, split)
     read = _Reader(source, rows, size, tokenizers, lengths)
 
     # Not grain's own shuffle: it takes 30 ms / n an element of a set of n (measured; 8 ms where n is 3).
@@ -305,6 +340,11 @@ def batches(
             rng = np.random.default_rng([seed, row, 2])
             if rng.random() < rows.unprompted:
                 return read(int(rng.choice(untold)), rng)
+        if before:
+            rng = np.random.default_rng([seed, row, 3])
+            if rng.random() < rows.rehearse:
+                modality = str(rng.choice([*before]))
+                return read(int(rng.choice(before[modality])), rng, modality)
         epoch, position = divmod(row, len(index))
         return read(int(order(epoch)[position]), np.random.default_rng([seed, row]))
 

@@ -25,6 +25,7 @@ from medm2g_jax.convert import converted, weights
 from medm2g_jax.data.contents import contents_of
 from medm2g_jax.data.source import ranges
 from medm2g_jax.device import host_device, jit
+from medm2g_jax.diffusion import Process
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES
 from medm2g_jax.model import MedM2G, build, init_group
@@ -62,7 +63,9 @@ def shared(config: ConfigDict) -> dict[str, Any]:
     del everything["data"]["accept"]  # says what may differ, and is none of it
     if not everything["data"]["registered"]:
         del everything["data"]["registered"]  # results of before it was a field stay good
-    return {field: everything[field] for field in rounds.SHARED}
+    if everything["schedule"] == Process.schedule:
+        del everything["schedule"]  # these too
+    return {field: everything[field] for field in rounds.SHARED if field in everything}
 
 
 def differences(before: Any, now: Any, path: str = "") -> list[tuple[str, Any, Any]]:
@@ -115,7 +118,7 @@ def _hold_predictions(folder: epath.Path, config: ConfigDict, name: str, meta: M
     if PREDICT not in own or PREDICT not in meta:
         return
     for learnt in meta[PREDICT].values():
-        if learnt != own[PREDICT]:
+        if own[PREDICT] not in (learnt, "auto"):
             raise UserError(
                 f"{folder} was trained with config.{PREDICT}={learnt!r}, this config has config.{field}{PREDICT}="
                 f"{own[PREDICT]!r}; type --config.{field}{PREDICT}={learnt}, or start afresh with "
@@ -162,7 +165,7 @@ def weights_prints(folder: str, parts: Sequence[str]) -> dict[str, int]:
 
 def stands_on(config: ConfigDict, trains: Sequence[str], upstream: Upstream) -> dict[str, Any]:
     """What a stage stands on: where each group comes from that it reads, and the converted weights in it."""
-    begun = [g for g in trains if weights.offers(config.weights, g)]
+    begun = [g for g in trains if begins(config, g)]
     parts = {weights.source_of(g)[0] for g in begun}
     parts |= {origin["weights"] for origin in upstream.lineage.values() if "weights" in origin}
     return {"from": dict(upstream.lineage), "weights": weights_prints(config.weights, sorted(parts))}
@@ -259,7 +262,7 @@ def graph_of(config: ConfigDict, root: epath.Path) -> rounds.Graph:
 def converted_stage(config: ConfigDict, name: str) -> bool:
     """Does this stage count as done since converted weights hold its result? Autoencoders do, where a run has some."""
     trains = rounds.graph(config.listing).stage(name).trains
-    return name != config.stage and all(g.endswith("/vae") and weights.offers(config.weights, g) for g in trains)
+    return name != config.stage and all(g.endswith("/vae") and begins(config, g) for g in trains)
 
 
 def load_upstream(
@@ -339,7 +342,7 @@ def load_upstream(
                 own += fresh
     # A group that trains here may start from converted weights as well.
     begun = (*groups_in, *stage.trains)
-    used = {weights.source_of(g)[0] for g in begun if weights.offers(config.weights, g)}
+    used = {weights.source_of(g)[0] for g in begun if begins(config, g)}
     licences |= {converted.read(config.weights, part).meta["licence"] for part in used}
     ordered = tuple(r for r in config.listing if r in done)
     return Upstream(
@@ -356,11 +359,19 @@ def load_upstream(
     )
 
 
+def begins(config: ConfigDict, group: str) -> bool:
+    """Do converted weights begin this group, where the run has some?"""
+    owner, part = group.split("/")
+    kind = MODALITIES[owner].kind if owner in MODALITIES and part != "vae" else owner
+    return f"{kind}/{part}" in config.begin and weights.offers(config.weights, group)
+
+
 def predictions(config: ConfigDict, groups: Sequence[str]) -> dict[str, str]:
     """What the UNets among these groups predict, as their own stages' configs say: {modality: name}.
 
     Raises:
-      UserError: converted weights are to begin one, and it is to predict anything but what they do, eps.
+      UserError: converted weights are to begin one, and it is to predict anything but what they do, eps; or one is to
+        predict eps where the schedule ends without signal.
     """
     found = {}
     for group in groups:
@@ -368,12 +379,20 @@ def predictions(config: ConfigDict, groups: Sequence[str]) -> dict[str, str]:
         name = f"ldm_{modality}"
         if part != "flow":
             continue
-        found[modality] = (config if name == config.stage else config.stages[name]).predict
-        if found[modality] != "eps" and weights.offers(config.weights, group):
-            field = "config" if name == config.stage else f"config.stages.{name}"
+        field = "config" if name == config.stage else f"config.stages.{name}"
+        begun = begins(config, group)
+        told = (config if name == config.stage else config.stages[name]).predict
+        found[modality] = told if told != "auto" else "eps" if begun else "sample"
+        if begun and found[modality] != "eps":
             raise UserError(
-                f"{field}.predict={found[modality]!r}, but {name} begins from the converted weights in "
-                f"{config.weights}, which predict eps; leave it at 'eps', or start afresh with --config.weights="
+                f"{field}.predict={told!r}, but {name} begins from the converted weights in {config.weights}, which "
+                "predict eps; leave it at 'auto', or start afresh with --config.weights="
+            )
+        if config.schedule == "zero_snr" and found[modality] == "eps":
+            raise UserError(
+                f"config.schedule='zero_snr' ends without signal, where eps tells nothing of what is to be made, and "
+                f"{name} predicts eps ({field}.predict={told!r}); leave it at 'scaled_linear', or let the flow predict "
+                "v or sample"
             )
     return found
 
@@ -435,7 +454,7 @@ def converted_params(
     net = json.loads(config.net.to_json_best_effort())
     params, lineage, scales = {}, {}, {}
     for group in groups:
-        if not weights.offers(config.weights, group):
+        if not begins(config, group):
             continue
         regex = re.compile(rounds.group_regex((group,)))
         mine = {n: tuple(s) for n, s in shapes.items() if regex.match(n)}
@@ -458,7 +477,8 @@ def build_model(
     if slots is None:
         slots = slots_of(stage_graph(config), config.stage)
     net, graph = tuples(json.loads(config.net.to_json_best_effort())), rounds.graph(config.listing)
-    options = dict(remat=config.remat, predict=predict, centred=bool(graph.centre), slots=slots)
+    options = dict(remat=config.remat, centred=bool(graph.centre), slots=slots)
+    options |= dict(predict=predict, schedule=config.schedule)
     return build(net, graph.modalities, vocab, scales, config.image_size, dtype, **options)
 
 
