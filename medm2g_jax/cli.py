@@ -18,16 +18,31 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="STREAM=VALUE",
-        help="a text, or an image file; repeat for more sources",
+        help="a text, or an image file; repeat for more sources. With --data STREAM alone: what records give",
     )
-    parser.add_argument("--make", required=True, metavar="STREAM[,STREAM]", help="what to make, as in ct,mri:t2")
+    parser.add_argument(
+        "--make",
+        required=True,
+        metavar="STREAM[,STREAM]",
+        help="what to make, as in ct,mri:t2; with --data also `missing`: what each record lacks",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the samples")
+    parser.add_argument("--data", metavar="SOURCE", help="a whole data set: manifest:DIR, tfds:NAME or phantom")
+    parser.add_argument("--split", help="of --data; default train where what is missing is made, else test")
     parser.add_argument("--count", type=int, help="samples; default one for each given value")
+    parser.add_argument("--draws", type=int, default=1, help="of each sample, with their mean and standard deviation")
+    parser.add_argument(
+        "--best-of", type=int, default=1, help="keep the draw that agrees best with what is given, in the aligned space"
+    )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", type=int, help="samples made at a time; default the run's own sample.rows")
     parser.add_argument("--steps", type=int, help="sampling steps; default the run's own")
     parser.add_argument("--sampler", help="ddim, ddpm, euler, heun, dpmpp_2m; default the run's own")
     parser.add_argument("--eta", type=float, help="ddim: 0 deterministic, 1 ancestral; default the run's own")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale; default the run's own")
+    parser.add_argument(
+        "--guide-guidance", type=float, help="a scale for the guides, apart from that for the prompts (--guidance)"
+    )
     parser.add_argument("--dtype", default="float32", help="of stored parameters: float32, or bfloat16, half of it")
     parser.add_argument("--guides", default="trained", help="trained pairs, all, or none")
     parser.add_argument(
@@ -39,50 +54,35 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from medm2g_jax.config import check_sampling
     from medm2g_jax.data.write import NOTE, check_writable, write_samples
+    from medm2g_jax.limits import check_sampling
     from medm2g_jax.loading import load
     from medm2g_jax.train.log import quiet
 
     start = time.time()
     quiet()
-    check_sampling(
-        "--{}", count=args.count, steps=args.steps, eta=args.eta, guidance=args.guidance, seed=args.seed
-    )  # and the folder, before minutes of loading and sampling
+    numbers = ("count", "draws", "best_of", "steps", "eta", "guidance", "guide_guidance", "seed", "rows")
+    asked = {name: getattr(args, name) for name in numbers}
+    check_sampling("--{}", **asked)  # and the folder, before minutes of loading and sampling
     check_writable(args.out)
+    make = tuple(s.strip() for s in args.make.split(",") if s.strip())
+    options = {name: getattr(args, name) for name in ("guides", "register", "prompts")}
+    options |= {"sampler": args.sampler} if args.sampler else {}
+    if args.data:
+        _fill(args, make, {name: value for name, value in (asked | options).items() if value is not None})
+        print(f"{time.time() - start:.1f} s. {NOTE}")
+        return
     given: dict[str, list[str]] = {}
     for item in args.given:
         stream, equals, value = item.partition("=")
         if not equals:
             raise UserError(f"--given {item!r}: expected STREAM=VALUE, as in --given text='...' or --given ct=FILE.png")
         given.setdefault(stream, []).append(value)
-    make = tuple(s.strip() for s in args.make.split(",") if s.strip())
     model = load(args.model, dtype=args.dtype)
     print(f"loaded {model.meta['stage']} from {args.model} in {time.time() - start:.1f} s", flush=True)
-    options = {"sampler": args.sampler} if args.sampler else {}
-    out = model.generate(
-        given,
-        make,
-        count=args.count,
-        steps=args.steps,
-        eta=args.eta,
-        guidance=args.guidance,
-        seed=args.seed,
-        guides=args.guides,
-        register=args.register,
-        prompts=args.prompts,
-        **options,
-    )
-    record = dict(
-        model=str(args.model),
-        stage=model.meta["stage"],
-        given=given,
-        make=make,
-        seed=args.seed,
-        pairs=out.pairs,
-        notes=out.notes,
-    )
-    for path in write_samples(args.out, out.samples, record):
+    out = model.generate(given, make, **asked, **options)
+    record = dict(model=str(args.model), given=given, **model.provenance(**asked, **options))
+    for path in write_samples(args.out, out, record):
         print(path)
     for stream, values in out.samples.items():
         for value in values if isinstance(values, list) else ():
@@ -94,6 +94,24 @@ def _generate(args: argparse.Namespace) -> None:
     print(f"{time.time() - start:.1f} s. {NOTE}")
 
 
+def _fill(args: argparse.Namespace, make: tuple[str, ...], asked: dict) -> None:
+    from medm2g_jax import fill
+    from medm2g_jax.loading import load
+
+    if named := [item for item in args.given if "=" in item]:
+        raise UserError(f"--given {named[0]!r}: with --data name a stream alone, as in --given mri:t2")
+    for one in ("count", "draws", "best_of"):
+        if asked.pop(one, 1) != 1:
+            raise UserError(f"--{one.replace('_', '-')} and --data: records are made one sample each")
+    missing = make == (fill.MISSING,)
+    model = load(args.model, dtype=args.dtype)
+    source = fill.data_of(model, args.data)
+    split = args.split or ("train" if missing else "test")
+    todo = fill.tasks(model, source, args.given, make, split)
+    print(f"{model.meta['stage']}: {len(todo)} of {len(source.records)} records, split {split}", flush=True)
+    print(fill.fill(model, source, todo, args.out, whole=missing, **asked))
+
+
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a run root, or one round's folder in it")
     parser.add_argument("--config", default="configs/tasks.py:phantom", help="which measurements")
@@ -102,8 +120,8 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from medm2g_jax.config import check_sampling
     from medm2g_jax.evaluate.phantom import measure
+    from medm2g_jax.limits import check_sampling
     from medm2g_jax.main import config_file
     from medm2g_jax.train.log import quiet
 

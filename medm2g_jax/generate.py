@@ -20,19 +20,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from medm2g_jax.arrays import Params
 from medm2g_jax.diffusion import Denoise, Denoised, Streams, guided, sample
 from medm2g_jax.errors import UserError
 from medm2g_jax.keys import row_normal, salt
 from medm2g_jax.modality import split_stream
-from medm2g_jax.model import MedM2G, OnGrid, guide_halves, null_context, pooled_context, prompt_halves
+from medm2g_jax.model import MedM2G, OnGrid, guide_parts, null_context, pooled_context, prompt_parts
 from medm2g_jax.nn.attention import Context, concat
 
 PROMPTS = ("given", "none")
 GUIDES = ("trained", "all", "none")
 REGISTER = ("trained", "made", "none")
+# The parts of a batch that guidance compares, and which of them have the prompt and the guide: all at once, or first
+# the prompt and then the guide beside it.
+PARTS = {False: ((False, True), (False, True)), True: ((False, True, True), (False, False, True))}
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Request:
         on its grid; "both" keeps it there (CoDi).
       prompts: "given", or "none" for the null prompt whatever is given.
       guides: those of "trained" pairs, "all", or "none".
+      apart: guides have a guidance scale of their own, apart from that of prompts.
       register: what lies on the grid of a flow that was trained to read it there: "trained" takes all that is given and
         made for such, "made" what is made alone, "none" nothing.
       prompt_pairs, guide_pairs, registered_pairs: (source, target) modalities that were trained; (m, m) is another
@@ -60,6 +64,7 @@ class Request:
     guide: str = "cond"
     prompts: str = "given"
     guides: str = "trained"
+    apart: bool = False
     prompt_pairs: tuple[tuple[str, str], ...] = ()
     guide_pairs: tuple[tuple[str, str], ...] = ()
     register: str = "trained"
@@ -181,30 +186,35 @@ def build_denoiser(
     # Without a barrier XLA's CPU compiler keeps float32 copies of all bfloat16 parameters through the whole loop.
     half = any(p.dtype == jnp.bfloat16 for p in jax.tree.leaves(params))
 
-    def halves(z: Streams, t: Array) -> Denoised:
+    prompted, guided_by = PARTS[request.apart]
+    parts = 1 if bare else len(prompted)
+
+    def in_parts(z: Streams, t: Array) -> Denoised:
         own, z = jax.lax.optimization_barrier((params, z)) if half else (params, z)
         available = clean | _contexts(model, own, {s: x for s, x in z.items() if s in sources}, t)
         out = {}
         for s in make:
             m, index = split_stream(s)
-            flow, count = model.flows[m], rows if bare else 2 * rows
+            flow, count = model.flows[m], parts * rows
             times, streams = jnp.broadcast_to(t, (count,)), jnp.full((count,), index, jnp.int32)
-            z_t = z[s] if bare else jnp.concatenate([z[s], z[s]])
+            z_t = jnp.concatenate([z[s]] * parts)
             null = flow.null(own)
-            prompt = null_context(null, count) if bare else prompt_halves(null, prompts[s], rows)
+            prompt = null_context(null, count) if bare else prompt_parts(null, prompts[s], rows, prompted)
             guides = [available[source][how == "pooled"] for source, how in links[s].items()]
-            guide = guide_halves(concat(guides), request.guide == "both" or s in told) if guides else None
+            everywhere = request.guide == "both" or s in told
+            has = (True,) * parts if everywhere else guided_by
+            guide = guide_parts(concat(guides), has) if guides else None
             near = [
                 _on_grid(model, source, encoded[source] if source in encoded else z[source], t, source in encoded)
                 for source in links[s]
                 if request.registered(source, s)
             ]
-            registered = jnp.tile(flow.on_grid(near), (2, 1, 1, 1)) if near else None
+            registered = jnp.tile(flow.on_grid(near), (parts, 1, 1, 1)) if near else None
             prediction = flow.predict(own, z_t, times, prompt, guide, streams, registered)
             out[s] = flow.process.split(prediction, z_t, times)
         return out
 
-    return halves if bare else guided(halves, guidance)
+    return in_parts if bare else guided(in_parts, guidance)
 
 
 def _contexts(model: MedM2G, params: Params, z: Streams, t: Array) -> dict[str, tuple[Context, Context]]:
@@ -250,7 +260,8 @@ def build_sampler(model: MedM2G, request: Request) -> Callable[..., dict[str, Ar
       given: {stream: a batch's value: images (b h w 1) in [-1, 1], or ids (b n)}.
       empty: ids of the empty text, (1 n); {} where there is no text.
       keys: one a sample (b,); noise is a function of it and the stream's name.
-      guidance, eta: scalars.
+      guidance: a scalar; where `request.apart` two, of prompts and of guides.
+      eta: a scalar.
     """
 
     def sampler(params: Params, given: Mapping[str, Any], empty: Mapping, keys: Array, guidance, eta) -> dict:
@@ -258,7 +269,8 @@ def build_sampler(model: MedM2G, request: Request) -> Callable[..., dict[str, Ar
         denoise = build_denoiser(model, request, {**params, **model.null(params, empty)}, given, rows, guidance)
         shapes = {s: model.flows[_modality(s)].family.latent_shape for s in with_bridges(request)}
         z = {s: row_normal(keys, shape, salt(f"start {s}")) for s, shape in shapes.items()}
-        return sample(denoise, z, keys, request.sampler, request.steps, request.spacing, eta)
+        schedule = next(iter(model.flows.values())).process.schedule  # one for all, which move in lockstep
+        return sample(denoise, z, keys, request.sampler, request.steps, request.spacing, eta, schedule)
 
     return sampler
 
@@ -272,6 +284,9 @@ class Generated:
       pairs: which source -> target contexts were used and how ("prompt tokens", "guide pooled", ...).
       independent: groups of wanted streams that no guide links to each other, where there are several: nothing but
         what is given makes them fit together.
+      draws: of each sample, which follow each other in `samples`.
+      agreement: of `best_of`: the mean cosine of what was kept with what was given, in the aligned space, (n,).
+      latents: stream -> z_0 of each sample.
       notes: what a user has to know of it, a line each: that, what of the given texts was cut, words that were unknown.
     """
 
@@ -280,4 +295,19 @@ class Generated:
     seed: int
     independent: tuple[tuple[str, ...], ...] = ()
     notes: tuple[str, ...] = ()
+    draws: int = 1
+    agreement: np.ndarray | None = None
     latents: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def mean(self, stream: str) -> Float[np.ndarray, "n h w"]:
+        """Of each sample's draws, pixel by pixel, in the modality's unit."""
+        return self._drawn(stream).mean(axis=1)
+
+    def std(self, stream: str) -> Float[np.ndarray, "n h w"]:
+        """How far they differ, as the standard deviation of `draws` samples; 0 for one draw."""
+        x = self._drawn(stream)
+        return x.std(axis=1, ddof=1 if self.draws > 1 else 0)
+
+    def _drawn(self, stream: str) -> Float[np.ndarray, "n k h w"]:
+        x = np.asarray(self.samples[stream])
+        return x.reshape(-1, self.draws, *x.shape[1:])

@@ -68,6 +68,33 @@ def micro(target: str, words: str = "tiny", steps: int = 4, listing="default", *
     return config
 
 
+def model_of(target: str, words: str = "tiny", listing="default"):
+    """A `Model` of a round without text, at test size, with random parameters whose V says nothing: what reaches a flow
+    and where it goes is tested, not what is made."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from medm2g_jax.config import stage_graph
+    from medm2g_jax.inference import Model
+    from medm2g_jax.model import init_group
+    from medm2g_jax.train import results
+
+    config = micro(target, words, listing=listing)
+    recipe, graph = results.build_model(config, {}, {}), stage_graph(config)
+    stage = graph.stage(target)
+    groups = dict.fromkeys((*stage.reads, *stage.trains))
+    shapes = jax.eval_shape(lambda k: init_group(recipe, k, tuple(groups)), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    spread = lambda shape: np.prod(shape[:-1]) ** -0.5 if len(shape) > 1 else 0.5  # noqa: E731
+    params = {n: jnp.asarray(rng.normal(size=x.shape) * spread(x.shape), x.dtype) for n, x in shapes.items()}
+    params = {n: jnp.zeros_like(v) if "/guide/out/" in n else v for n, v in params.items()}
+    pairs = graph.trained_pairs(graph.modalities, (target,))
+    pairs["registered"] = tuple((s, m) for m, near in stage.registered.items() for s in near)
+    meta = dict(stage=target, lengths={}, pairs=pairs, shared=results.shared(config), ranges={}, rounds=[target])
+    return Model(recipe, params, None, meta | {"licences": [], "from": {}}, dict(config.sample))
+
+
 def train(script: str, *arguments: str, seconds: float = 500) -> str:
     """Run a Python file of this folder on one CPU device; returns what it printed."""
     flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"

@@ -3,34 +3,19 @@
 A model of test size with random parameters, MRI alone: what is tested is what reaches the flow.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from micro import micro
+from micro import model_of
 
-from medm2g_jax.config import stage_graph
 from medm2g_jax.errors import UserError
 from medm2g_jax.generate import Request
-from medm2g_jax.loading import Model
-from medm2g_jax.model import init_group
-from medm2g_jax.train import results
-
-TRAINED = {"prompt": (("mri", "mri"),), "guide": (("mri", "mri"),), "registered": (("mri", "mri"),)}
+from medm2g_jax.inference import Model
 
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    config = micro("mri", listing=("mri",))
-    recipe = results.build_model(config, {}, {})
-    groups = stage_graph(config).stage("mri")
-    shapes = jax.eval_shape(lambda k: init_group(recipe, k, [*groups.reads, "mri/guide"]), jax.random.key(0))
-    rng = np.random.default_rng(0)
-    spread = lambda shape: np.prod(shape[:-1]) ** -0.5 if len(shape) > 1 else 0.5  # noqa: E731
-    params = {n: jnp.asarray(rng.normal(size=x.shape) * spread(x.shape), x.dtype) for n, x in shapes.items()}
-    params = {n: jnp.zeros_like(v) if "/guide/out/" in n else v for n, v in params.items()}  # V says nothing
-    meta = {"lengths": {}, "pairs": TRAINED, "shared": results.shared(config), "ranges": {}}
-    return Model(recipe, params, None, meta, dict(config.sample))
+    return model_of("mri", listing=("mri",))
 
 
 def image(seed: int, *shape: int) -> np.ndarray:

@@ -13,8 +13,13 @@ from PIL import Image
 from medm2g_jax import cli
 from medm2g_jax.data.write import NOTE, check_writable, write_samples
 from medm2g_jax.errors import UserError
+from medm2g_jax.generate import Generated
 
 CT = np.linspace(-1000, 400, 64, dtype=np.float32).reshape(1, 8, 8)
+
+
+def made(**samples) -> Generated:
+    return Generated({stream.replace("_", ":"): values for stream, values in samples.items()}, {}, 0)
 
 
 def contents(folder):
@@ -25,12 +30,12 @@ def test_a_second_call_numbers_on_and_adds_its_record(tmp_path):
     folder = tmp_path / "a" / "out"
     check_writable(folder)
     assert not (tmp_path / "a").exists()  # a question, not a deed
-    first = write_samples(folder, {"ct": np.repeat(CT, 2, 0), "text": ["one", "two"]}, dict(seed=1))
+    first = write_samples(folder, made(ct=np.repeat(CT, 2, 0), text=["one", "two"]), dict(seed=1))
     assert [p.name for p in first] == ["ct_000.png", "ct_001.png", "text_000.txt", "text_001.txt"]
     before = contents(folder)
     check_writable(folder)
     # Another stream alone: its number is the next of the folder, so that files of one number belong together.
-    second = write_samples(folder, {"mri:t2": np.zeros((1, 8, 8)), "ct": CT}, dict(seed=2))
+    second = write_samples(folder, made(mri_t2=np.zeros((1, 8, 8)), ct=CT), dict(seed=2))
     assert [p.name for p in second] == ["mri-t2_002.png", "ct_002.png"]
     after = contents(folder)
     assert {name: after[name] for name in before} == before and len(after) == len(before) + 4
@@ -41,15 +46,32 @@ def test_a_second_call_numbers_on_and_adds_its_record(tmp_path):
     np.testing.assert_array_equal(np.load(folder / "ct_002.npy"), CT[0])
 
 
+def test_draws_come_with_their_mean_and_deviation_and_say_what_made_them(tmp_path):
+    x = np.stack([np.full((8, 8), v, np.float32) for v in (-100, 100, 300, 300)])
+    of = Generated({"ct": x}, {"mri -> ct": "guide tokens"}, 5, draws=2, agreement=np.array([0.5, 0.25]))
+    names = [p.name for p in write_samples(tmp_path, of, dict(seed=5, fingerprint="0badcafe"))]
+    maps = ["ct-mean_000.png", "ct-mean_002.png", "ct-std_000.png", "ct-std_002.png"]
+    assert names == [f"ct_{i:03d}.png" for i in range(4)] + maps
+    np.testing.assert_array_equal(np.load(tmp_path / "ct-mean_002.npy"), x[2])
+    np.testing.assert_allclose(np.load(tmp_path / "ct-std_000.npy"), np.std([-100, 100], ddof=1))
+    about = Image.open(tmp_path / "ct-std_000.png").text
+    assert about["Window"] == "0.0 350.0" and about["Provenance"] == "model 0badcafe, seed 5"
+    assert Image.open(tmp_path / "ct_003.png").text["Provenance"] == "model 0badcafe, seed 5, sample 3"
+    (record,) = json.loads((tmp_path / "generated.json").read_text())
+    assert record["agreement"] == [0.5, 0.25] and record["pairs"] == of.pairs and record["make"] == ["ct"]
+    later = write_samples(tmp_path, made(ct=CT), {})
+    assert [p.name for p in later] == ["ct_004.png"]
+
+
 def test_the_record_of_an_earlier_version_is_kept(tmp_path):
     (tmp_path / "generated.json").write_text(json.dumps({"note": NOTE, "seed": 7, "files": ["ct_000.png"]}))
-    write_samples(tmp_path, {"text": ["one"]}, dict(seed=8))
+    write_samples(tmp_path, made(text=["one"]), dict(seed=8))
     assert [r["seed"] for r in json.loads((tmp_path / "generated.json").read_text())] == [7, 8]
 
 
 def test_calls_at_once_take_turns(tmp_path):
     calls = [
-        threading.Thread(target=write_samples, args=(tmp_path, {"text": [f"call {i}"]}, dict(seed=i)))
+        threading.Thread(target=write_samples, args=(tmp_path, made(text=[f"call {i}"]), dict(seed=i)))
         for i in range(12)
     ]
     for call in calls:
@@ -105,6 +127,9 @@ def test_a_read_only_file_system_is_named(tmp_path):
         ("--guidance", "inf", "a finite number"),
         ("--eta", "1.5", "from 0 to 1"),
         ("--eta", "nan", "from 0 to 1"),
+        ("--draws", "0", "from 1 to"),
+        ("--best-of", "0", "from 1 to"),
+        ("--guide-guidance", "nan", "a finite number"),
     ],
 )
 def test_numbers_out_of_range_are_one_line(option, value, expected, tmp_path, monkeypatch, capsys):
@@ -117,7 +142,7 @@ def test_numbers_out_of_range_are_one_line(option, value, expected, tmp_path, mo
 
 
 def test_python_users_are_told_the_same():
-    from medm2g_jax.loading import Model
+    from medm2g_jax.inference import Model
 
     for name, value in dict(count=0, steps=1001, eta=-0.1, guidance=float("nan"), seed=2**32).items():
         with pytest.raises(UserError, match=f"^{name}: expected .*, found {value}"):

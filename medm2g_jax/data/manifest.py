@@ -11,6 +11,8 @@ that does not say). Image keys are streams with "_" in place of ":"
 ("mri_t1ce" is "mri:t1ce", also spelt "mri_t1gd"), files are of the formats in `data.formats`. PNG, JPEG, TIFF carry no
 Hounsfield units: they are taken as windowed already, 8-bit ones over 0 .. 255, 16-bit ones as `data.check` says.
 
+`"synthetic"`, a list of image keys and "text", says what a model made (`medm2g generate --data` writes it).
+
 `id` and `subject` are strings or whole numbers: 1, 1.0 and " 1" are one subject. Half a character in a text (JSON can
 spell a lone surrogate) becomes U+FFFD; how many is said in one line.
 """
@@ -49,6 +51,7 @@ class _Row(NamedTuple):
     origin: str
     licence: str
     registered: bool | tuple[str, ...] | None  # image keys, or all or none of them; None: not said
+    synthetic: tuple[str, ...]  # keys of what a model made
 
 
 class Manifest:
@@ -94,6 +97,10 @@ class Manifest:
             logging.warning("data %s: %d of %d rows used; left out: %s", self.name, len(kept), len(rows), counts)
         if halves := sum(len(SURROGATE.findall(row.text)) for row, value in kept if "text" in value):
             logging.warning("data %s: %d half characters (lone surrogates) in texts became U+FFFD", self.name, halves)
+        if made := sum(bool(row.synthetic) for row, _ in kept):
+            logging.warning("data %s: %d of %d rows hold what a model made (synthetic)", self.name, made, len(kept))
+        if tested := sum(bool(row.synthetic) and row.split != "train" for row, _ in kept):
+            logging.warning("data %s: %d of these are held out: do not measure against them", self.name, tested)
         times = Counter(row.id for row, _ in kept)
         self.records: Sequence[Record] = [
             Record(
@@ -131,6 +138,11 @@ class Manifest:
     def ranges(self) -> dict[str, Span]:
         """See `source.ranges`."""
         return self._examined.ranges
+
+    def file(self, index: int, stream: str) -> Path | None:
+        """The file that an image of a record is in; None of a text."""
+        value = self._values[index][stream]
+        return value if isinstance(value, Path) else None
 
     def identity(self) -> Iterator[str]:
         """What each record holds, image by image and text by text, wherever the folder stands: names and sizes."""
@@ -244,9 +256,12 @@ def _checked(where: str, folder: Path, row: Any) -> _Row:
             f"{where}: 'registered' must be true, false or a list of keys of 'images', found "
             f"{type(registered).__name__}"
         )
+    synthetic = row.get("synthetic") or []
+    if not isinstance(synthetic, list) or not all(isinstance(key, str) for key in synthetic):
+        raise UserError(f"{where}: 'synthetic' must be a list of keys of 'images', and \"text\"")
     origin, licence = (SURROGATE.sub("\ufffd", str(row.get(f) or "")) for f in ("text_origin", "license"))
     who = names["id"], names["subject"], row["split"]
-    return _Row(where, folder, *who, files, text.strip(), origin, licence, registered)
+    return _Row(where, folder, *who, files, text.strip(), origin, licence, registered, tuple(synthetic))
 
 
 def _grid(row: _Row, value: Mapping[str, Path | str], by_default: bool) -> tuple[str, ...]:

@@ -83,6 +83,12 @@ def ranges(source: Source) -> dict[str, tuple[float, float]]:
     return dict(getattr(source, "ranges", {}))
 
 
+def file_of(source: Source, index: int, stream: str) -> Any:
+    """The file that an image of a record is in, `source.file`; None where it is in no file of its own."""
+    own = getattr(source, "file", None)
+    return None if own is None else own(index, stream)
+
+
 def images_of(streams: Iterable[str]) -> tuple[str, ...]:
     """Those of the streams that are images."""
     return tuple(s for s in streams if MODALITIES[s.partition(":")[0]].is_image)

@@ -1,21 +1,25 @@
 """Generated samples onto disk, marked as synthetic in name, file and list.
 
-DIR/ct_000.png       8-bit, the modality's window, "synthetic" in the file's text fields
+DIR/ct_000.png       8-bit, the modality's window, "synthetic" in the file's text fields, and what made it
 DIR/ct_000.npy       float32 (h w) in the modality's unit
 DIR/text_000.txt
-DIR/generated.json   a list with one record a call: what was made, from what, with which seed, through which pairs
+DIR/ct-mean_000.png  of several draws, with the number of the first, and .npy; ct-std_000 likewise, black 0 and white a
+                     quarter of the window
+DIR/generated.json   a list with one record a call: what was made, from what, by which model, with which seed, through
+                     which pairs
 
 A second call into the same folder numbers its files on from those there and adds a record: nothing is overwritten.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
@@ -51,8 +55,25 @@ def check_writable(folder: epath.PathLike) -> None:
         raise _unwritable(folder, error) from error
 
 
-def write_samples(folder: epath.PathLike, samples: Mapping[str, Any], record: Mapping[str, Any]) -> list[epath.Path]:
-    """Write samples (stream -> list of str, or float32 (n h w) in the modality's unit) and return the files' paths.
+@runtime_checkable
+class Made(Protocol):
+    """What `Model.generate` returns, as far as it is written here."""
+
+    samples: Mapping[str, Any]  # stream -> list of str, or float32 (n h w) in the modality's unit
+    pairs: Mapping[str, str]
+    notes: Sequence[str]
+    draws: int
+    agreement: Any
+
+    def mean(self, stream: str) -> np.ndarray: ...
+    def std(self, stream: str) -> np.ndarray: ...
+
+
+def write_samples(folder: epath.PathLike, made: Made, record: Mapping[str, Any]) -> list[epath.Path]:
+    """Write what was made and return the files' paths, but for those of arrays.
+
+    Args:
+      record: what made it (`Model.provenance`), and from what.
 
     Raises:
       UserError: they cannot be written; names the folder and the cause.
@@ -61,32 +82,62 @@ def write_samples(folder: epath.PathLike, samples: Mapping[str, Any], record: Ma
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with alone_in(folder):
-            return _write(folder, samples, record)
+            return _write(folder, made, record)
     except OSError as error:
         raise _unwritable(folder, error) from error
 
 
-def _write(folder: epath.Path, samples: Mapping[str, Any], record: Mapping[str, Any]) -> list[epath.Path]:
+def _write(folder: epath.Path, made: Made, record: Mapping[str, Any]) -> list[epath.Path]:
     records, first, written = _records(folder), _next_number(folder), []
-    for stream, values in samples.items():
-        modality = MODALITIES[split_stream(stream)[0]]
+    for stream, values in made.samples.items():
+        modality, name = MODALITIES[split_stream(stream)[0]], stream.replace(":", "-")
         for i, value in enumerate(values, first):
-            stem = f"{stream.replace(':', '-')}_{i:03d}"
-            if not modality.is_image:
-                path = folder / f"{stem}.txt"
-                path.write_text(value + "\n")
+            if modality.is_image:
+                written.append(_image(folder, f"{name}_{i:03d}", value, modality, modality.window, record, i - first))
             else:
-                path = folder / f"{stem}.png"
-                format_of(path.name).write(path, shown(value, modality), _notes(modality))
-                with (folder / f"{stem}.npy").open("wb") as f:
-                    np.save(f, np.asarray(value, np.float32))
-            written.append(path)
-    units = {s: dict(unit=m.unit, window=m.window) for s in samples if (m := MODALITIES[split_stream(s)[0]]).window}
-    records.append({"note": NOTE, **record, "units": units, "files": [p.name for p in written]})
+                written.append(folder / f"{name}_{i:03d}.txt")
+                written[-1].write_text(value + "\n")
+        if modality.is_image and made.draws > 1:
+            low, high = modality.window
+            for what, maps, window in (
+                ("mean", made.mean(stream), modality.window),
+                ("std", made.std(stream), (0.0, (high - low) / 4)),
+            ):
+                for i, value in enumerate(maps):
+                    stem = f"{name}-{what}_{first + i * made.draws:03d}"
+                    written.append(_image(folder, stem, value, modality, window, record))
+    units = {s: dict(unit=m.unit, window=m.window) for s in made.samples if (m := _modality(s)).window}
+    own = dict(make=tuple(made.samples), pairs=made.pairs, notes=made.notes, units=units)
+    own |= {} if made.agreement is None else dict(agreement=[round(float(x), 4) for x in made.agreement])
+    records.append({"note": NOTE, **record, **own, "files": [p.name for p in written]})
     part = folder / f"{LISTING}.part"
     part.write_text(json.dumps(records, indent=1))
     part.replace(folder / LISTING)
     return written
+
+
+def _modality(stream: str) -> Modality:
+    return MODALITIES[split_stream(stream)[0]]
+
+
+def _image(
+    folder: epath.Path,
+    stem: str,
+    value: Float[np.ndarray, "h w"],
+    modality: Modality,
+    window: tuple[float, float],
+    record: Mapping[str, Any],
+    number: int | None = None,
+) -> epath.Path:
+    """Write an image and its values; returns the image's path."""
+    said = [f"{word} {record[key]}" for word, key in (("model", "fingerprint"), ("seed", "seed")) if key in record]
+    said += [] if number is None else [f"sample {number}"]
+    notes = {"Description": NOTE, "Window": f"{window[0]} {window[1]}", "Provenance": ", ".join(said)}
+    path = folder / f"{stem}.png"
+    format_of(path.name).write(path, shown(value, dataclasses.replace(modality, window=window)), notes)
+    with (folder / f"{stem}.npy").open("wb") as f:
+        np.save(f, np.asarray(value, np.float32))
+    return path
 
 
 def _records(folder: epath.Path) -> list[dict[str, Any]]:
@@ -133,8 +184,3 @@ def shown(values: Float[np.ndarray, "h w"], modality: Modality) -> Picture:
     """Values in the modality's unit as an 8-bit picture over its window."""
     levels = np.round((modality.normalise(values) + 1) * 127.5).astype(np.uint8)
     return Picture(levels, span=(0, 255))
-
-
-def _notes(modality: Modality) -> dict[str, str]:
-    low, high = modality.window
-    return {"Description": NOTE, "Window": f"{low} {high}"}
