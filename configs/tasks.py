@@ -2,8 +2,9 @@
 
     medm2g evaluate --model runs/phantom-tiny --config=configs/tasks.py:phantom
 
-`phantom`: lesion findings of generated images and reports, by exact labels and a probe trained on real phantoms; where
-contrasts of a modality guide each other, one made from two others beside one alone, identity and the mean image.
+`phantom`: lesion findings of generated images and reports, by exact labels and a probe trained on real phantoms; of
+images made from others on their grid (MRI synthesis, MRI -> CT) also their distance from the true one, beside identity,
+the mean image and another subject's.
 """
 
 from medm2g_jax.config import tasks_config as _get
@@ -11,5 +12,10 @@ from medm2g_jax.config import tasks_config as _get
 
 def get_config(words=""):
     config = _get(words)
-    config.synthesis = (("mri:t1", "mri:t2"), "mri:flair")  # MRI synthesis: what is given, and what is made of it
+    # What is given, and what is made of it, each where the model was trained for it.
+    config.synthesis = (
+        (("mri:t1", "mri:t2"), "mri:flair"),
+        (("mri:t1", "mri:t2"), "mri:pd"),
+        (("mri:t2",), "ct"),
+    )
     return config

@@ -20,6 +20,5 @@ if __name__ == "__main__":
     config.stages.ldm_mri.drop_prompt = 1.0  # every row reads the null prompt
     run.run(config, f"{sys.argv[1]}/ct_mri")
     config = micro("mri", "tiny", steps=3, listing=("mri",))
-    config.stages.ldm_mri.predict = "sample"
     run.run(config, f"{sys.argv[1]}/mri")
     run.run(micro("ldm", "ct,tiny,alone", steps=3, predict="v"), f"{sys.argv[1]}/ct")

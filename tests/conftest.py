@@ -5,6 +5,8 @@ MEDM2G_TEST_PLATFORM=cuda: on a GPU, for what is marked `gpu` and, in float32 th
 
 import functools
 import os
+import shutil
+import tempfile
 
 PLATFORM = os.environ.get("MEDM2G_TEST_PLATFORM", "cpu")
 os.environ["JAX_PLATFORMS"] = PLATFORM
@@ -14,6 +16,11 @@ if PLATFORM == "cpu":
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _FLAGS
 else:
     os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+# One compilation cache for the whole session: workers and the processes that tests start inherit its place, and train
+# the same programs many times. Whoever makes it takes it away.
+CACHE = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="medm2g-tests-")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -27,6 +34,12 @@ install_import_hook("medm2g_jax", "beartype.beartype")
 import jax.numpy as jnp  # noqa: E402
 
 from medm2g_jax import device  # noqa: E402
+
+
+def pytest_unconfigure():
+    if CACHE:
+        shutil.rmtree(CACHE, ignore_errors=True)
+
 
 SHIPPED = device.CPU_OPTIONS if PLATFORM == "cpu" else None
 device.CPU_OPTIONS = {}

@@ -26,10 +26,10 @@ REPORT = "findings : large mass in the left upper lung . heart size is normal . 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> epath.Path:
-    """text_xray, then text_ct and ct_mri on top of it, as three commands."""
+    """text_ct with all it stands on, then ct_mri on top of it, as two commands."""
     root = tmp_path_factory.mktemp("chain") / "run"
     before: dict[str, bytes] = {}
-    for target in rounds.LISTINGS["default"]:
+    for target in ("text_ct", "ct_mri"):
         train("micro.py", target, str(root))
         after = {p.parent.name: p.read_bytes() for p in root.glob("*/model.json")}
         assert all(after[stage] == text for stage, text in before.items()), "a finished stage was touched"
@@ -48,7 +48,8 @@ def test_a_stage_trains_its_own_groups_and_reads_the_others_bit_for_bit(root):
     everything = load(str(root)).params
     graph = stage_graph(micro("ct_mri"))
     last = {group: name for name, stage in graph.stages.items() for group in stage.trains}
-    assert last["mri/flow"] == "ct_mri"  # it has sources on its grid, and trains on
+    assert last["mri/flow"] == last["ct/flow"] == "ct_mri"  # they have sources on their grids, and train on
+    assert last["ct/guide"] == "text_ct"
     assert set(graph.stages) == {p.name for p in root.iterdir() if (p / "model.json").exists()}
     for name, stage in graph.stages.items():
         result = checkpoint.load_model(root / name)
@@ -91,8 +92,9 @@ def test_joint_generation_of_every_image_from_one_checkpoint(root):
     assert model.modalities == ("text", "xray", "ct", "mri")
     out = model.generate(given={"text": REPORT}, make=["ct", "mri:t2", "xray"], seed=2)
     assert {k: v.shape for k, v in out.samples.items()} == {k: (1, 32, 32) for k in ("ct", "mri:t2", "xray")}
-    # Each tells the other; on its grid only where the target trained in the round of the two.
-    assert out.pairs["ct -> mri:t2"] == "guide tokens, registered" and out.pairs["mri:t2 -> ct"] == "guide tokens"
+    # Each tells the other, on its grid; an X-ray has none to share.
+    assert out.pairs["ct -> mri:t2"] == out.pairs["mri:t2 -> ct"] == "guide tokens, registered"
+    assert not any("registered" in how for pair, how in out.pairs.items() if "xray" in pair)
     alone = model.generate(given={"text": REPORT}, make=["ct"], seed=2)
     assert not np.allclose(alone.samples["ct"], out.samples["ct"], atol=0.5), "a CT made with an MRI is another one"
 
@@ -130,6 +132,39 @@ def test_samples_are_a_function_of_seed_and_place(model):
     np.testing.assert_allclose(three[:2], two, atol=0.5)  # HU
     other = model.generate(given={"text": reports[:2]}, make=["ct"], seed=6).samples["ct"]
     assert not np.allclose(two, other, atol=0.5)
+
+
+def test_draws_are_of_one_sample_and_the_best_of_them_is_one(model):
+    asked = dict(given={"text": [REPORT, REPORT.replace("left", "right")]}, make=["ct"], seed=5)
+    one, three = model.generate(**asked), model.generate(**asked, draws=3, rows=4)
+    drawn = three.samples["ct"].reshape(2, 3, 32, 32)
+    np.testing.assert_allclose(drawn[:, 0], one.samples["ct"], atol=0.5)
+    assert min(np.abs(drawn[:, i] - drawn[:, j]).max() for i, j in ((0, 1), (0, 2), (1, 2))) > 5
+    np.testing.assert_allclose(three.mean("ct"), drawn.mean(1), atol=1e-3)
+    np.testing.assert_allclose(three.std("ct"), drawn.std(1, ddof=1), atol=1e-2)
+    best = model.generate(**asked, best_of=3)
+    texts, images = model.embed("text", asked["given"]["text"]), model.embed("ct", list(three.samples["ct"]))
+    agreement = np.einsum("nd,nkd->nk", texts, images.reshape(2, 3, -1))
+    np.testing.assert_allclose(best.agreement, agreement.max(1), atol=1e-3)
+    np.testing.assert_allclose(best.samples["ct"], drawn[[0, 1], agreement.argmax(1)], atol=0.5)
+    np.testing.assert_allclose(np.linalg.norm(texts, axis=1), 1, atol=1e-5)
+    again = model.encode("ct", list(one.samples["ct"]))
+    assert again.shape == one.latents["ct"].shape and np.isfinite(again).all()
+    reports = model.generate({"ct": np.zeros((32, 32))}, ["text"], best_of=2)
+    assert len(reports.samples["text"]) == 1 and -1 <= reports.agreement[0] <= 1
+
+
+def test_guides_have_a_scale_of_their_own(model):
+    """As one scale where both are alike, as no guide where it is 0, and no scale compiles anything anew."""
+    asked = dict(given={"text": REPORT}, make=["ct"], seed=5, eta=0.0)
+    one, both = (model.generate(**asked, guidance=2.0, guide_guidance=g).samples["ct"] for g in (None, 2.0))
+    np.testing.assert_allclose(one, both, atol=1.0)
+    silent = model.generate(**asked, guidance=2.0, guides="none").samples["ct"]
+    known = len(model._samplers)
+    none = model.generate(**asked, guidance=2.0, guide_guidance=0.0).samples["ct"]
+    np.testing.assert_allclose(none, silent, atol=1.0)
+    other = model.generate(**asked | dict(eta=0.5, seed=6), guidance=3.0, guide_guidance=1.0).samples["ct"]
+    assert not np.allclose(other, none, atol=1.0) and len(model._samplers) == known
 
 
 def test_half_precision_storage_gives_nearly_the_same_from_half_the_memory(root, model):
@@ -177,6 +212,8 @@ def test_the_text_encoder_hears_the_prompt_only_where_it_is_given(model):
         ({"ct": np.zeros((3, 4, 4))}, ["text"], {}, r"expected an image \(h w\)"),
         ({"text": [REPORT] * 2, "xray": [np.zeros((8, 8))] * 3}, ["ct"], {}, "differ in number"),
         ({"text": REPORT}, ["ct"], {"steps": 0}, "steps"),
+        ({}, ["ct"], {"best_of": 2}, "best_of=2 ranks .* nothing is given"),
+        ({"text": REPORT}, ["ct"], {"best_of": 2, "draws": 2}, "best_of=2 keeps one of several draws"),
     ],
 )
 def test_bad_requests_are_one_line(model, given, make, options, message):
@@ -189,11 +226,11 @@ def test_an_upstream_stage_trained_again_is_noticed(root, tmp_path):
 
     copy = tmp_path / "run"
     shutil.copytree(root, copy)
-    meta = json.loads((copy / "ldm_ct" / "model.json").read_text())
-    name = next(n for n in meta["fingerprints"] if n.startswith("ct/unet"))
+    meta = json.loads((copy / "ldm_text" / "model.json").read_text())
+    name = next(n for n in meta["fingerprints"] if n.startswith("text/unet"))
     meta["fingerprints"][name] += 1
-    (copy / "ldm_ct" / "model.json").write_text(json.dumps(meta))
-    with pytest.raises(UserError, match="ct/flow has been trained again"):
+    (copy / "ldm_text" / "model.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="text/flow has been trained again"):
         load(str(copy))
 
 

@@ -10,10 +10,11 @@ from PIL import Image
 
 from medm2g_jax.data.phantom.render import Phantom
 from medm2g_jax.errors import UserError
-from medm2g_jax.evaluate import phantom
+from medm2g_jax.evaluate import phantom, synthesis
+from medm2g_jax.evaluate.metrics import METRICS
 from medm2g_jax.evaluate.probes import FIELDS
 from medm2g_jax.generate import Request
-from medm2g_jax.loading import Model
+from medm2g_jax.inference import Model
 from medm2g_jax.train import checkpoint, results
 
 
@@ -95,6 +96,21 @@ def test_linked_modalities_are_made_jointly_beside_each_on_its_own(bench, capsys
     assert "report -> MRI, jointly with CT" in tasks and not any("X-ray, jointly" in t for t in tasks)
 
 
+def test_from_nothing_each_pair_is_made_both_ways(bench):
+    one = bench(ALL)
+    one.from_nothing(["xray", "ct"])
+    tasks = {(f.task, f.metric): f.value for f in one.figures if f.metric.endswith("kappa")}
+    how = ("jointly", "one by one")
+    assert set(tasks) == {(f"nothing -> X-ray + CT, {w}", f"{f} kappa") for w in how for f in ("side", "kind")}
+
+
+def test_kappa_is_cohen_s():
+    """By hand: 20 of 50 yes-yes, 15 no-no, 5 and 10 between; observed 0.70, by chance 0.50."""
+    pairs = np.array([(1, 1)] * 20 + [(1, 0)] * 5 + [(0, 1)] * 10 + [(0, 0)] * 15)
+    assert METRICS["kappa"](*pairs.T) == pytest.approx(0.4)
+    assert METRICS["kappa"](pairs[:, 0], pairs[:, 0]) == 1 and METRICS["kappa"](0 * pairs[:, 0], 0 * pairs[:, 0]) == 0
+
+
 def test_floor_and_ceiling_of_what_the_judge_reads(bench):
     one = bench(TEXT_CT)
     one.side_from_report("ct")
@@ -145,3 +161,11 @@ def test_too_few_test_subjects(bench):
         bench(TEXT_CT, rows=999)
     with pytest.raises(UserError, match="--rows=-3: expected at least one"):
         phantom.measure("RUN", rows=-3)
+
+
+def test_the_truth_lies_among_draws_of_its_own_distribution_as_often_as_it_should():
+    rng = np.random.default_rng(0)
+    x, drawn = rng.normal(size=(20, 16, 16, 1)), rng.normal(size=(8, 20, 16, 16, 1))
+    figure = synthesis._coverage("a -> b", x, drawn, 0)
+    assert figure.value == pytest.approx(7 / 9, abs=0.02) and figure.ceiling.value == pytest.approx(7 / 9)
+    assert synthesis._coverage("a -> b", x, 0.1 * drawn, 0).value < 0.2  # draws that are too sure

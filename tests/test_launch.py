@@ -291,28 +291,27 @@ def test_the_recipe_trains_every_stage_and_passes_over_what_is_finished(tmp_path
     plan = rounds.graph(rounds.LISTINGS["default"]).plan("ct_mri")
     fields = [*SMALL, *own(), *(f for stage in plan[:-1] for f in own(stage))]
     arguments = ["tiny", f"--workdir={tmp_path}/run", *fields]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla")}
-    process = start("recipe.sh", *arguments, **cache)
+    process = start("recipe.sh", *arguments)
     deadline = time.time() + 900
     while not (tmp_path / "run" / plan[1] / "checkpoints" / "2").exists() and time.time() < deadline:
         time.sleep(0.05)
         assert process.poll() is None, process.communicate()
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    done = call("recipe.sh", *arguments, timeout=1500, **cache)
+    done = call("recipe.sh", *arguments, timeout=1500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert f"# {plan[0]}: done" in done.stdout and "# ct_mri: train" in done.stdout
     assert all((tmp_path / "run" / stage / "model.json").exists() for stage in plan)
-    again = call("recipe.sh", *arguments, **cache)
+    again = call("recipe.sh", *arguments)
     assert again.returncode == 0 and again.stdout.splitlines() == [f"# {stage}: done" for stage in plan]
 
 
-def several(root: Path, cache: Path, processes: int, devices: int, *extra: str) -> list[subprocess.Popen]:
+def several(root: Path, processes: int, devices: int, *extra: str) -> list[subprocess.Popen]:
     """The trainer's processes on this machine, with `devices` virtual devices each."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    env = dict(os.environ, JAX_PLATFORMS="cpu", JAX_COMPILATION_CACHE_DIR=str(cache))
+    env = dict(os.environ, JAX_PLATFORMS="cpu")
     env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     line = [sys.executable, "-m", "medm2g_jax.main", "--config=configs/image_vae.py:tiny", f"--workdir={root}"]
     out = []
@@ -334,7 +333,7 @@ def rows(root: Path) -> list[dict]:
 def test_two_processes_of_four_devices_train_as_one_of_eight(tmp_path):
     fields = own(steps=3, checkpoint_every=3)
     for name, processes in (("one", 1), ("two", 2)):
-        running = several(tmp_path / name, tmp_path / f"xla-{processes}", processes, 8 // processes, *fields)
+        running = several(tmp_path / name, processes, 8 // processes, *fields)
         said = [p.communicate(timeout=300)[0] for p in running]
         assert [p.returncode for p in running] == [0] * processes, said
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
@@ -351,7 +350,7 @@ def test_two_processes_of_four_devices_train_as_one_of_eight(tmp_path):
 @pytest.mark.full
 def test_one_of_two_processes_is_told_to_stop_and_both_resume(tmp_path):
     fields = own(steps=3000, checkpoint_every=100_000)
-    running = several(tmp_path / "run", tmp_path / "xla", 2, 4, *fields)
+    running = several(tmp_path / "run", 2, 4, *fields)
     log = tmp_path / "run" / "image_vae" / "log.jsonl"
     deadline = time.time() + 200
     while not (log.exists() and log.read_text().count("\n") > 3) and time.time() < deadline:
@@ -360,7 +359,7 @@ def test_one_of_two_processes_is_told_to_stop_and_both_resume(tmp_path):
     said = [p.communicate(timeout=200)[0] for p in running]
     assert [p.returncode for p in running] == [143, 143], said
     (step,) = [int(p.name) for p in (tmp_path / "run" / "image_vae" / "checkpoints").iterdir() if p.name.isdigit()]
-    running = several(tmp_path / "run", tmp_path / "xla", 2, 4, *own(steps=step + 2, checkpoint_every=100_000))
+    running = several(tmp_path / "run", 2, 4, *own(steps=step + 2, checkpoint_every=100_000))
     said = [p.communicate(timeout=300)[0] for p in running]
     assert [p.returncode for p in running] == [0, 0], said
     assert [r["step"] for r in rows(tmp_path / "run")][-4:-1] == [step + 1, step + 2, step + 2]

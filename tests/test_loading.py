@@ -6,7 +6,7 @@ from PIL import Image
 
 from medm2g_jax.data.images import square
 from medm2g_jax.errors import UserError
-from medm2g_jax.loading import Model
+from medm2g_jax.inference import Model
 
 META = {"shared": {"image_size": 16, "data": {"most_pixels": 10_000}}, "ranges": {}}
 

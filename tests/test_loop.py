@@ -46,8 +46,8 @@ def command(root, *extra: str) -> list[str]:
     return [*line, *net, *small, *own, *extra]
 
 
-def start(root, cache, *extra: str, devices: int = 1) -> subprocess.Popen:
-    env = dict(os.environ, JAX_PLATFORMS="cpu", JAX_COMPILATION_CACHE_DIR=str(cache))
+def start(root, *extra: str, devices: int = 1) -> subprocess.Popen:
+    env = dict(os.environ, JAX_PLATFORMS="cpu")
     env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(command(root, *extra), cwd=HERE.parent, env=env, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT)  # fmt: skip
@@ -64,14 +64,9 @@ def final_state(root, stage: str) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("xla")
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, cache):
+def uninterrupted(tmp_path_factory):
     root = tmp_path_factory.mktemp("whole") / "run"
-    process = start(root, cache)
+    process = start(root)
     out, _ = process.communicate(timeout=400)
     assert process.returncode == 0, out[-3000:]
     return root
@@ -88,7 +83,7 @@ def wait_for(process: subprocess.Popen, happened, seconds: float = 200.0) -> Non
         time.sleep(0.005)
 
 
-def test_killed_five_times_ends_with_the_same_bits(uninterrupted, cache, tmp_path):
+def test_killed_five_times_ends_with_the_same_bits(uninterrupted, tmp_path):
     """Killed while saving, in upstream stages, in the first step, and at seeded moments between."""
     root = tmp_path / "run"
     rng = np.random.default_rng(0)
@@ -100,12 +95,12 @@ def test_killed_five_times_ends_with_the_same_bits(uninterrupted, cache, tmp_pat
         lambda: any((root / STAGE / "checkpoints").glob("*tmp*")),
     ]
     for moment in moments:
-        process = start(root, cache)
+        process = start(root)
         wait_for(process, moment)
         time.sleep(float(rng.uniform(0, 0.05)))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    process = start(root, cache)
+    process = start(root)
     out, _ = process.communicate(timeout=400)
     assert process.returncode == 0, out[-3000:]
     for stage in ("image_vae", "align_text_xray", STAGE):
@@ -117,9 +112,9 @@ def test_killed_five_times_ends_with_the_same_bits(uninterrupted, cache, tmp_pat
         assert rows == sorted(rows)
 
 
-def test_a_terminated_run_saves_and_resumes(cache, tmp_path, uninterrupted):
+def test_a_terminated_run_saves_and_resumes(tmp_path, uninterrupted):
     root = tmp_path / "run"
-    process = start(root, cache, "--config.steps=4000", "--config.checkpoint_every=100000")
+    process = start(root, "--config.steps=4000", "--config.checkpoint_every=100000")
     wait_for(
         process, lambda: (root / STAGE / "log.jsonl").exists() and "\n" in (root / STAGE / "log.jsonl").read_text()
     )
@@ -129,21 +124,21 @@ def test_a_terminated_run_saves_and_resumes(cache, tmp_path, uninterrupted):
     assert [p.name for p in (root / STAGE / "checkpoints").iterdir() if p.name.isdigit()]
 
 
-def test_of_two_runs_in_one_folder_the_second_says_who_has_it(uninterrupted, cache, tmp_path):
+def test_of_two_runs_in_one_folder_the_second_says_who_has_it(uninterrupted, tmp_path):
     """Started while the first one trains, it ends at once and touches nothing; killed, the first leaves no obstacle."""
     root = tmp_path / "run"
     shutil.copytree(uninterrupted, root)
     shutil.rmtree(root / STAGE)
-    first = start(root, cache, "--config.steps=100000")
+    first = start(root, "--config.steps=100000")
     wait_for(first, lambda: any((root / STAGE / "checkpoints").glob("[0-9]*")))
-    second = start(root, cache, "--config.steps=100000")
+    second = start(root, "--config.steps=100000")
     out, _ = second.communicate(timeout=100)
     line = out.strip().splitlines()[-1]
     assert second.returncode == 2 and line.startswith(f"error: {root} belongs to process {first.pid} on "), out
     assert "since 20" in line and "Traceback" not in out and first.poll() is None
     first.send_signal(signal.SIGKILL)
     first.communicate()
-    third = start(root, cache)  # eight steps in all: done by now
+    third = start(root)  # eight steps in all: done by now
     out, _ = third.communicate(timeout=200)
     assert third.returncode == 0 and f"taken over from process {first.pid} on" in out, out[-3000:]
     assert not (root / "owner.json").exists() and not list(root.glob("owner.json*"))
@@ -168,17 +163,17 @@ def test_a_run_root_knows_its_data(uninterrupted):
 
 
 @pytest.mark.full  # three meshes of three stages to compile
-def test_from_eight_devices_to_two_to_one(uninterrupted, cache, tmp_path):
+def test_from_eight_devices_to_two_to_one(uninterrupted, tmp_path):
     """Killed on 8 devices, killed on 2, finished on 1: what an uninterrupted run on one device ends with."""
     root = tmp_path / "run"
     cube = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
     for devices, mesh, step in ((8, cube, 2), (2, ["--config.mesh.fsdp=2"], 4)):
-        process = start(root, cache, *mesh, devices=devices)
+        process = start(root, *mesh, devices=devices)
         wait_for(process, lambda step=step: (root / STAGE / "checkpoints" / str(step)).exists(), 400)
         process.send_signal(signal.SIGKILL)
         out, _ = process.communicate()
         assert (root / STAGE / "checkpoints" / str(step)).exists(), out[-3000:]
-    process = start(root, cache)
+    process = start(root)
     out, _ = process.communicate(timeout=400)
     assert process.returncode == 0 and f"{STAGE} 8/8" in out and f"{STAGE} 2/8" not in out, out[-3000:]
     whole, pieces = final_state(uninterrupted, STAGE), final_state(root, STAGE)

@@ -18,7 +18,7 @@ from medm2g_jax.data.pipeline import matching
 from medm2g_jax.data.source import Record
 from medm2g_jax.evaluate import report, show
 from medm2g_jax.evaluate.figures import Figure, Reference, to_json
-from medm2g_jax.loading import Model
+from medm2g_jax.inference import Model
 from medm2g_jax.train import checkpoint, loop, results
 
 MASS = "large left upper mass . the heart is enlarged ."

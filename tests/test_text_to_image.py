@@ -18,8 +18,8 @@ from medm2g_jax.config import get_config
 from medm2g_jax.convert import converted, stable_diffusion
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.generate import Request
+from medm2g_jax.inference import Model
 from medm2g_jax.keys import row_normal, salt
-from medm2g_jax.loading import Model
 from medm2g_jax.model import apply, build
 from medm2g_jax.nn.clip import CLIPText
 from medm2g_jax.train.results import tuples

@@ -7,18 +7,20 @@ For every pair of the report and an imaging modality whose guides are trained (s
                         with shuffled reports; between the commonest answer and the probe's accuracy on real images
     report from image   finding F1, prompt and guide and guide alone, between the best constant report and the text
                         autoencoder's own reconstructions, beside another subject's report
-    eps loss            held out, prompt emptied, with the true source, a shuffled one, and none
+    denoising loss      held out, prompt emptied, with the true source, a shuffled one, and none
 
 For a model of more than one imaging modality also all of them from one report: those that trained guides link are made
 jointly, beside each made on its own. Others share the report alone: made together they are bit for bit what they are
 made one by one, so they are measured once and called independent.
 
-For a modality whose contrasts guide each other, one of them from others: `synthesis`.
+For images made from others on their grid, MRI synthesis and translation: `synthesis`, and by the probe whether the
+lesion is the true one.
 
 Every figure is printed and goes to evaluation.json. All of it is phantom, not evidence for clinical performance.
 """
 
 import functools
+import itertools
 import json
 import time
 from collections import Counter
@@ -39,9 +41,10 @@ from medm2g_jax.evaluate.figures import Figure, Reference, line, to_json
 from medm2g_jax.evaluate.metrics import METRICS, text_figures
 from medm2g_jax.evaluate.probes import FIELDS, as_indices, train_probe
 from medm2g_jax.evaluate.samples import samples
-from medm2g_jax.evaluate.synthesis import can_synthesise, synthesis
-from medm2g_jax.loading import Model, load, locate, makes
-from medm2g_jax.modality import MODALITIES, centre
+from medm2g_jax.evaluate.synthesis import can_synthesise, synthesis, task_words
+from medm2g_jax.inference import Model
+from medm2g_jax.loading import load, locate, makes
+from medm2g_jax.modality import MODALITIES, centre, stream_word
 from medm2g_jax.model import null_context
 from medm2g_jax.nn.attention import mask
 from medm2g_jax.recipes import EVAL_TIMES
@@ -52,12 +55,12 @@ CONSTANTS = 12  # reports that the best constant one is chosen from
 
 
 def measure(
-    path: str, rows: int = 200, seed: int = 0, synthesised: tuple[Sequence[str], str] | None = None
+    path: str, rows: int = 200, seed: int = 0, synthesised: Sequence[tuple[Sequence[str], str]] = ()
 ) -> list[Figure]:
     """Measure the model at `path`, print its figures, and write them to evaluation.json beside the round's result.
 
     Args:
-      synthesised: (streams given, stream made) of `synthesis`, where the model's guides are trained for that.
+      synthesised: (streams given, stream made) of `synthesis`, each where the model's guides are trained for that.
 
     Raises:
       UserError: the data that it was trained on has no exact labels to judge by, or too few test subjects; nothing that
@@ -70,7 +73,7 @@ def measure(
     meta = checkpoint.read_meta(folder)
     text, able, pairs = centre().name, makes(meta), [tuple(p) for p in meta["pairs"]["guide"]]
     reports = [m for m in able if (text, m) in pairs and text in able]
-    synthesised = synthesised if synthesised and can_synthesise(pairs, able, *synthesised) else None
+    synthesised = [task for task in synthesised if can_synthesise(pairs, able, *task)]
     if not reports and not synthesised:
         raise UserError(
             f"{path}: `medm2g evaluate` measures what is made from reports, reports made from images, and contrasts "
@@ -85,20 +88,23 @@ def measure(
         flush=True,
     )
     figures: list[Figure] = []
+    bench = _Bench(model, source, rows, seed) if labels(source) else None
     if reports:
-        bench = _Bench(model, source, rows, seed)
         for image in reports:
             bench.image_from_report(image)
             bench.report_from_image(image)
-            bench.eps(image)
+            bench.denoising(image)
         images = [m for m in model.modalities if MODALITIES[m].is_image]
         if len(images) > 1:
             bench.together(images)
-        figures += bench.figures
-    if synthesised:
-        found = synthesis(model, source, *synthesised, rows, seed)
+            bench.from_nothing(images)
+    for given, target in synthesised:
+        found = synthesis(model, source, given, target, rows, seed)
         print("\n".join(f"  {line(figure)}" for figure in found), flush=True)
         figures += found
+        if bench:
+            bench.translated(given, target)
+    figures += bench.figures if bench else []
     seconds = round(time.time() - began, 1)
     print(f"{seconds:.0f} s. {source.name}: not evidence for clinical performance.")
     (folder / "evaluation.json").write_text(json.dumps(dict(figures=to_json(figures), seconds=seconds), indent=1))
@@ -137,11 +143,14 @@ class _Bench:
             raise UserError(f"--rows={rows}: {source.name} holds {len(lesions)} test subjects with a lesion")
         self.indices = np.asarray(lesions[:rows])
         self.target = as_indices([self.labels_of(int(i)) for i in self.indices])
-        rng = np.random.default_rng(seed)
-        self.reports = [source.read(int(i), centre().name, rng) for i in self.indices]
         self.figures: list[Figure] = []
         # Each is trained, and measured, once a modality.
         self.probe, self.side_from_report = functools.cache(self._probe), functools.cache(self._side_from_report)
+
+    @functools.cached_property
+    def reports(self) -> list[str]:
+        rng = np.random.default_rng(self.seed)
+        return [self.source.read(int(i), centre().name, rng) for i in self.indices]
 
     def add(self, *figures: Figure) -> None:
         """Keep and print."""
@@ -166,7 +175,7 @@ class _Bench:
         train = np.asarray(self._train(m))
         found = [self.labels_of(int(i)) for i in train]
         read = train_probe(lambda i: self.images(m, i), found, train, self.seed)
-        figures = self._judged(f"real {MODALITIES[m].word}", read(self.images(m, self.indices)), {})
+        figures = self._judged(f"real {stream_word(m)}", read(self.images(m, self.indices)), {})
         self.add(*figures)
         return read, {f.metric: Reference(f.value, "the probe on real images") for f in figures}
 
@@ -208,6 +217,11 @@ class _Bench:
         shuffled = [self.reports[i] for i in np.random.default_rng(self.seed + 1).permutation(len(self.reports))]
         self.score(f"shuffled {task}", m, self.generate({text: shuffled}, [m], prompts="none")[m])
 
+    def translated(self, given: Sequence[str], target: str) -> None:
+        """The lesion of an image made from others."""
+        sources = {s: self.images(s, self.indices) for s in given}
+        self.score(" -> ".join(task_words(given, target)), target, self.generate(sources, [target])[target])
+
     def report_from_image(self, m: str) -> None:
         text = centre().name
         x, word = self.images(m, self.indices), MODALITIES[text].word
@@ -244,14 +258,15 @@ class _Bench:
         self.add(*figures)
         return figures
 
-    def eps(self, m: str) -> None:
-        """Held-out eps loss of each flow of the pair, prompt emptied, clean source: true, shuffled, none."""
+    def denoising(self, m: str) -> None:
+        """Held-out loss of each flow of the pair, prompt emptied, clean source: true, shuffled, none."""
         g, text = self.model, centre().name
         inputs = {text: g.ids(self.reports), m: self.images(m, self.indices)}
         n = len(self.indices)
         order = np.random.default_rng(self.seed + 2).permutation(n)
+        empty = g.ids([""])
         for source, target in ((text, m), (m, text)):
-            loss = jax.jit(lambda p, a, b, k, t, s=source, f=target: _eps_of(g.model, p, s, f, a, b, k, t, g.ids([""])))
+            loss = jax.jit(lambda p, a, b, k, t, s=source, f=target: _loss_of(g.model, p, s, f, a, b, k, t, empty))
 
             def mean(chosen, on: bool, source=source, target=target, loss=loss) -> float:
                 given = jax.tree.map(lambda x: x[chosen], inputs[source])
@@ -267,7 +282,7 @@ class _Bench:
                 self.add(
                     Figure(
                         task=name,
-                        metric="eps loss",
+                        metric="denoising loss",
                         protocol="fixed noise",
                         value=mean(chosen, True),
                         n=n,
@@ -299,6 +314,22 @@ class _Bench:
             how = ", ".join(f"{_words(g)} {'jointly' if len(g) > 1 else 'independently'}" for g in groups)
             self._agreement(images, how if len(groups) < len(images) else "each on its own", sides)
 
+    def from_nothing(self, images: Sequence[str]) -> None:
+        """All imaging modalities with nothing given: do they agree more when made jointly than when one by one?"""
+        read = {}
+        for how, groups in (("jointly", [list(images)]), ("one by one", [[m] for m in images])):
+            made: dict[str, Any] = {}
+            for group in groups:
+                made |= self.generate({}, group)
+            read[how] = {m: self.probe(m)[0](made[m]) for m in images}
+        for a, b in itertools.combinations(images, 2):
+            for name in ("side", "kind"):
+                for how, reads in read.items():
+                    task = f"nothing -> {_words((a, b))}, {how}"
+                    pair = reads[a][name], reads[b][name]
+                    floor = Reference(0.0, "independent of each other")
+                    self.add(METRICS["kappa"].figure(task, f"{name} kappa", *pair, seed=self.seed, floor=floor))
+
     def _agreement(self, images: Sequence[str], how: str, sides: Mapping[str, np.ndarray]) -> None:
         """Whether all show the same side, and whether it is the report's."""
         task = f"{MODALITIES[centre().name].word} -> {_words(images)}, {how}"
@@ -310,7 +341,7 @@ class _Bench:
         )
 
 
-def _eps_of(model, params: Params, source: str, target: str, given, x, key, t, empty):
+def _loss_of(model, params: Params, source: str, target: str, given, x, key, t, empty):
     given, on = given
     params = {**params, **model.null(params, empty)}
     flow = model.flows[target]
@@ -322,4 +353,4 @@ def _eps_of(model, params: Params, source: str, target: str, given, x, key, t, e
     guide = mask(guide, jnp.broadcast_to(on, (b,)))
     z_t = flow.process.add_noise(z0, times, eps)
     prediction = flow.predict(params, z_t, times, null_context(flow.null(params), b), guide)
-    return denoising_loss(eps, flow.process.split(prediction, z_t, times)[1])
+    return denoising_loss(flow.process.target(z0, times, eps), prediction)

@@ -39,6 +39,11 @@ PROTOCOLS: dict[str, Protocol] = {
         resize="as range1",
         interval=_BOOTSTRAP,
     ),
+    "pixels among draws": Protocol(
+        judge="the share of pixels whose truth lies between the least and the greatest of their draws",
+        resize="as range1",
+        interval=_BOOTSTRAP,
+    ),
     "word for word": Protocol(judge="equality of the decoded texts", interval=_WILSON),
     "findings": Protocol(judge="what the source's own labeller reads, micro-averaged", interval=_BOOTSTRAP),
     "gallery, own partner": Protocol(judge="cosine; the n rows; a hit is one's own partner", interval=_BOOTSTRAP),
@@ -50,7 +55,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "probe": Protocol(
         judge="a CNN trained on real images of this modality, against exact labels",
         resize="at the model's size",
-        interval=_WILSON,
+        interval=f"{_WILSON}; of kappa {_BOOTSTRAP}",
     ),
-    "fixed noise": Protocol(judge="mean square error of eps at ten fixed times with fixed noise"),
+    "fixed noise": Protocol(judge="mean square error of what the flow predicts, at ten fixed times with fixed noise"),
 }

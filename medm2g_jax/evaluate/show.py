@@ -37,8 +37,8 @@ from medm2g_jax.evaluate.metrics import METRICS, figures_of, retrieval, text_fig
 from medm2g_jax.evaluate.metrics.text import Labeller, fields
 from medm2g_jax.evaluate.pictures import grid
 from medm2g_jax.generate import Request
+from medm2g_jax.inference import Model
 from medm2g_jax.keys import row_keys
-from medm2g_jax.loading import Model
 from medm2g_jax.modality import MODALITIES, centre, stream_word
 from medm2g_jax.model import MedM2G
 from medm2g_jax.recipes import rows_of

@@ -1,9 +1,10 @@
-"""One image made from others on its grid (the paper's MRI synthesis): is it nearer to the truth than what costs
-nothing, and does each source help?
+"""One image made from others on its grid (the paper's MRI synthesis and MRI-CT translation): is it nearer to the truth
+than what costs nothing, and does each source help?
 
-Measured on the same test subjects, PSNR and SSIM: the target made from all sources; from the last alone; from the
-sources of another subject; beside the last source itself taken for it (identity), the mean image of training, and the
-autoencoder, which no sample can pass. What the first source adds is told by the paired difference in dB.
+Measured on the same test subjects, PSNR and SSIM: the target made from all sources, and the mean of several draws; from
+the last source alone; from the sources of another subject; beside the last source itself taken for it (identity), the
+mean image of training, and the autoencoder, which no sample can pass. What the first source adds is told by the paired
+difference in dB. How much the draws can be trusted to say how sure they are: how often the truth lies among them.
 """
 
 from collections.abc import Sequence
@@ -19,10 +20,11 @@ from medm2g_jax.evaluate.metrics import figures_of
 from medm2g_jax.evaluate.metrics.image import Images, decibel, squared_error
 from medm2g_jax.evaluate.metrics.intervals import bootstrap
 from medm2g_jax.evaluate.samples import CHUNK, samples
-from medm2g_jax.loading import Model
+from medm2g_jax.inference import Model
 from medm2g_jax.modality import stream_word
 
 MEAN_OF = 500  # training images that the mean image is of
+DRAWS = 8
 
 
 def can_synthesise(pairs: Sequence[Sequence[str]], makes: Sequence[str], given: Sequence[str], target: str) -> bool:
@@ -55,22 +57,49 @@ def synthesis(
 
     register = "trained" if share_a_grid(source, (*given, target), "test") else "made"
 
-    def made(some: dict[str, Images]) -> Images:
+    def made(some: dict[str, Images], seed: int) -> Images:
         return samples(model, some, [target], rows, seed, register=register)[target]
 
-    words = " + ".join(map(stream_word, given)), stream_word(target)
+    words = task_words(given, target)
     floor = ("the mean image", [np.broadcast_to(train[target].mean(0, keepdims=True), x.shape)])
     again = _reconstructed(model, target, x)
     ceiling = figures_of("image", f"{words[1]} -> {words[1]}", x, again, seed=seed, floor=floor)
     ends = dict(seed=seed, autoencoder=ceiling)
-    whole, alone = made(sources), made({last: sources[last]})
-    out = [*ceiling, *figures_of("image", f"{words[0]} -> {words[1]}", x, whole, **ends)]
-    out += figures_of("image", f"{stream_word(last)} -> {words[1]}", x, alone, **ends)
-    shuffled = made({s: image[order] for s, image in sources.items()})
+    drawn = np.stack([made(sources, seed + i) for i in range(DRAWS)])
+    task = f"{words[0]} -> {words[1]}"
+    out = [*ceiling, *figures_of("image", task, x, drawn[0], **ends)]
+    out += figures_of("image", f"{task}, mean of {DRAWS} draws", x, drawn.mean(0), **ends)
+    out.append(_coverage(task, x, drawn, seed))
+    last_words = stream_word(last)
+    if len(given) > 1:
+        alone = made({last: sources[last]}, seed)
+        out += figures_of("image", f"{last_words} -> {words[1]}", x, alone, **ends)
+        out.append(_gain(f"{task}, beyond {last_words} alone", x, drawn[0], alone, seed))
+    shuffled = made({s: image[order] for s, image in sources.items()}, seed)
     out += figures_of("image", f"{words[0]} of another subject -> {words[1]}", x, shuffled, **ends)
-    out += figures_of("image", f"{stream_word(last)} taken for {words[1]}", x, sources[last], **ends)
-    out.append(_gain(f"{words[0]} -> {words[1]}, beyond {stream_word(last)} alone", x, whole, alone, seed))
-    return out
+    return [*out, *figures_of("image", f"{last_words} taken for {words[1]}", x, sources[last], **ends)]
+
+
+def task_words(given: Sequence[str], target: str) -> tuple[str, str]:
+    """What people call the sources, and the target."""
+    return " + ".join(map(stream_word, given)), stream_word(target)
+
+
+def _coverage(task: str, x: Images, drawn: np.ndarray, seed: int) -> Figure:
+    """How often a pixel's truth lies between the least and the greatest of its draws: (k - 1) / (k + 1) of k draws
+    from what the truth is drawn from."""
+    inside = ((x >= drawn.min(0)) & (x <= drawn.max(0))).mean(axis=(1, 2, 3))
+    k = len(drawn)
+    return Figure(
+        task=task,
+        metric=f"truth among {k} draws",
+        protocol="pixels among draws",
+        value=float(inside.mean()),
+        interval=bootstrap(inside, np.mean, seed),
+        n=len(x),
+        seed=seed,
+        ceiling=Reference((k - 1) / (k + 1), "draws from what the truth is drawn from"),
+    )
 
 
 def _gain(task: str, x: Images, one: Images, other: Images, seed: int) -> Figure:

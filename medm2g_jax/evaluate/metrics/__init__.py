@@ -61,6 +61,7 @@ METRICS: dict[str, Metric] = {
     "retrieval@1": Metric("embedding", retrieval.both_ways, "gallery, own partner"),
     "right": Metric("label", labels.right, "probe"),
     "agree": Metric("label", labels.agree, "probe"),
+    "kappa": Metric("labels", labels.beside, "probe", labels.kappa),
 }
 
 
