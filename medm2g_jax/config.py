@@ -3,6 +3,7 @@
     get_config("text_ct", "tiny")           # configs/text_ct.py:tiny
     get_config("ldm", "ct,sd15,paper")      # configs/ldm.py:ct,sd15,paper
     get_config("ct_mri", "tiny,alone")      # that round and nothing but what it stands on
+    get_config("finetune", "report,lora")   # configs/finetune.py:report,lora
 
 Presets: `tiny` trains in minutes on two CPU cores (64 px, 8x8x4 latents); `base` is for one GPU of 24 GB (256 px,
 32x32x4 latents, UNets of 100 M); `sd15` is the paper's geometry and hyper-parameters. The variant `paper` switches back
@@ -14,6 +15,7 @@ fields for each upstream stage it may have to train first; the fields in `rounds
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +184,9 @@ _VERB_SIZES: dict[str, dict[str, dict[str, Any]]] = {
         ldm=dict(steps=1200, lr=2e-3, batch=16),
         ldm_text=dict(steps=500, lr=3e-3, batch=64),
         round=dict(steps=400, lr=5e-3, lr_adapt=5e-3, batch=16),
+        tune_full=dict(steps=300, lr=1e-3, lr_adapt=1e-3, batch=16),
+        tune_guide=dict(steps=300, lr=2e-3, lr_adapt=2e-3, batch=16),
+        tune_lora=dict(steps=300, lr=2e-3, batch=16),
     ),
     "base": dict(  # to start from; nothing has been trained at this size yet
         image_vae=dict(steps=60_000, lr=1e-4, batch=16),
@@ -190,6 +195,9 @@ _VERB_SIZES: dict[str, dict[str, dict[str, Any]]] = {
         ldm=dict(steps=100_000, lr=1e-4, batch=64),
         ldm_text=dict(steps=50_000, lr=1e-4, batch=256),
         round=dict(steps=20_000, lr=1e-4, lr_adapt=1e-3, batch=64),
+        tune_full=dict(steps=5000, lr=2e-5, lr_adapt=1e-4, batch=32),
+        tune_guide=dict(steps=5000, lr=5e-5, lr_adapt=1e-4, batch=32),
+        tune_lora=dict(steps=5000, lr=1e-4, batch=32),
     ),
     "sd15": dict(
         image_vae=dict(steps=100_000, lr=2e-5, batch=64),
@@ -198,6 +206,9 @@ _VERB_SIZES: dict[str, dict[str, dict[str, Any]]] = {
         ldm=dict(steps=200_000, lr=2e-5, batch=256),
         ldm_text=dict(steps=200_000, lr=5e-5, batch=1024),
         round=dict(steps=50_000, lr=1e-5, lr_adapt=1e-3, batch=256),
+        tune_full=dict(steps=10_000, lr=1e-5, lr_adapt=1e-4, batch=64),
+        tune_guide=dict(steps=10_000, lr=1e-5, lr_adapt=1e-4, batch=64),
+        tune_lora=dict(steps=10_000, lr=1e-4, batch=64),
     ),
 }
 
@@ -210,7 +221,8 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
     """
     tiny, paper = preset == "tiny", variant == "paper"
     verb = name.split("_")[0] if name.split("_")[0] in ("align", "ldm") else "vae" if name.endswith("_vae") else "round"
-    sizes = _VERB_SIZES[preset]
+    sizes, tune = _VERB_SIZES[preset], rounds.tuned(name)
+    verb = f"tune_{tune[1]}" if tune else verb
     own = _OPTIMIZER | _SIZES[preset] | (sizes[name] if name in sizes else sizes[verb])
     if paper:
         own |= dict(optimizer="adam", weight_decay=1e-4)
@@ -261,6 +273,15 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
             open="guide" if paper else "auto",
             alone=0.0 if paper else 0.1,  # share of an open flow's rows without any source, so that it forgets nothing
         )
+    if tune:
+        # Held out before the first step and six times on the way: the best is kept, never worse than the start.
+        own |= dict(eval_every=max(1, own["steps"] // 6), warmup=0.1, clean=1.0, alone=0.0, rehearse=0.0)
+        own |= dict(weight_decay=0.0)  # it would shrink what has no gradient here: V and f of what is made
+        own["loss"] = dict(eps=1.0)
+        own |= dict(rank=8) if tune[1] == "lora" else {}
+        # Undersample k-space of the source (MRI): its factor, and what is kept: the low frequencies, or lines that get
+        # sparser outwards.
+        own |= dict(accelerate=1, keep_lines="block") if rounds.TASKS[tune[0]].accelerated else {}
     return own
 
 
@@ -328,6 +349,18 @@ def _only(name: str, listing: tuple[str, ...]) -> tuple[str, ...]:
     raise UserError(f"{name} is no round; beside `alone` name the one that is meant: configs/{name}.py:ct_mri,alone")
 
 
+def _one_of(words: list[str], table: Mapping[str, Any], given: str | None) -> str:
+    """The word that is in the table, taken out of the list."""
+    found = [w for w in words if w in table]
+    if len(found) != 1:
+        raise UserError(
+            f"configs/finetune.py needs one of {', '.join(rounds.TASKS)} and one of {', '.join(rounds.HOWS)} after the "
+            f"colon, as in configs/finetune.py:report,lora; found {given!r}"
+        )
+    words.remove(found[0])
+    return found[0]
+
+
 def absolute(path: str) -> str:
     """A path as it stands from any working directory: what is recorded is read again from others."""
     return path if not path or "://" in path else os.path.abspath(os.path.expanduser(path))
@@ -361,6 +394,9 @@ def get_config(target: str, words: str | None = "", listing: str | tuple[str, ..
     rest = [w for w in rest if w not in (*PRESETS, "paper", "alone")]
     tuple_ = rounds.LISTINGS[listing] if isinstance(listing, str) else tuple(listing)
     subject = ""
+    if target == "finetune":
+        task, how = (_one_of(rest, table, words) for table in (rounds.TASKS, rounds.HOWS))
+        target = rounds.tune_name(task, how)
     if target in ("align", "ldm"):
         subject = _subject(target, rest, tuple_, alone, words)
         rest.remove(subject)
@@ -376,14 +412,15 @@ def get_config(target: str, words: str | None = "", listing: str | tuple[str, ..
         )
     name = f"{target}_{subject}" if subject else target
     if alone and named is None:
-        tuple_ = _only(subject or target, tuple_)
+        tuned = rounds.tuned(target)
+        tuple_ = _only(subject or (rounds.TASKS[tuned[0]].round if tuned else target), tuple_)
     elif subject and named is None and name not in rounds.graph(tuple_).stages:
         # a pair that only another listing has selects it
         tuple_ = next((lst for lst in rounds.LISTINGS.values() if name in rounds.graph(lst).stages), tuple_)
     reason = "named after the colon"
     if not preset:
         preset, reason = default_preset()
-    graph = rounds.graph(tuple_)
+    graph = rounds.graph(tuple_, tune=name if rounds.tuned(name) else "")
     graph.stage(name)
     config = _shared(preset, variant, tuple_)
     config.stage = name
@@ -451,10 +488,11 @@ def stage_graph(config: ConfigDict, absent: tuple[str, ...] = ()) -> rounds.Grap
         return own[field] if own else _stage(name, config.preset, config.variant, config.listing)[field]
 
     register = tuple(r for r in config.listing if says(r, "register"))
-    graph = rounds.graph(config.listing, freeze, absent, contrasts, register)
+    tune = config.stage if rounds.tuned(config.stage) else ""
+    graph = rounds.graph(config.listing, freeze, absent, contrasts, register, tune)
     opened = []
     for stage in graph.stages.values():
-        if stage.verb == "round":
+        if stage.name in config.listing and stage.verb == "round":
             how = says(stage.name, "open")
             near = stage.name in register and graph.near(stage.name)
             opened += [stage.name] if how == "flow" or (how == "auto" and near) else []

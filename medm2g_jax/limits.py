@@ -98,6 +98,8 @@ RANGES: Mapping[str, Range] = {
     "clean": _SHARE,
     "contrast_tau": _POSITIVE,
     "min_snr": _NOT_NEGATIVE,
+    "rank": _SIZE,
+    "accelerate": Range(1, 64),
     **{f"sample.{field}": SAMPLING[field] for field in ("steps", "eta", "guidance", "rows")},
 }
 
@@ -107,6 +109,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "dtype": ("auto", "float32", "bfloat16"),
     "freeze": ("auto", "paper", "partner_open"),
     "open": ("auto", "flow", "guide"),
+    "keep_lines": ("block", "density"),
     "optimizer": ("adamw", "adam"),
     "predict": ("auto", "eps", "v", "sample"),
     "sample.guide": ("cond", "both"),

@@ -23,7 +23,7 @@ from medm2g_jax.diffusion import Process
 from medm2g_jax.errors import UserError
 from medm2g_jax.inference import Model
 from medm2g_jax.modality import adopt
-from medm2g_jax.model import MedM2G, build, init_group
+from medm2g_jax.model import MedM2G, build, init_group, merged
 from medm2g_jax.train import checkpoint
 from medm2g_jax.train.results import group_fingerprint, tuples
 
@@ -104,11 +104,13 @@ def load(path: str, modalities: Sequence[str] | None = None, dtype: str = "float
 
     def needed(name: str) -> bool:
         owner, part = name.split("/")[:2]
-        return owner not in unread or part not in ("unet", "prompt_in", "null")
+        return owner not in unread or part not in ("unet", "prompt_in", "null", "lora")
 
     if meta["storage"] not in STORAGES:
         raise UserError(f"{root / 'model.json'}: storage {meta['storage']!r}; this version reads {', '.join(STORAGES)}")
     params, tokenizers = STORAGES[meta["storage"]](root, meta, model, needed, stored)
+    for name in wanted:
+        params = merged(params, name)
     texts = Tokenizers.load(tokenizers, shared["net"]["report_words"]) if meta["vocab"] else None
     config = json.loads((root / "config.json").read_text())
     return Model(model, params, texts, meta, config["sample"], wanted)
@@ -120,12 +122,12 @@ def _from_run(
     """Parameters of a stage's result: its own, and those of the stages and converted weights that it stands on."""
     use_compilation_cache(root.parent / "xla_cache")
     params: Params = {}
-    stages: dict[str, list[str]] = {}
+    stages: dict[epath.Path, list[str]] = {}
     for group, origin in meta["from"].items():
         if "stage" in origin:
-            stages.setdefault(_plain_name(root, origin["stage"]), []).append(group)
-    for stage, groups in stages.items():
-        folder = root.parent / stage
+            run = epath.Path(origin["run"]) if "run" in origin else root.parent
+            stages.setdefault(run / _plain_name(root, origin["stage"]), []).append(group)
+    for folder, groups in stages.items():
         found = checkpoint.read_meta(folder)
         if found is None:
             raise UserError(f"{root} stands on {folder}, which is not there (or not finished); copy the whole run root")

@@ -7,12 +7,14 @@ Both are recipes without weights: pure functions of a flat dict of parameters, m
     ct/null/token     the null prompt, where there is no centre whose C("") it could be
     ct/unet/...       eps_theta (Eq. 2); .../guide/... inside it is theta_c (Eq. 6), guide/kernel what it reads of
                       sources on its own grid
+    ct/lora/...      low-rank additions to kernels of eps_theta, by their names (fine-tunes)
     image/vae/...     the autoencoder that all modalities of a kind share
 
 Freezing, sharding, conversion and loading are comprehensions over these names. This file is where they are flattened
 and unflattened. What depends on a modality's kind is `family`'s.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -69,6 +71,7 @@ class Flow:
       slots: the streams that may stand on the UNet's input channels, where they lie on its grid; () for none.
       centred: the centre is among the flows, so that the null prompt is its C(""); else each flow has a token of its
         own for it, zero at first.
+      rank: of its low-rank additions; 0 where it has none.
     """
 
     modality: Modality
@@ -81,6 +84,7 @@ class Flow:
     prompt_in: nn.Module
     centred: bool
     slots: tuple[str, ...] = ()
+    rank: int = 0
 
     @property
     def name(self) -> str:
@@ -112,6 +116,7 @@ class Flow:
 
         The prompt is in the shared space; `prompt_in` maps its tokens to what this UNet reads. registered: `on_grid`.
         """
+        params = merged(params, self.name)
         tokens = apply(self.prompt_in, params, f"{self.name}/prompt_in", prompt.tokens)
         told = [Context(tokens, prompt.bias), guide, self._at(stream)]
         told += [] if registered is None else [registered]
@@ -166,11 +171,42 @@ class Flow:
             unet = init(self.unet, f"{self.name}/unet", key, z, t, example, example, stream, *near)
             ours = {n: n.startswith(f"{self.name}/unet/guide/") for n in unet if "/guide/" in n}
             out |= {n: unet[n] for n, on_grid in ours.items() if ("grid" if on_grid else "guide") in groups}
+        if "lora" in groups:
+            shapes = jax.eval_shape(lambda: init(self.unet, f"{self.name}/unet", key, z, t, example, example, stream))
+            out |= low_rank({n: x.shape for n, x in shapes.items()}, self.name, self.rank, key)
         if "guide" in groups:
             out |= init(self.adapt, f"{self.name}/adapt", key)
             f = jnp.zeros((self.adapt.count, self.adapt.width))
             out |= init(self.context, f"{self.name}/context", key, z, t, f, stream)
         return out
+
+
+def low_rank(shapes: Mapping[str, tuple[int, ...]], name: str, rank: int, key: Array) -> Params:
+    """Fresh additions W + a b to the kernels of modality `name`'s UNet (Hu et al. 2022): a (fan in, rank) of variance
+    1 / fan in, b (rank, fan out) zero, so that they change nothing at first. A convolution's kernel counts as a matrix
+    of its last axis."""
+    out: Params = {}
+    for i, (kernel, shape) in enumerate(sorted(shapes.items())):
+        if kernel.startswith(f"{name}/unet/") and kernel.endswith("/kernel") and len(shape) > 1:
+            fan_in, stem = math.prod(shape[:-1]), kernel.replace("/unet/", "/lora/", 1)
+            own = jax.random.fold_in(key, i)
+            out[f"{stem}/a"] = jax.random.normal(own, (fan_in, rank)) * fan_in**-0.5
+            out[f"{stem}/b"] = jnp.zeros((rank, shape[-1]))
+    return out
+
+
+def merged(params: Params, name: str) -> Params:
+    """The parameters with modality `name`'s low-rank additions in its UNet's kernels, and no longer beside them."""
+    prefix = f"{name}/lora/"
+    added = {n.removesuffix("/a"): x for n, x in params.items() if n.startswith(prefix) and n.endswith("/a")}
+    if not added:
+        return params
+    out = {n: x for n, x in params.items() if not n.startswith(prefix)}
+    for stem, a in added.items():
+        kernel = stem.replace("/lora/", "/unet/", 1)
+        change = (a @ params[f"{stem}/b"]).reshape(out[kernel].shape)
+        out[kernel] = out[kernel] + change.astype(out[kernel].dtype)
+    return out
 
 
 class OnGrid(NamedTuple):
@@ -277,6 +313,7 @@ def build(
     schedule: str = Process.schedule,
     centred: bool = True,
     slots: Mapping[str, Sequence[str]] | None = None,
+    rank: int = 0,
 ) -> MedM2G:
     """The recipe of the flows of `modalities` and of the autoencoders of their kinds.
 
@@ -290,6 +327,7 @@ def build(
       schedule: of the noise of all flows, which move in lockstep.
       centred: the centre's C is trained, so that C("") is the null prompt (`rounds.Graph.centre`).
       slots: modality -> `Flow.slots`, of those that have any.
+      rank: of fresh low-rank additions.
     """
     kinds = dict.fromkeys(MODALITIES[m].kind for m in modalities)
     families = {kind: FAMILIES[kind](net, vocab, image_size, dtype) for kind in kinds}
@@ -315,6 +353,7 @@ def build(
             ),
             centred=centred,
             slots=tuple(slots[name]) if slots and name in slots else (),
+            rank=rank,
         )
     scales = {kind: float(scales.get(kind, 1.0)) for kind in kinds}
     return MedM2G(flows, families, scales, width)

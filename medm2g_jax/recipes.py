@@ -80,8 +80,17 @@ def rows_of(config: ConfigDict, graph: rounds.Graph) -> Rows:
         registered=tuple(stage.registered),
         earlier=tuple(stage.earlier.items()),
         rehearse=config.rehearse if stage.earlier else 0.0,
+        accelerate=accelerated(config),
         identify=True,
     )
+
+
+def accelerated(config: ConfigDict) -> tuple[str, int, str] | None:
+    """`Rows.accelerate` of a stage; None where nothing is undersampled."""
+    tune = rounds.tuned(config.stage)
+    if tune is None or "accelerate" not in config or config.accelerate == 1:
+        return None
+    return rounds.TASKS[tune[0]].accelerated, config.accelerate, config.keep_lines
 
 
 def weighted(recipe: Recipe, weights: Mapping[str, float], features: Any) -> tuple[Array, dict[str, Array]]:
@@ -348,6 +357,7 @@ class Paired(NamedTuple):
 
 def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: Rows) -> Recipe:
     subjects, flows = stage.subjects, {m: model.flows[m] for m in stage.subjects}
+    targets = (stage.target,) if stage.target else subjects
     partner = dict(zip(subjects, reversed(subjects), strict=True)) if len(subjects) == 2 else {}
 
     def start(frozen: Params, batches: Iterable, key: Array, empty: Mapping) -> tuple[Params, Params]:
@@ -399,8 +409,10 @@ def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: Rows) -
             for other in stage.earlier[m] if m in stage.earlier else ():
                 has = about["practises"][m][other] & practised
                 given[other] = (model.flows[other].prompt(frozen, about["earlier"][other]).tokens, has)
-            aim, weight = flows[m].process.target(z0[m], times, eps[m]), flows[m].process.weight(times, config.min_snr)
-            noised[m] = Noised(z_t[m], times, aim, weight, given, streams[m])
+            if m in targets:
+                process = flows[m].process
+                aim, weight = process.target(z0[m], times, eps[m]), process.weight(times, config.min_snr)
+                noised[m] = Noised(z_t[m], times, aim, weight, given, streams[m])
             sources[m] = Source(_where(clean, z0[m], z_t[m]), jnp.where(clean, 0, times), streams[m])
         for i, m in enumerate(rows.contrasts):
             some = about["others"][m]
@@ -438,7 +450,7 @@ def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: Rows) -
         return Pair(noised, sources, others, earlier, clean, counts, by_partner, same)
 
     def features(params: Params, p: Pair) -> Paired:
-        sources = {m: flows[m].source(params, *p.sources[m]) for m in partner}
+        sources = {m: flows[m].source(params, *p.sources[m]) for m in partner if partner[m] in targets}
         before = {m: model.flows[m].source(params, *e.source)[0] for m, e in p.earlier.items()}
         predicted = {}
         for m, n in p.noised.items():
@@ -458,8 +470,8 @@ def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: Rows) -
     def flow_loss(f: Paired, m: str) -> Array:
         return denoising_loss(*f.predicted[m], rows=None if f.counts is None else f.counts[m])
 
-    losses: dict[str, Callable] = {f"eps/{m}": lambda f, m=m: flow_loss(f, m) for m in subjects}
-    if partner:
+    losses: dict[str, Callable] = {f"eps/{m}": lambda f, m=m: flow_loss(f, m) for m in targets}
+    if partner and not stage.target:
         # Central alignment in the output space as well: V's pooled outputs, among rows with a clean source (rows of
         # different t would give the pair away by t).
         def contrast(f: Paired) -> Array:

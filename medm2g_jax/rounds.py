@@ -9,7 +9,10 @@ is to read sources on its own grid trains on in the round that brings them (`Gra
 modalities one has: any tuple will do, without text too; a single modality in place of a pair is aligned and guided by
 its own contrasts alone, or, where it has none, gets a flow and nothing else.
 
-Parameters come in five groups a modality (or kind), and every group is trained by the stages named here:
+One stage more may stand on all of these: a fine-tune of what one round has learnt, for one modality that is made (a row
+of TASKS), in one of the ways of HOWS.
+
+Parameters come in six groups a modality (or kind), and every group is trained by the stages named here:
 
     <kind>/vae      autoencoder, shared by a kind's modalities        image_vae, text_vae
     <m>/clip        prompt encoder C_M                                align_<pair>
@@ -17,12 +20,14 @@ Parameters come in five groups a modality (or kind), and every group is trained 
     <m>/guide       V_M, f_M, theta_c of m's UNet                     the rounds
     <m>/grid        its UNet's input channels for sources on its      the rounds
                     own grid
+    <m>/lora        low-rank additions to its UNet's kernels          fine-tunes
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import KINDS, MODALITIES
@@ -42,7 +47,28 @@ GROUPS = {
     "flow": r"{}/(prompt_in/|null/|unet/(?!.*guide/))",
     "guide": r"{}/(context/|adapt/|unet/(?!guide/).*guide/)",
     "grid": r"{}/unet/guide/",
+    "lora": r"{}/lora/",
 }
+
+
+class Task(NamedTuple):
+    """What a fine-tune adapts: a round's pair, what is made, and whose images may come from faster acquisitions."""
+
+    round: str
+    target: str
+    accelerated: str = ""
+
+
+TASKS = {
+    "report": Task("text_xray", "text"),
+    "ct_report": Task("text_ct", "text"),
+    "xray": Task("text_xray", "xray"),
+    "ct": Task("text_ct", "ct"),
+    "mri_to_ct": Task("ct_mri", "ct", accelerated="mri"),
+    "ct_to_mri": Task("ct_mri", "mri"),
+    "mri": Task("mri", "mri"),  # one contrast from the others
+}
+HOWS = {"full": ("flow", "guide", "grid"), "guide": ("guide", "grid"), "lora": ("lora",)}  # what of the target trains
 
 
 def group_regex(groups: Iterable[str]) -> str:
@@ -75,6 +101,16 @@ def members(round_name: str) -> tuple[str, ...]:
     )
 
 
+def tune_name(task: str, how: str) -> str:
+    """The stage that fine-tunes a task."""
+    return f"tune_{task}_{how}"
+
+
+def tuned(name: str) -> tuple[str, str] | None:
+    """(task, how) of a stage that fine-tunes, None of any other."""
+    return next(((task, how) for task in TASKS for how in HOWS if name == tune_name(task, how)), None)
+
+
 @dataclass(frozen=True)
 class Stage:
     """One node of the graph.
@@ -90,6 +126,7 @@ class Stage:
         UNet's input channels: its partner, and itself where its other contrasts guide it (round).
       earlier: a known subject whose flow trains on -> its partners of earlier rounds, with whom it goes on practising,
         so that it forgets nothing of them (round).
+      target: the one subject whose flow learns, of a fine-tune; "" of all others.
     """
 
     name: str
@@ -101,6 +138,7 @@ class Stage:
     contrasts: tuple[str, ...] = ()
     registered: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     earlier: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    target: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,6 +153,7 @@ class Graph:
     `contrasts`: a modality whose guide trains is guided by its own other contrasts too. `register`: the rounds in which
     sources on the target's grid stand on its input channels. `opened`: the rounds in which the flows of new modalities
     train on, from where their single flow's stage left them; that of an open partner too, where it reads such sources.
+    `tune`: the name of a fine-tune that stands on all of it, or "".
     """
 
     listing: tuple[str, ...]
@@ -123,6 +162,7 @@ class Graph:
     contrasts: bool = True
     register: tuple[str, ...] = ()
     opened: tuple[str, ...] = ()
+    tune: str = ""
 
     @cached_property
     def pairs(self) -> tuple[tuple[str, ...], ...]:
@@ -198,7 +238,39 @@ class Graph:
                 *(f"{m}/grid" for m in registered),
             )
             out.append(Stage(name, "round", ab, trains, tuple(reads), new, contrasts, registered, practised))
+        if self.tune:
+            out.append(self._tune(out))
         return {stage.name: stage for stage in out}
+
+    def _tune(self, before: Sequence[Stage]) -> Stage:
+        """The fine-tune that stands on these stages.
+
+        Raises:
+          UserError: none of them has trained its target to be guided by its source.
+        """
+        task, how = tuned(self.tune)
+        round_name, target, _ = TASKS[task]
+        ab = members(round_name)
+        pairs = {(a, b) for s in before if s.verb == "round" for a in s.subjects for b in s.subjects if a != b}
+        pairs |= {(m, m) for s in before for m in s.contrasts}
+        if (ab[ab[0] == target] if len(ab) == 2 else target, target) not in pairs:
+            raise UserError(
+                f"{task}: no round of the listing {self.listing} guides {target} so; expected one with {round_name}"
+            )
+        with_grid = {m for s in before for m in s.registered if s.name not in self.absent}
+        registered = {target: self.near(round_name).get(target, ())} if target in with_grid else {}
+        trains = tuple(f"{target}/{group}" for group in HOWS[how] if group != "grid" or registered)
+        reads = dict.fromkeys(
+            (
+                *(f"{MODALITIES[m].kind}/vae" for m in ab),
+                *(f"{m}/clip" for m in (*self.centre, *ab)),
+                f"{target}/flow",
+                *(f"{m}/guide" for m in ab),
+                *(f"{m}/grid" for m in registered),
+            )
+        )
+        contrasts = (target,) if (target, target) in pairs else ()
+        return Stage(self.tune, "round", ab, trains, tuple(reads), (), contrasts, registered, target=target)
 
     def near(self, round_name: str) -> dict[str, tuple[str, ...]]:
         """Member of a round -> the modalities whose images may lie on its grid there: its partner, and itself where its
@@ -273,7 +345,8 @@ def graph(
     absent: Sequence[str] = (),
     contrasts: bool = True,
     register: Sequence[str] = (),
+    tune: str = "",
 ) -> Graph:
     if freeze not in FREEZE:
         raise UserError(f"config.freeze={freeze!r}: expected one of {', '.join(FREEZE)}")
-    return Graph(tuple(listing), freeze, tuple(absent), contrasts, tuple(register))
+    return Graph(tuple(listing), freeze, tuple(absent), contrasts, tuple(register), tune=tune)

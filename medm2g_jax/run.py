@@ -24,7 +24,7 @@ from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.device import use_compilation_cache
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.report import write_report
-from medm2g_jax.evaluate.show import data_picture, show
+from medm2g_jax.evaluate.show import ceiling, data_picture, show
 from medm2g_jax.family import text_lengths
 from medm2g_jax.limits import check
 from medm2g_jax.modality import MODALITIES, centre
@@ -61,6 +61,8 @@ def open_data(config: ConfigDict, root: epath.Path, source: Source | None = None
     if all(MODALITIES[m].is_image for m in graph.modalities):
         return loop.Data(source, None, {}, config.image_size)
     folder = root / "tokenizers"
+    if not (folder / "done").exists() and jax.process_index() == 0:
+        _tokenizers_of(config.upstream_dirs, folder)
     begun = results.begins(config, f"{centre().name}/clip")  # its tokenizer belongs to it, and with it the others
     if not (folder / "done").exists() and begun and jax.process_index() == 0:
         for name, path in weights.tokenizers(config.weights).items():
@@ -81,6 +83,18 @@ def open_data(config: ConfigDict, root: epath.Path, source: Source | None = None
             )
     tokenizers = Tokenizers.load(folder, config.net.report_words)
     return loop.Data(source, tokenizers, text_lengths(config.net), config.image_size)
+
+
+def _tokenizers_of(roots: Sequence[str], folder: epath.Path) -> None:
+    """Copy the tokenizers of the first of these run roots that has some: what was trained there reads no others."""
+    known = (epath.Path(root) / "tokenizers" for root in roots)
+    there = next((path for path in known if (path / "done").exists()), None)
+    if there is not None:
+        for name in [path.name for path in there.iterdir() if path.is_dir()]:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            for file in (there / name).iterdir():
+                (folder / name / file.name).write_bytes(file.read_bytes())
+        (folder / "done").write_text(f"copied from {there}\n")
 
 
 def served(config: ConfigDict, root: epath.Path, source: Source, todo: Sequence[tuple[str, str]]) -> dict[str, int]:
@@ -209,7 +223,7 @@ def _train(config: ConfigDict, root: epath.Path, source: Source, say: Callable[[
         rest = ratio * sum(guess[s] for s in list(configs)[i + 1 :])
         say(f"\n== {name} ({i + 1} of {len(configs)})")
         start = time.time()
-        meta = loop.run_stage(stage, root, data, plan_eta=rest, show=show)
+        meta = loop.run_stage(stage, root, data, plan_eta=rest, show=show, ceiling=ceiling)
         spent[name] = time.time() - start
         size = meta["parameters"] / 1e6
         say(f"  {name}: done in {spent[name]:.0f} s, {size:.2f} M parameters -> {root / name}")
@@ -230,6 +244,8 @@ def _next_command(graph: rounds.Graph, name: str, root: epath.Path) -> str:
     if stage.verb != "round":
         return f"{command} --make {stage.subjects[0]} --out {root}/generated"
     a, b = stage.subjects if len(stage.subjects) == 2 else MODALITIES[stage.subjects[0]].streams[1:3]
+    if stage.target:
+        command, (a, b) = f"{command}/{name}", (b, a) if stage.target == a else (a, b)
     text = 'text="large mass in the left upper lung . heart size is normal ."'
     given = f"{a}=IMAGE.png" if MODALITIES[a.partition(":")[0]].is_image else text
     return f"{command} --given {given} --make {b} --out {root}/generated"

@@ -22,3 +22,10 @@ if __name__ == "__main__":
     config = micro("mri", "tiny", steps=3, listing=("mri",))
     run.run(config, f"{sys.argv[1]}/mri")
     run.run(micro("ldm", "ct,tiny,alone", steps=3, predict="v"), f"{sys.argv[1]}/ct")
+
+    # A fine-tune in a run root of its own, and one in that of its rounds.
+    config = micro("finetune", "mri_to_ct,full,tiny,alone", steps=4, eval_every=2, accelerate=4)
+    config.upstream_dirs = (f"{sys.argv[1]}/ct_mri",)
+    config.data.train = 64
+    run.run(config, f"{sys.argv[1]}/tuned")
+    run.run(micro("finetune", "mri,lora,tiny,alone", steps=3, rank=2), f"{sys.argv[1]}/mri")

@@ -125,6 +125,39 @@ def test_a_flow_says_what_it_predicts_and_a_round_takes_it_from_there(roots):
         loop.plan_stages(config, roots / "mri")
 
 
+def test_a_finetune_begins_from_another_run_and_ends_no_worse(roots):
+    """On fewer subjects, in a run root of its own; the best of what was measured is kept."""
+    meta = checkpoint.read_meta(roots / "tuned" / "tune_mri_to_ct_full")
+    assert set(meta["trains"]) == {"ct/flow", "ct/guide", "ct/grid"} and meta["shared"]["data"]["train"] == 64
+    assert {o["run"] for g, o in meta["from"].items() if g not in meta["trains"]} == {str(roots / "ct_mri")}
+    saves = roots / "tuned" / "tune_mri_to_ct_full" / "checkpoints"
+    measured = checkpoint.Checkpoints(saves)
+    losses = {step: record["metric"] for step, record in measured._records.items()}
+    measured.close()
+    assert meta["step"] == min((s for s in losses if losses[s] is not None), key=losses.get)
+    rows = [json.loads(x) for x in (roots / "tuned" / "tune_mri_to_ct_full" / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if "held out/loss" in r] == [0, 2, 4]
+    model = load(str(roots / "tuned" / "tune_mri_to_ct_full"))
+    assert model.modalities == ("ct",) and model.givable == ("ct", "mri")
+    out = model.generate({"mri:t2": np.full((32, 32), 0.5)}, ["ct"])
+    assert out.pairs == {"mri:t2 -> ct": "prompt tokens, guide tokens, registered"}
+    ceiling = json.loads((roots / "tuned" / "tune_mri_to_ct_full" / "ceiling.json").read_text())
+    assert {f["task"] for f in ceiling} == {"CT -> CT"}
+
+
+def test_low_rank_additions_are_merged_when_they_are_loaded(roots):
+    meta = checkpoint.read_meta(roots / "mri" / "tune_mri_lora")
+    assert meta["trains"] == ["mri/lora"]
+    stored = checkpoint.load_model(roots / "mri" / "tune_mri_lora")
+    ranks = {x.shape[1] for n, x in stored.items() if n.endswith("/a")}
+    assert all("/lora/" in n for n in stored) and ranks == {2}
+    tuned, plain = load(str(roots / "mri" / "tune_mri_lora")), load(str(roots / "mri" / "mri"))
+    assert tuned.params.keys() == plain.params.keys()
+    moved = {n for n in plain.params if not np.array_equal(tuned.params[n], plain.params[n])}
+    added = {n.removesuffix("/a").replace("/lora/", "/unet/") for n in stored if n.endswith("/a")}
+    assert moved == added or meta["step"] == 0  # the best may be where it began
+
+
 # --- contrasts guide each other -------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ STAGES = {
     "ct_mri": {"": "ct_mri"},
     "mri": {"": "mri"},
     "text_mri": {"": "text_mri"},
+    "finetune": {f"{task},{how}": f"tune_{task}_{how}" for task in rounds.TASKS for how in rounds.HOWS},
 }
 
 
@@ -68,7 +69,8 @@ def test_every_config_file_names_its_stage(name):
             for variant in ((), ("paper",)):
                 config = load(name, ",".join(w for w in (subject, preset, *variant) if w))
                 assert (config.stage, config.preset, config.variant) == (stage, preset, "".join(variant))
-                assert stage in rounds.graph(config.listing).stages
+                tune = stage if rounds.tuned(stage) else ""
+                assert stage in rounds.graph(config.listing, tune=tune).stages
                 assert config.steps > 0 and config.lr > 0 and all(w >= 0 for w in config.loss.values())
     imported = [n for n in ast.walk(ast.parse((CONFIGS / f"{name}.py").read_text())) if isinstance(n, ast.ImportFrom)]
     assert [n.module for n in imported] == ["medm2g_jax.config"]

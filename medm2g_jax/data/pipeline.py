@@ -36,6 +36,7 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
+from medm2g_jax.data.kspace import undersampled
 from medm2g_jax.data.source import Record, Source
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.errors import UserError
@@ -67,6 +68,7 @@ class Rows:
       earlier: required modalities, and partners that each had before: a share `rehearse` of the rows comes from records
         that have one of these modalities and some of its earlier partners, all of which the row then gives; the rest of
         `require` counts as absent.
+      accelerate: (modality, factor, lines that are kept) of images as from a faster acquisition (`kspace`).
       identify: rows say which record they are of.
     """
 
@@ -80,6 +82,7 @@ class Rows:
     registered: tuple[str, ...] = ()
     earlier: tuple[tuple[str, tuple[str, ...]], ...] = ()
     rehearse: float = 0.0
+    accelerate: tuple[str, int, str] | None = None
     identify: bool = False
 
     @property
@@ -194,7 +197,11 @@ class _Reader:
 
     def _value(self, index: int, stream: str, rng: np.random.Generator) -> Any:
         value = self.source.read(index, stream, rng)
-        return self.encode(value) if isinstance(value, str) else value
+        if isinstance(value, str):
+            return self.encode(value)
+        if self.rows.accelerate and self.rows.accelerate[0] == stream.partition(":")[0]:
+            return undersampled(value, *self.rows.accelerate[1:], rng)
+        return value
 
     def _target(self, record: Record, modality: str, rng: np.random.Generator) -> str:
         rows = self.rows

@@ -3,6 +3,7 @@
     image_vae, text_vae   reconstructions: images beside the mean image; share of texts that come back word for word
     align_<pair>          retrieval of the partner, beside chance
     ldm_<m>               samples from their prompt
+    tune_<task>_<how>     its target made from the other, beside its autoencoder on the same data
     <pair>                each partner made from the other; for a round with text, the counterfactual row: same seed,
                           "left" turned to "right" in the report
 
@@ -41,11 +42,12 @@ from medm2g_jax.inference import Model
 from medm2g_jax.keys import row_keys
 from medm2g_jax.modality import MODALITIES, centre, stream_word
 from medm2g_jax.model import MedM2G
-from medm2g_jax.recipes import rows_of
+from medm2g_jax.recipes import accelerated, rows_of
 from medm2g_jax.train import checkpoint, loop, results
 from medm2g_jax.train.log import SLOW, Log, duration
 
 PICTURED = 8  # records in a picture
+CEILING = "ceiling.json"  # figures of a fine-tune's autoencoder, on its own data
 SEED = 0  # of the samples, and of which records are measured
 
 
@@ -89,6 +91,25 @@ def show(
     if (folder / "texts.json").exists():
         log.write_texts(config.steps, json.loads((folder / "texts.json").read_text()))
     return to_json(figures)
+
+
+def ceiling(
+    *,
+    config: ConfigDict,
+    graph: rounds.Graph,
+    folder: epath.Path,
+    model: MedM2G,
+    params: Params,
+    data: loop.Data,
+    meta: dict,
+) -> None:
+    """What the target's autoencoder makes of these data, before a fine-tune begins: no sample can pass it."""
+    shown = Shown(config, graph, folder, Model(model, params, data.tokenizers, meta, config.sample), data)
+    target = shown.stage.target
+    figures = _image_autoencoder(shown, [target]) if _image(target) else _text_autoencoder(shown)
+    for figure in figures:
+        print(f"  the autoencoder's ceiling: {line(figure)}", flush=True)
+    (folder / CEILING).write_text(json.dumps(to_json(figures), indent=1))
 
 
 def data_picture(data, path: epath.Path, modalities: tuple[str, ...]) -> None:
@@ -220,6 +241,9 @@ def _of_autoencoder(s: Shown, target: str, which: str) -> list[Figure]:
     """What the result of the target's autoencoder says of the target, on the same sort of records; nothing where no
     stage trained it."""
     target = target.partition(":")[0]
+    if s.stage.target:
+        figures = from_json(json.loads((s.folder / CEILING).read_text()))
+        return [f for f in figures if f.task == _task(target, target, which=which)]
     for name, stage in s.graph.stages.items():
         if stage.verb == "vae" and stage.subjects == (MODALITIES[target].kind,):
             place = results.find(s.folder.parent, s.config, name)
@@ -368,8 +392,11 @@ def _round(s: Shown) -> list[Figure]:
     figures: list[Figure] = []
     if len(s.stage.subjects) == 2:
         a, b = s.stage.subjects
-        batch, which = _measured(s.data, Rows(require=(a, b)), s.config.sample.rows)
+        rows = Rows(require=(a, b), accelerate=accelerated(s.config))
+        batch, which = _measured(s.data, rows, s.config.sample.rows)
         for source, target in ((b, a), (a, b)):
+            if s.stage.target not in ("", target):
+                continue
             given = {source: batch[source]}
             drawn = _image(a) and target == b
             figures += _made(s, given, target, batch[target], which, "samples.png" if drawn else "")

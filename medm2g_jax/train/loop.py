@@ -165,6 +165,7 @@ def run_stage(
     data: Data,
     plan_eta: float = 0.0,
     show: Callable[..., list[dict]] | None = None,
+    ceiling: Callable[..., Any] | None = None,
 ) -> dict:
     """Train one stage, all of whose upstream results exist, and write its result. Returns the result's model.json.
 
@@ -172,6 +173,7 @@ def run_stage(
       plan_eta: seconds that the stages after this one are expected to take.
       show: called with (config, graph, folder, model, params, data, meta, log) after the last step: draws the stage's
         picture and returns its figures, as plain values.
+      ceiling: called alike, but for the log, before the first step of a fine-tune.
     """
     folder = root / config.stage
     began = time.time()
@@ -233,6 +235,16 @@ def run_stage(
             )
             return loss
 
+        if setup.stage.target and step == 0:  # what it begins with may stay the best
+            if ceiling is not None and jax.process_index() == 0:
+                whole = {**frozen, **state.ema}
+                about = results.describe(config, graph, data, upstream, setup.model)
+                ceiling(
+                    config=config, graph=graph, folder=folder, model=setup.model, params=whole, data=data, meta=about
+                )
+            first = evaluate(state)
+            saves.save(0, _as_dict(state), metric=first)
+            log.say(f"  held-out loss before the first step: {first:.4g}")
         batches = iter(loader(step)) if step < total else iter(())
         stopping = False
         while step < total:
@@ -285,6 +297,8 @@ def run_stage(
         if close:
             close()
         best, params = _best(saves, state, state_shardings)
+        if setup.stage.target:
+            log.say(f"  the best held-out loss is that of step {best} of {config.steps}, which is kept")
         del state  # its slots make room for the samples
     finally:
         stop.close()

@@ -89,10 +89,12 @@ def find(root: epath.Path, config: ConfigDict, name: str) -> epath.Path | None:
         meta = checkpoint.read_meta(place / name)
         if meta is None:
             continue
+        other_data = rounds.tuned(config.stage) is not None  # a fine-tune may be of any
         different = [
             found
             for found in differences(meta["shared"], shared(config))
-            if not moved(place, config, found, meta["weights"] if "weights" in meta else None)
+            if not (other_data and found[0].startswith("data."))
+            and not moved(place, config, found, meta["weights"] if "weights" in meta else None)
         ]
         if different:
             field, old, new = different[0]
@@ -234,12 +236,14 @@ def refuse_stale(config: ConfigDict, root: epath.Path, todo: Sequence[tuple[str,
 
 
 def config_path(stage: str) -> str:
+    if rounds.tuned(stage):
+        return "configs/finetune.py"
     return f"configs/{stage.split('_')[0]}.py" if stage.startswith(("align_", "ldm_")) else f"configs/{stage}.py"
 
 
 def config_words(config: ConfigDict, stage: str) -> str:
     """What follows --config= to run a stage with this config's preset and variant."""
-    words = [stage.split("_", 1)[1]] if stage.startswith(("align_", "ldm_")) else []
+    words = [stage.split("_", 1)[1]] if stage.startswith(("align_", "ldm_")) else [*(rounds.tuned(stage) or ())]
     words += [config.preset] + ([config.variant] if config.variant else []) + listing_words(config.listing)
     return f"{config_path(stage)}:{','.join(words)}"
 
@@ -254,13 +258,16 @@ def listing_words(listing: tuple[str, ...]) -> list[str]:
 
 def graph_of(config: ConfigDict, root: epath.Path) -> rounds.Graph:
     """The stage graph of a run: with upstream="init", rounds before config.stage without a result are absent."""
-    before = config.listing[: config.listing.index(config.stage)] if config.stage in config.listing else ()
+    before = config.listing if rounds.tuned(config.stage) else ()
+    before = config.listing[: config.listing.index(config.stage)] if config.stage in config.listing else before
     absent = [r for r in before if config.upstream == "init" and find(root, config, r) is None]
     return stage_graph(config, tuple(absent))
 
 
 def converted_stage(config: ConfigDict, name: str) -> bool:
     """Does this stage count as done since converted weights hold its result? Autoencoders do, where a run has some."""
+    if rounds.tuned(name):
+        return False
     trains = rounds.graph(config.listing).stage(name).trains
     return name != config.stage and all(g.endswith("/vae") and begins(config, g) for g in trains)
 
@@ -323,8 +330,11 @@ def load_upstream(
         if "slots" in meta:  # results of before have none
             slots |= tuples(meta["slots"])
             registered |= dict.fromkeys(tuples(meta["pairs"]["registered"]))
-        lineage |= meta["from"]
-        lineage |= {g: dict(stage=owner, fingerprint=group_fingerprint(meta["fingerprints"], g)) for g in groups}
+        # What lies in another run root is found there again.
+        there = {} if folder.parent == root else {"run": os.path.abspath(folder.parent)}
+        lineage |= {g: there | origin if "stage" in origin else origin for g, origin in meta["from"].items()}
+        for g in groups:
+            lineage[g] = dict(stage=owner, fingerprint=group_fingerprint(meta["fingerprints"], g), **there)
     if missing:
         raise UserError(f"{config.stage}: no result of {', '.join(missing)} in {root}")
     own: tuple[str, ...] = ()
@@ -478,7 +488,7 @@ def build_model(
         slots = slots_of(stage_graph(config), config.stage)
     net, graph = tuples(json.loads(config.net.to_json_best_effort())), rounds.graph(config.listing)
     options = dict(remat=config.remat, centred=bool(graph.centre), slots=slots)
-    options |= dict(predict=predict, schedule=config.schedule)
+    options |= dict(predict=predict, schedule=config.schedule, rank=config.rank if "rank" in config else 0)
     return build(net, graph.modalities, vocab, scales, config.image_size, dtype, **options)
 
 
