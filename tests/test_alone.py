@@ -49,9 +49,8 @@ def test_without_the_centre_there_is_nothing_of_it(roots, pair):
     for name in ("ct_mri", "mri", "ct"):
         assert not (roots / name / "tokenizers").exists() and not (roots / name / "text_vae").exists()
         listing = (name,)
-        assert {p.name for p in (roots / name).iterdir() if (p / "model.json").exists()} == {
-            *rounds.graph(listing).stages
-        }
+        done = {p.name for p in (roots / name).iterdir() if (p / "model.json").exists() and not rounds.tuned(p.name)}
+        assert done == {*rounds.graph(listing).stages}
     assert {n.split("/")[0] for n in pair.params} == {"ct", "mri", "image"}
     assert pair.tokenizers is None and pair.meta["vocab"] == pair.meta["lengths"] == {}
     assert pair.modalities == pair.givable == ("ct", "mri")
