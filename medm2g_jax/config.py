@@ -181,8 +181,8 @@ _VERB_SIZES: dict[str, dict[str, dict[str, Any]]] = {
         image_vae=dict(steps=1800, lr=4e-3, batch=8, log_every=100, checkpoint_every=600),
         text_vae=dict(steps=700, lr=3e-3, batch=32),
         align=dict(steps=400, lr=2e-3, batch=96),
-        ldm=dict(steps=1200, lr=2e-3, batch=16),
-        ldm_text=dict(steps=500, lr=3e-3, batch=64),
+        ldm=dict(steps=1600, lr=4e-3, batch=16),
+        ldm_text=dict(steps=2000, lr=3e-3, batch=32),
         round=dict(steps=400, lr=5e-3, lr_adapt=5e-3, batch=16),
         tune_full=dict(steps=300, lr=1e-3, lr_adapt=1e-3, batch=16),
         tune_guide=dict(steps=300, lr=2e-3, lr_adapt=2e-3, batch=16),
@@ -240,8 +240,9 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
     elif verb == "ldm":
         own |= dict(
             loss=dict(eps=1.0),  # squared error of what is predicted
-            # A name in diffusion.PREDICTIONS; rounds take it from the flow they stand on. "auto": eps where converted
-            # weights begin the flow, which learned that, else z0: it is learned soonest (docs/quality.md).
+            # A name in diffusion.PREDICTIONS; rounds take it from the flow they stand on. "auto", measured
+            # (docs/quality.md): eps where converted weights begin the flow, which learned that; else v of images, but
+            # z0 of those whose first round brings sources on their grid, and of texts.
             predict="eps" if paper else "auto",
             min_snr=0.0,  # the most that z0's error may count at a time, in signal over noise; 0: all times alike
             drop_prompt=0.1,
@@ -250,7 +251,7 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
     else:
         if tiny and name == listing[0]:
             own |= dict(steps=600)  # two guides, not one
-        if tiny and not paper and _on_grid(name, listing):
+        if tiny and not paper and on_grid(name, listing):
             own |= dict(steps=800)
         if paper:
             own |= dict(lr_adapt=own["lr"])
@@ -285,7 +286,7 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
     return own
 
 
-def _on_grid(name: str, listing: tuple[str, ...]) -> bool:
+def on_grid(name: str, listing: tuple[str, ...]) -> bool:
     """Is this a round in which a flow may have sources on its own grid, or the single flow of such a modality?"""
     stages = rounds.graph(listing, register=listing).stages.values()
     return any(stage.registered and name in (stage.name, *(f"ldm_{m}" for m in stage.registered)) for stage in stages)

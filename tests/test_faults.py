@@ -390,7 +390,7 @@ def test_weights_that_predict_eps_cannot_begin_a_flow_that_predicts_anything_els
         config.predict = predict
         assert results.predictions(config, ("ct/flow", "ct/guide")) == {"ct": "eps"}
     config.weights = ""
-    for predict, meant in (("auto", "sample"), ("v", "v")):
+    for predict, meant in (("auto", "v"), ("sample", "sample")):
         config.predict = predict
         assert results.predictions(config, ("ct/flow",)) == {"ct": meant}
     upstream = micro("text_ct", "tiny")
@@ -402,7 +402,7 @@ def test_weights_that_predict_eps_cannot_begin_a_flow_that_predicts_anything_els
 def test_where_no_signal_is_left_a_flow_that_predicts_eps_is_refused():
     config = micro("text_ct", "tiny")
     config.schedule = "zero_snr"
-    assert results.predictions(config, ("text/flow", "ct/flow")) == {"text": "sample", "ct": "sample"}
+    assert results.predictions(config, ("text/flow", "ct/flow")) == {"text": "sample", "ct": "v"}
     config.stages.ldm_ct.predict = "eps"
     with pytest.raises(UserError, match=r"ldm_ct predicts eps \(config\.stages\.ldm_ct\.predict='eps'\)"):
         results.predictions(config, ("text/flow", "ct/flow"))
