@@ -34,6 +34,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--best-of", type=int, default=1, help="keep the draw that agrees best with what is given, in the aligned space"
     )
+    parser.add_argument("--beams", type=int, default=1, help="of texts: hypotheses that the search keeps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, help="samples made at a time; default the run's own sample.rows")
     parser.add_argument("--steps", type=int, help="sampling steps; default the run's own")
@@ -61,7 +62,7 @@ def _generate(args: argparse.Namespace) -> None:
 
     start = time.time()
     quiet()
-    numbers = ("count", "draws", "best_of", "steps", "eta", "guidance", "guide_guidance", "seed", "rows")
+    numbers = ("count", "draws", "best_of", "steps", "eta", "guidance", "guide_guidance", "beams", "seed", "rows")
     asked = {name: getattr(args, name) for name in numbers}
     check_sampling("--{}", **asked)  # and the folder, before minutes of loading and sampling
     check_writable(args.out)

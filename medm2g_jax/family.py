@@ -23,7 +23,7 @@ from medm2g_jax.nn.clip import CLIPText, CLIPVision, clip_pixels
 from medm2g_jax.nn.context import ImageContext, TextContext
 from medm2g_jax.nn.image_vae import ImageVAE
 from medm2g_jax.nn.text_unet import TextUNet
-from medm2g_jax.nn.text_vae import TextVAE, decode_greedy
+from medm2g_jax.nn.text_vae import TextVAE, decode_beam, decode_greedy
 from medm2g_jax.nn.unet import UNet
 
 
@@ -90,9 +90,13 @@ class TextFamily:
         pad = self.vae().pad
         return {"ce": lambda logits, x: token_cross_entropy(logits, x["gpt2"], pad)}
 
-    def decode(self, params: Any, z: Latent) -> Array:
-        """Unscaled latents -> GPT-2 ids (b n), the likeliest token at each place."""
-        return decode_greedy(self.vae(), params, z, text_lengths(self.net)["gpt2"])
+    def decode(self, params: Any, z: Latent, beams: int = 1) -> Array:
+        """Unscaled latents -> GPT-2 ids (b n): the likeliest token at each place, or the likeliest text that so many
+        beams find."""
+        length = text_lengths(self.net)["gpt2"]
+        if beams == 1:
+            return decode_greedy(self.vae(), params, z, length)
+        return decode_beam(self.vae(), params, z, length, beams)
 
 
 @dataclass(frozen=True)
@@ -161,8 +165,9 @@ class ImageFamily:
             "mse": lambda y, x: jnp.mean(jnp.square(y - x)),
         }
 
-    def decode(self, params: Any, z: Latent) -> Array:
-        """Unscaled latents -> images (b h w 1) in [-1, 1], the mean of the colours."""
+    def decode(self, params: Any, z: Latent, beams: int = 1) -> Array:
+        """Unscaled latents -> images (b h w 1) in [-1, 1], the mean of the colours. Nothing is searched here."""
+        del beams
         y = self.vae().apply({"params": params}, z, method="decode")
         return jnp.clip(y.astype(jnp.float32).mean(-1, keepdims=True), -1.0, 1.0)
 

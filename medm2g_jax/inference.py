@@ -51,7 +51,7 @@ class Model:
         self.lengths = dict(meta["lengths"])
         self._large = sum(p.nbytes for p in params.values()) > LARGE
         self._samplers: dict[Request, Callable] = {}
-        self._decoders: dict[str, Callable] = {}
+        self._decoders: dict[tuple[str, int], Callable] = {}
         self._encoders: dict[tuple[str, str], Callable] = {}
 
     @property
@@ -125,13 +125,19 @@ class Model:
         rows = [self.tokenizers.encode(text, self.lengths) for text in texts]
         return {name: np.stack([row[name] for row in rows]) for name in self.lengths}
 
-    def decode(self, stream: str, z: Array | np.ndarray, rows: int | None = None) -> Any:
+    def decode(self, stream: str, z: Array | np.ndarray, rows: int | None = None, beams: int = 1) -> Any:
         """Latents (n ...) -> list of str, or float32 images (n h w 1) in [-1, 1]; `in_units` brings these into the
-        modality's unit. rows: decoded at a time, None for all."""
+        modality's unit.
+
+        Args:
+          rows: decoded at a time, None for all.
+          beams: hypotheses that the search for the likeliest text keeps; 1 takes the likeliest token each time.
+        """
         modality = self.model.flows[split_stream(stream)[0]].modality
-        if modality.kind not in self._decoders:
-            self._decoders[modality.kind] = jit(lambda p, z, m=modality.name: self.model.decode(p, m, z))
-        value = _in_passes(lambda z: self._decoders[modality.kind](self.params, z), rows or len(z), z)
+        known = modality.kind, beams
+        if known not in self._decoders:
+            self._decoders[known] = jit(lambda p, z, m=modality.name: self.model.decode(p, m, z, beams))
+        value = _in_passes(lambda z: self._decoders[known](self.params, z), rows or len(z), z)
         return value if modality.is_image else [self.tokenizers.decode(ids) for ids in value]
 
     def encode(self, stream: str, items: Sequence[Any]) -> Float[np.ndarray, "n ..."]:
@@ -180,6 +186,7 @@ class Model:
         eta: float | None = None,
         guidance: float | None = None,
         guide_guidance: float | None = None,
+        beams: int = 1,
         seed: int = 0,
         numbers: Sequence[int] | None = None,
         rows: int | None = None,
@@ -197,6 +204,7 @@ class Model:
           steps, eta, guidance: of the sampler; None for the run's own.
           guide_guidance: a scale of their own for the guides; `guidance` is then that of the prompts. One network pass
             in two more.
+          beams: of texts, see `decode`.
           seed: the noise of sample i, draw j is a function of (seed, i, j, stream).
           numbers: which i each sample has; None for 0, 1, 2 ...
           rows: made at a time; None for the run's own `sample.rows`. A sample does not depend on it.
@@ -207,7 +215,7 @@ class Model:
             images.
         """
         asked = dict(count=count, draws=draws, best_of=best_of, steps=steps, eta=eta, guidance=guidance, seed=seed)
-        check_sampling("{}", **asked, guide_guidance=guide_guidance, rows=rows)
+        check_sampling("{}", **asked, guide_guidance=guide_guidance, rows=rows, beams=beams)
         if steps is not None:
             options["steps"] = steps
         apart = guide_guidance is not None
@@ -235,7 +243,7 @@ class Model:
         repeated = jax.tree.map(lambda x: np.repeat(x, each, axis=0), batch)
         keys = _draw_keys(seed, range(n) if numbers is None else numbers, each)
         latents = self.sample(request, repeated, keys, scales, self.defaults["eta"] if eta is None else eta, rows)
-        made = {s: self.decode(s, latents[s], rows) for s in request.make}
+        made = {s: self.decode(s, latents[s], rows, beams) for s in request.make}
         agreement = None
         if best_of > 1:
             agreement = self._agreement(batch, made, n)

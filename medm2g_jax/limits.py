@@ -52,6 +52,7 @@ SAMPLING = {
     "count": _SIZE,
     "draws": _SIZE,
     "best_of": _SIZE,
+    "beams": _SIZE,
     "rows": _SIZE,
     "seed": Range(0, MAX_SEED),
     "steps": Range(1, 1000),

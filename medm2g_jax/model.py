@@ -239,10 +239,10 @@ class MedM2G:
         mean, _ = self.posterior(params, kind, x)
         return mean.astype(jnp.float32) * self.scales[kind]
 
-    def decode(self, params: Params, name: str, z: Latent) -> Array:
-        """Scaled latents of modality `name` -> images (b h w 1) in [-1, 1], or GPT-2 ids (b n)."""
+    def decode(self, params: Params, name: str, z: Latent, beams: int = 1) -> Array:
+        """Scaled latents of modality `name` -> images (b h w 1) in [-1, 1], or GPT-2 ids (b n). beams: of texts."""
         kind = self.flows[name].modality.kind
-        return self.families[kind].decode(under(params, f"{kind}/vae"), z / self.scales[kind])
+        return self.families[kind].decode(under(params, f"{kind}/vae"), z / self.scales[kind], beams)
 
     def posterior(self, params: Params, kind: str, x: Any) -> tuple[Latent, Latent]:
         """Mean and log-variance of the autoencoder's posterior, unscaled."""

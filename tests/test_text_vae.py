@@ -1,5 +1,7 @@
 """The text autoencoder against transformers' BertModel and GPT2LMHeadModel, and cached against uncached decoding."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from flax.traverse_util import flatten_dict
 from oracles_vae import BERT, GPT2, convert, fill
 
-from medm2g_jax.nn.text_vae import TextVAE, decode_greedy
+from medm2g_jax.nn.text_vae import TextVAE, decode_beam, decode_greedy
 
 transformers = pytest.importorskip("transformers")
 
@@ -149,3 +151,26 @@ def test_too_long_is_refused(tiny):
         vae.apply(params, jnp.zeros((1, 24)), jnp.zeros((1, 20), jnp.int32), method="logits")
     with pytest.raises(ValueError, match="20 positions"):
         decode_greedy(vae, params["params"], jnp.zeros((1, 24)), 20)
+
+
+def test_beams_find_the_likeliest_text_of_all(jit):
+    """As many beams as there are beginnings search everything: brute force over all texts of three tokens. One beam is
+    greedy."""
+    vae = TextVAE(bert_vocab=9, gpt2_vocab=6, width=16, layers=1, heads=2, ff=32, latent=8, gpt2_positions=8)
+    params = vae.init(jax.random.key(3), BERT_IDS[:1, :3] * 0 + 1, jnp.zeros((1, 3), jnp.int32))["params"]
+    z = 3 * jax.random.normal(jax.random.key(4), (4, 8))
+    length, vocab = 3, vae.gpt2_vocab
+    texts = np.asarray(list(itertools.product(range(vocab), repeat=length)))
+    ended = np.cumsum(texts == vae.eos, axis=1) - (texts == vae.eos)  # how many eos came before
+    texts = texts[np.all((ended == 0) | (texts == vae.pad), axis=1)]  # after it pad alone
+    over = np.cumsum(texts == vae.eos, axis=1) - (texts == vae.eos) > 0
+    ids = np.concatenate([np.full((len(texts), 1), vae.bos), texts[:, :-1]], axis=1)
+    logits = jit(lambda p, z, ids: vae.apply({"params": p}, z, ids, method="logits"))
+    found = np.asarray(jit(lambda p, z: decode_beam(vae, p, z, length, vocab**length))(params, z))
+    for row, ours in zip(z, found, strict=True):
+        log = np.asarray(jax.nn.log_softmax(logits(params, jnp.tile(row, (len(texts), 1)), jnp.asarray(ids))))
+        each = np.where(over, 0.0, np.take_along_axis(log, texts[..., None], axis=-1)[..., 0]).sum(1)
+        score = each / np.maximum((texts != vae.pad).sum(1), 1)
+        np.testing.assert_array_equal(ours, texts[score.argmax()])
+    greedy = np.asarray(decode_greedy(vae, params, z, 5))
+    np.testing.assert_array_equal(decode_beam(vae, params, z, 5, 1), greedy)

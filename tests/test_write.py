@@ -128,6 +128,7 @@ def test_a_read_only_file_system_is_named(tmp_path):
         ("--eta", "1.5", "from 0 to 1"),
         ("--eta", "nan", "from 0 to 1"),
         ("--draws", "0", "from 1 to"),
+        ("--beams", "0", "from 1 to"),
         ("--best-of", "0", "from 1 to"),
         ("--guide-guidance", "nan", "a finite number"),
     ],

@@ -280,3 +280,46 @@ def decode_greedy(vae: TextVAE, params: Any, z: Float[Array, "b latent"], length
     batch = z.shape[0]
     start = (jnp.full((batch,), vae.bos, jnp.int32), jnp.zeros((batch,), bool), vae.init_cache(batch, length))
     return jax.lax.scan(body, start, jnp.arange(length))[1].T
+
+
+def decode_beam(
+    vae: TextVAE, params: Any, z: Float[Array, "b latent"], length: int, beams: int
+) -> Int[Array, "b length"]:
+    """The likeliest of the texts that `beams` hypotheses a row find, by log-probability a token (eos included), cached,
+    in one scan. One beam is `decode_greedy`. Ids up to eos, then pad; no bos.
+
+    Args:
+      params: the module's own, nested.
+      z: unscaled latents.
+      length: of the output, at most gpt2_positions - 1.
+    """
+    if length >= vae.gpt2_positions:
+        raise ValueError(f"length {length}, but the decoder has {vae.gpt2_positions} positions, the memory's included")
+    batch, vocab = z.shape[0], vae.gpt2_vocab
+    latents = jnp.repeat(z, beams, axis=0)
+    only_pad = jnp.where(jnp.arange(vocab) == vae.pad, 0.0, -jnp.inf)  # what is finished costs nothing more
+
+    def body(carry, position):
+        token, done, score, texts, cache = carry
+        logits, cache = vae.apply({"params": params}, latents, token, position, cache, method="step")
+        step = jax.nn.log_softmax(logits.astype(jnp.float32)).reshape(batch, beams, vocab)
+        step = jnp.where(done[..., None], only_pad, step)
+        score, best = jax.lax.top_k((score[..., None] + step).reshape(batch, -1), beams)
+        parent, token = best // vocab, (best % vocab).astype(jnp.int32)
+        rows = (jnp.arange(batch)[:, None] * beams + parent).reshape(-1)
+        done = jnp.take_along_axis(done, parent, axis=1)
+        texts = jnp.take_along_axis(texts, parent[..., None], axis=1)
+        texts = texts.at[:, :, position].set(token)  # pad where it was done before
+        cache = jax.tree.map(lambda c: c[rows], cache)
+        return (token.reshape(-1), done | (token == vae.eos), score, texts, cache), None
+
+    start = (
+        jnp.full((batch * beams,), vae.bos, jnp.int32),
+        jnp.zeros((batch, beams), bool),
+        jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf) * jnp.ones((batch, 1)),  # all begin alike: one counts
+        jnp.full((batch, beams, length), vae.pad, jnp.int32),
+        vae.init_cache(batch * beams, length),
+    )
+    (_, _, score, texts, _), _ = jax.lax.scan(body, start, jnp.arange(length))
+    each = score / jnp.maximum(jnp.sum(texts != vae.pad, axis=-1), 1)
+    return jnp.take_along_axis(texts, jnp.argmax(each, axis=1)[:, None, None], axis=1)[:, 0]
