@@ -234,7 +234,7 @@ class Model:
             if len(items) not in (1, n):
                 raise UserError(f"{stream}: {len(items)} values given for {n} samples")
             batch[stream] = self.model_input(stream, items * (n if len(items) == 1 else 1))
-        off_grid = self._apart(request, values)
+        off_grid = self._off_grid(request, values)
         if off_grid:
             request = dataclasses.replace(request, register="made")
         scale = self.defaults["guidance"] if guidance is None else guidance
@@ -287,7 +287,7 @@ class Model:
             out += [np.einsum("nd,nkd->nk", one, drawn) for one in own]
         return np.mean(out, axis=0)
 
-    def _apart(self, request: Request, given: Mapping[str, Sequence[Any]]) -> tuple[str, ...]:
+    def _off_grid(self, request: Request, given: Mapping[str, Sequence[Any]]) -> tuple[str, ...]:
         """The given streams that could stand on a wanted one's input channels and cannot share a grid: their images
         differ in size; () where all may."""
         if request.register != "trained":
@@ -298,7 +298,7 @@ class Model:
         return tuple(near) if any(len(some) > 1 for some in shapes) else ()
 
     def _notes(
-        self, given: Mapping[str, Sequence[Any]], independent: Sequence[Sequence[str]], apart: Sequence[str] = ()
+        self, given: Mapping[str, Sequence[Any]], independent: Sequence[Sequence[str]], off_grid: Sequence[str] = ()
     ) -> tuple[str, ...]:
         """What a user has to know of a generation."""
         read = {name: n for name, n in self.lengths.items() if name in ("clip", "bert")}  # of given texts
@@ -311,9 +311,9 @@ class Model:
                 f'independent of each other, since no trained pair links them: {groups} (guides "all" links them '
                 "through the aligned space)"
             )
-        if apart:
+        if off_grid:
             notes.append(
-                f"{' and '.join(apart)} differ in size, so they share no grid: they guide by their contexts alone, not "
+                f"{' and '.join(off_grid)} differ in size, so they share no grid: they guide by their contexts alone, not "
                 "pixel by pixel; resample them to one grid"
             )
         return tuple(notes)
