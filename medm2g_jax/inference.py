@@ -313,8 +313,8 @@ class Model:
             )
         if off_grid:
             notes.append(
-                f"{' and '.join(off_grid)} differ in size, so they share no grid: they guide by their contexts alone, not "
-                "pixel by pixel; resample them to one grid"
+                f"{' and '.join(off_grid)} differ in size, so they share no grid: they guide by their contexts alone, "
+                "not pixel by pixel; resample them to one grid"
             )
         return tuple(notes)
 
