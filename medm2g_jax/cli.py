@@ -68,8 +68,10 @@ def _generate(args: argparse.Namespace) -> None:
     check_writable(args.out)
     make = tuple(s.strip() for s in args.make.split(",") if s.strip())
     options = {name: getattr(args, name) for name in ("guides", "register", "prompts")}
-    options |= {"sampler": args.sampler} if args.sampler else {}
-    if args.data:
+    options |= {} if args.sampler is None else {"sampler": args.sampler}
+    if args.split is not None and args.data is None:
+        raise UserError(f"--split {args.split}: of --data, and none is named")
+    if args.data is not None:
         _fill(args, make, {name: value for name, value in (asked | options).items() if value is not None})
         print(f"{time.time() - start:.1f} s. {NOTE}")
         return
@@ -78,7 +80,11 @@ def _generate(args: argparse.Namespace) -> None:
         stream, equals, value = item.partition("=")
         if not equals:
             raise UserError(f"--given {item!r}: expected STREAM=VALUE, as in --given text='...' or --given ct=FILE.png")
+        if not value.strip():
+            raise UserError(f"--given {item!r}: nothing after the equals sign; expected a text, or an image file")
         given.setdefault(stream, []).append(value)
+    if "missing" in make:
+        raise UserError("--make missing: what records of a data set lack; name the set, as in --data manifest:DIR")
     model = load(args.model, dtype=args.dtype)
     print(f"loaded {model.meta['stage']} from {args.model} in {time.time() - start:.1f} s", flush=True)
     out = model.generate(given, make, **asked, **options)
@@ -104,13 +110,12 @@ def _fill(args: argparse.Namespace, make: tuple[str, ...], asked: dict) -> None:
     for one in ("count", "draws", "best_of"):
         if asked.pop(one, 1) != 1:
             raise UserError(f"--{one.replace('_', '-')} and --data: records are made one sample each")
-    missing = make == (fill.MISSING,)
+    order = fill.Order(make, tuple(args.given), args.split or ("train" if make == (fill.MISSING,) else "test"))
     model = load(args.model, dtype=args.dtype)
     source = fill.data_of(model, args.data)
-    split = args.split or ("train" if missing else "test")
-    todo = fill.tasks(model, source, args.given, make, split)
-    print(f"{model.meta['stage']}: {len(todo)} of {len(source.records)} records, split {split}", flush=True)
-    print(fill.fill(model, source, todo, args.out, whole=missing, **asked))
+    count = len(fill.tasks(model, source, order))
+    print(f"{model.meta['stage']}: {count} of {len(source.records)} records, split {order.split}", flush=True)
+    print(fill.fill(model, source, order, args.out, **asked))
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from medm2g_jax.arrays import Params
-from medm2g_jax.diffusion import Denoise, Denoised, Streams, guided, sample
+from medm2g_jax.diffusion import SAMPLERS, SPACINGS, Denoise, Denoised, Streams, guided, sample
 from medm2g_jax.errors import UserError
 from medm2g_jax.keys import row_normal, salt
 from medm2g_jax.modality import split_stream
@@ -72,6 +72,7 @@ class Request:
 
     def __post_init__(self):
         table = dict(prompts=PROMPTS, guides=GUIDES, guide=("cond", "both"), register=REGISTER)
+        table |= dict(sampler=tuple(SAMPLERS), spacing=SPACINGS)
         for name, allowed in table.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
@@ -286,6 +287,7 @@ class Generated:
         what is given makes them fit together.
       draws: of each sample, which follow each other in `samples`.
       agreement: of `best_of`: the mean cosine of what was kept with what was given, in the aligned space, (n,).
+      kept: of `best_of`: which draw was, (n,).
       latents: stream -> z_0 of each sample.
       notes: what a user has to know of it, a line each: that, what of the given texts was cut, words that were unknown.
     """
@@ -297,6 +299,7 @@ class Generated:
     notes: tuple[str, ...] = ()
     draws: int = 1
     agreement: np.ndarray | None = None
+    kept: np.ndarray | None = None
     latents: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     def mean(self, stream: str) -> Float[np.ndarray, "n h w"]:

@@ -69,8 +69,9 @@ class Model:
         for streams, able, verb in ((given, self.givable, "given"), (make, self.modalities, "made")):
             for stream in streams:
                 if split_stream(stream)[0] not in able:
+                    own = "takes" if verb == "given" else "makes"
                     raise UserError(
-                        f"{stream!r} cannot be {verb}: this model takes {', '.join(able) or 'nothing'} there"
+                        f"{stream!r} cannot be {verb}: this model {own} {', '.join(able) or 'nothing'} there"
                     )
         unknown = set(options) - {f.name for f in dataclasses.fields(Request)}
         if unknown:
@@ -243,11 +244,14 @@ class Model:
         repeated = jax.tree.map(lambda x: np.repeat(x, each, axis=0), batch)
         keys = _draw_keys(seed, range(n) if numbers is None else numbers, each)
         latents = self.sample(request, repeated, keys, scales, self.defaults["eta"] if eta is None else eta, rows)
+        if broken := [s for s, z in latents.items() if not np.isfinite(z).all()]:
+            raise UserError(f"{broken[0]}: no finite sample came of guidance {scale}; ask for less")
         made = {s: self.decode(s, latents[s], rows, beams) for s in request.make}
-        agreement = None
+        agreement = kept = None
         if best_of > 1:
             agreement = self._agreement(batch, made, n)
-            best = agreement.argmax(axis=1) + each * np.arange(n)
+            kept = agreement.argmax(axis=1)
+            best = kept + each * np.arange(n)
             agreement = agreement.max(axis=1)
             latents = {s: z[best] for s, z in latents.items()}
             made = {s: x[best] if isinstance(x, np.ndarray) else [x[i] for i in best] for s, x in made.items()}
@@ -261,6 +265,7 @@ class Model:
             self._notes(values, independent, off_grid),
             draws=draws,
             agreement=agreement,
+            kept=kept,
             latents=latents,
         )
 

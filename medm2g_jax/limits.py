@@ -45,20 +45,20 @@ _SHARE = Range(0, 1, whole=False)
 _BELOW_ONE = Range(0, 1, whole=False, open_high=True)
 _POSITIVE = Range(0, math.inf, whole=False, open_low=True)
 _NOT_NEGATIVE = Range(0, math.inf, whole=False)
-_FINITE = Range(-math.inf, math.inf, whole=False)
+_SCALE = Range(-1000, 1000, whole=False)  # of guidance; far beyond, float32 holds no sample
 
 # Sampling, in configs, on the command line and from Python.
 SAMPLING = {
-    "count": _SIZE,
-    "draws": _SIZE,
-    "best_of": _SIZE,
-    "beams": _SIZE,
+    "count": Range(1, 100_000),
+    "draws": Range(1, 1000),
+    "best_of": Range(1, 1000),
+    "beams": Range(1, 100),
     "rows": _SIZE,
     "seed": Range(0, MAX_SEED),
     "steps": Range(1, 1000),
     "eta": _SHARE,
-    "guidance": _FINITE,
-    "guide_guidance": _FINITE,
+    "guidance": _SCALE,
+    "guide_guidance": _SCALE,
 }
 # Every number of a config; "loss", "net" and "sample" say what holds for all numbers in them that have no row.
 RANGES: Mapping[str, Range] = {

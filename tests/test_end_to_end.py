@@ -204,7 +204,7 @@ def test_the_text_encoder_hears_the_prompt_only_where_it_is_given(model):
     ("given", "make", "options", "message"),
     [
         ({"pet": "x"}, ["ct"], {}, "unknown stream 'pet'"),
-        ({"text": REPORT}, ["mri"], {}, "'mri' cannot be made: this model takes text, xray, ct"),
+        ({"text": REPORT}, ["mri"], {}, "'mri' cannot be made: this model makes text, xray, ct"),
         ({"text": REPORT}, [], {}, "nothing to make"),
         ({"text": REPORT}, ["text"], {}, "both given and wanted"),
         ({"text": REPORT}, ["ct"], {"guides": "some"}, "trained, all, none"),

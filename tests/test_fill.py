@@ -36,10 +36,12 @@ def data(tmp_path):
     return folder
 
 
-def filled(model, data, out, **options):
+MISSING = fill.Order((fill.MISSING,), (), "train")
+
+
+def filled(model, data, out, order=MISSING, **options):
     source = fill.data_of(model, f"manifest:{data}")
-    todo = fill.tasks(model, source, (), (fill.MISSING,), "train")
-    return fill.fill(model, source, todo, out, whole=True, seed=3, say=lambda line: None, **options)
+    return fill.fill(model, source, order, out, seed=3, say=lambda line: None, **options)
 
 
 def test_what_is_missing_is_made_on_the_given_grid_and_marked(model, data, tmp_path):
@@ -90,16 +92,78 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same(model, data, tmp_path, mon
 
 
 def test_one_stream_of_others_on_the_test_split(model, data, tmp_path):
-    source = fill.data_of(model, f"manifest:{data}")
-    todo = fill.tasks(model, source, ("mri:t2",), ("ct",), "test")
-    written = fill.fill(model, source, todo, tmp_path / "out", whole=False, say=lambda line: None)
+    written = filled(model, data, tmp_path / "out", fill.Order(("ct",), ("mri:t2",), "test"))
     (row,) = map(json.loads, written.read_text().splitlines())
     assert row["id"] == "r5" and row["synthetic"] == ["ct"] and set(row["images"]) == {"ct", "mri_t2"}
     assert "images/ct/" in row["images"]["ct"]  # the made one, not the record's own
-    with pytest.raises(UserError, match="no record of split 'val' holds mri:t2"):
-        fill.tasks(model, source, ("mri:t2",), ("ct",), "val")
-    with pytest.raises(UserError, match="no record of split 'test' lacks what the model makes"):
-        fill.tasks(model, source, (), (fill.MISSING,), "test")
+    about = json.loads((written.parent / "provenance.json").read_text())
+    assert (about["given"], about["make"], about["split"]) == (["mri:t2"], ["ct"], "test")
+    assert about["pairs"] == {"mri:t2 -> ct": "prompt tokens, guide tokens, registered"}
+
+
+@pytest.mark.parametrize(
+    ("order", "options", "message"),
+    [
+        ((("ct",), ("mri:t2",), "val"), {}, "no record of split 'val' holds mri:t2; these hold nothing"),
+        (((fill.MISSING,), (), "test"), {}, "no record of split 'test' lacks what the model makes"),
+        ((("text",), (), "train"), {}, "'text' cannot be made: this model makes ct, mri"),
+        ((("ct",), (), "train"), {"sampler": "foo"}, "foo"),
+        ((("ct",), ("ct",), "train"), {}, "both given and wanted"),
+    ],
+)
+def test_what_cannot_be_made_leaves_no_folder(order, options, message, model, data, tmp_path):
+    with pytest.raises(UserError, match=message):
+        filled(model, data, tmp_path / "out", fill.Order(*order), **options)
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_orders_that_mean_nothing():
+    for order, message in (
+        ((("missing", "ct"), (), "train"), "stands alone"),
+        (((), (), "train"), "name at least one stream"),
+        ((("ct",), (), "foo"), "expected one of train, val, test"),
+        ((("ct",), ("foo",), "test"), "unknown stream 'foo'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fill.Order(*order)
+
+
+def test_another_order_in_a_begun_folder_is_refused_and_a_broken_image_is_found_first(model, data, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    about = dict(given=[], make=["missing"], split="test")
+    (out / fill.PROVENANCE).write_text(json.dumps(about))
+    with pytest.raises(UserError, match="was begun with"):
+        filled(model, data, out)
+    (out / fill.PROVENANCE).write_text('{"a')
+    with pytest.raises(UserError, match="JSONDecodeError in reading it"):
+        filled(model, data, out)
+    (data / "images" / "ct1.png").write_bytes(b"x")
+    with pytest.raises(UserError, match="r1"):
+        filled(model, data, tmp_path / "fresh")
+    assert not (tmp_path / "fresh").exists()
+
+
+def test_what_was_made_stays_marked_when_a_set_is_filled_again(model, data, tmp_path):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "er")
+    once = filled(model, data, tmp_path / "link" / "out")  # through a link: names of files hold all the same
+    twice = filled(model, once.parent, tmp_path / "twice", fill.Order(("ct",), ("mri:t2",), "train"))
+    rows = {r["id"]: r for r in map(json.loads, twice.read_text().splitlines())}
+    assert rows["r1"]["synthetic"] == ["mri_t2", "ct"] and rows["r0"]["synthetic"] == ["ct"]
+    source = Manifest(once.parent, 32)
+    assert source.records[1].synthetic == ("mri:t2",) and not source.records[0].synthetic
+
+
+def test_a_16_bit_set_counts_over_its_own_range(model, data, tmp_path):
+    """The same pictures at 8 and at 12 of 16 bits are given alike."""
+    for file in (data / "images").iterdir():
+        pixels = np.asarray(Image.open(file))
+        Image.fromarray((pixels.astype(int) * 4095 // 255).astype(np.uint16)).save(file)
+    source = fill.data_of(model, f"manifest:{data}")
+    given = fill._value(model, source, 0, "ct")
+    low, high = given.span
+    np.testing.assert_allclose((low, high), (0, 4095), rtol=0.01)
 
 
 def test_what_an_unstated_contrast_may_be_is_not_missing():

@@ -48,19 +48,23 @@ def test_a_second_call_numbers_on_and_adds_its_record(tmp_path):
 
 def test_draws_come_with_their_mean_and_deviation_and_say_what_made_them(tmp_path):
     x = np.stack([np.full((8, 8), v, np.float32) for v in (-100, 100, 300, 300)])
-    of = Generated({"ct": x}, {"mri -> ct": "guide tokens"}, 5, draws=2, agreement=np.array([0.5, 0.25]))
+    of = Generated({"ct": x}, {"mri -> ct": "guide tokens"}, 5, draws=2)
     names = [p.name for p in write_samples(tmp_path, of, dict(seed=5, fingerprint="0badcafe"))]
     maps = ["ct-mean_000.png", "ct-mean_002.png", "ct-std_000.png", "ct-std_002.png"]
     assert names == [f"ct_{i:03d}.png" for i in range(4)] + maps
     np.testing.assert_array_equal(np.load(tmp_path / "ct-mean_002.npy"), x[2])
     np.testing.assert_allclose(np.load(tmp_path / "ct-std_000.npy"), np.std([-100, 100], ddof=1))
     about = Image.open(tmp_path / "ct-std_000.png").text
-    assert about["Window"] == "0.0 350.0" and about["Provenance"] == "model 0badcafe, seed 5"
-    assert Image.open(tmp_path / "ct_003.png").text["Provenance"] == "model 0badcafe, seed 5, sample 3"
+    said = "model 0badcafe, seed 5, sample 0, std of 2 draws"
+    assert about["Window"] == "0.0 350.0" and about["Provenance"] == said
+    assert Image.open(tmp_path / "ct_003.png").text["Provenance"] == "model 0badcafe, seed 5, sample 1, draw 1"
     (record,) = json.loads((tmp_path / "generated.json").read_text())
-    assert record["agreement"] == [0.5, 0.25] and record["pairs"] == of.pairs and record["make"] == ["ct"]
-    later = write_samples(tmp_path, made(ct=CT), {})
-    assert [p.name for p in later] == ["ct_004.png"]
+    assert record["pairs"] == of.pairs and record["make"] == ["ct"]
+    best = Generated({"ct": x[:1]}, {}, 5, agreement=np.array([0.5]), kept=np.array([3]))
+    assert [p.name for p in write_samples(tmp_path, best, dict(seed=5))] == ["ct_004.png"]
+    assert Image.open(tmp_path / "ct_004.png").text["Provenance"] == "seed 5, sample 0, draw 3"
+    record = json.loads((tmp_path / "generated.json").read_text())[1]
+    assert record["agreement"] == [0.5] and record["kept"] == [3]
 
 
 def test_the_record_of_an_earlier_version_is_kept(tmp_path):
@@ -123,12 +127,12 @@ def test_a_read_only_file_system_is_named(tmp_path):
         ("--seed", "-1", "from 0"),
         ("--steps", "0", "from 1 to 1000"),
         ("--steps", "1001", "from 1 to 1000"),
-        ("--guidance", "nan", "a finite number"),
-        ("--guidance", "inf", "a finite number"),
+        ("--guidance", "nan", "a finite number from -1000 to 1000"),
+        ("--guidance", "1e+308", "a finite number from -1000 to 1000"),
         ("--eta", "1.5", "from 0 to 1"),
         ("--eta", "nan", "from 0 to 1"),
         ("--draws", "0", "from 1 to"),
-        ("--beams", "0", "from 1 to"),
+        ("--beams", "1000000", "from 1 to 100"),
         ("--best-of", "0", "from 1 to"),
         ("--guide-guidance", "nan", "a finite number"),
     ],

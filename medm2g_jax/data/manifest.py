@@ -31,7 +31,7 @@ from etils import epath
 
 from medm2g_jax.data import formats
 from medm2g_jax.data.check import Examined, Item
-from medm2g_jax.data.picture import MOST_PIXELS, Span, network_input
+from medm2g_jax.data.picture import MOST_PIXELS, Picture, Span, network_input
 from medm2g_jax.data.source import SPLITS, SURROGATE, Record, check_subjects, identity, images_of, is_open, stream_of
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES, split_stream
@@ -110,6 +110,7 @@ class Manifest:
                 tuple(value),
                 row.licence,
                 _grid(row, value, registered),
+                tuple(stream for stream in value if stream in map(stream_of, row.synthetic)),
             )
             for row, value in kept
         ]
@@ -144,6 +145,18 @@ class Manifest:
         value = self._values[index][stream]
         return value if isinstance(value, Path) else None
 
+    def picture(self, index: int, stream: str) -> Picture:
+        """An image of a record as it is in its file, with its set's range.
+
+        Raises:
+          UserError: it is broken; names the row and the file.
+        """
+        try:
+            picture = formats.read(self._values[index][stream], self._most_pixels)
+            return self._examined.ranged(stream, picture)
+        except UserError as error:
+            raise UserError(f"row {self.records[index].id!r}: {error}") from error
+
     def identity(self) -> Iterator[str]:
         """What each record holds, image by image and text by text, wherever the folder stands: names and sizes."""
         for record, folder, values in zip(self.records, self._folders, self._values, strict=True):
@@ -173,11 +186,9 @@ class Manifest:
             return value
         small = self._memory.get((value, stream))
         if small is None:
+            picture = self.picture(index, stream)
             try:
-                picture = formats.read(value, self._most_pixels)
-                image = network_input(
-                    self._examined.ranged(stream, picture), MODALITIES[split_stream(stream)[0]], self._size
-                )
+                image = network_input(picture, MODALITIES[split_stream(stream)[0]], self._size)
             except UserError as error:
                 raise UserError(f"row {self.records[index].id!r}: {error}") from error
             # As many levels as the file has, over the window: a quarter, or half, of the memory.
@@ -195,7 +206,7 @@ def _folders(path: Path) -> list[Path]:
         return [path]
     folders = sorted(file.parent for file in path.glob("*/manifest.jsonl"))
     if not folders:
-        raise UserError(f"{path}: no manifest.jsonl there, nor in a folder in it (`medm2g prepare` writes one)")
+        raise UserError(f"{path}: no manifest.jsonl there, nor in a folder in it")
     return folders
 
 

@@ -24,6 +24,7 @@ class Record:
     """One study: what there is to read of it. Splits are by subject.
 
     grid: the streams whose images share one grid, registered with each other pixel by pixel; () where nobody says so.
+    synthetic: the streams that a model has made.
     """
 
     id: str
@@ -32,6 +33,7 @@ class Record:
     streams: tuple[str, ...]
     licence: str = ""
     grid: tuple[str, ...] = ()
+    synthetic: tuple[str, ...] = ()
 
     def registered(self, a: str, b: str) -> bool:
         """Do these two streams share a grid?"""
@@ -86,6 +88,13 @@ def ranges(source: Source) -> dict[str, tuple[float, float]]:
 def file_of(source: Source, index: int, stream: str) -> Any:
     """The file that an image of a record is in, `source.file`; None where it is in no file of its own."""
     own = getattr(source, "file", None)
+    return None if own is None else own(index, stream)
+
+
+def picture_of(source: Source, index: int, stream: str) -> Any:
+    """An image as it is in its file, with the range that the source's files of the stream have, `source.picture`; None
+    where it is in no file of its own."""
+    own = getattr(source, "picture", None)
     return None if own is None else own(index, stream)
 
 

@@ -64,6 +64,7 @@ class Made(Protocol):
     notes: Sequence[str]
     draws: int
     agreement: Any
+    kept: Any
 
     def mean(self, stream: str) -> np.ndarray: ...
     def std(self, stream: str) -> np.ndarray: ...
@@ -93,7 +94,8 @@ def _write(folder: epath.Path, made: Made, record: Mapping[str, Any]) -> list[ep
         modality, name = MODALITIES[split_stream(stream)[0]], stream.replace(":", "-")
         for i, value in enumerate(values, first):
             if modality.is_image:
-                written.append(_image(folder, f"{name}_{i:03d}", value, modality, modality.window, record, i - first))
+                stem, which = f"{name}_{i:03d}", _which(made, i - first)
+                written.append(_image(folder, stem, value, modality, modality.window, record, which))
             else:
                 written.append(folder / f"{name}_{i:03d}.txt")
                 written[-1].write_text(value + "\n")
@@ -105,15 +107,25 @@ def _write(folder: epath.Path, made: Made, record: Mapping[str, Any]) -> list[ep
             ):
                 for i, value in enumerate(maps):
                     stem = f"{name}-{what}_{first + i * made.draws:03d}"
-                    written.append(_image(folder, stem, value, modality, window, record))
+                    which = f"sample {i}, {what} of {made.draws} draws"
+                    written.append(_image(folder, stem, value, modality, window, record, which))
     units = {s: dict(unit=m.unit, window=m.window) for s in made.samples if (m := _modality(s)).window}
     own = dict(make=tuple(made.samples), pairs=made.pairs, notes=made.notes, units=units)
-    own |= {} if made.agreement is None else dict(agreement=[round(float(x), 4) for x in made.agreement])
+    if made.agreement is not None:
+        own |= dict(agreement=[round(float(x), 4) for x in made.agreement], kept=[int(x) for x in made.kept])
     records.append({"note": NOTE, **record, **own, "files": [p.name for p in written]})
     part = folder / f"{LISTING}.part"
     part.write_text(json.dumps(records, indent=1))
     part.replace(folder / LISTING)
     return written
+
+
+def _which(made: Made, number: int) -> str:
+    """Of which sample, and which draw of it, what is written is."""
+    if made.kept is not None:
+        return f"sample {number}, draw {int(made.kept[number])}"
+    sample, draw = divmod(number, made.draws)
+    return f"sample {sample}, draw {draw}" if made.draws > 1 else f"sample {sample}"
 
 
 def _modality(stream: str) -> Modality:
@@ -127,12 +139,11 @@ def _image(
     modality: Modality,
     window: tuple[float, float],
     record: Mapping[str, Any],
-    number: int | None = None,
+    which: str,
 ) -> epath.Path:
     """Write an image and its values; returns the image's path."""
     said = [f"{word} {record[key]}" for word, key in (("model", "fingerprint"), ("seed", "seed")) if key in record]
-    said += [] if number is None else [f"sample {number}"]
-    notes = {"Description": NOTE, "Window": f"{window[0]} {window[1]}", "Provenance": ", ".join(said)}
+    notes = {"Description": NOTE, "Window": f"{window[0]} {window[1]}", "Provenance": ", ".join([*said, which])}
     path = folder / f"{stem}.png"
     format_of(path.name).write(path, shown(value, dataclasses.replace(modality, window=window)), notes)
     with (folder / f"{stem}.npy").open("wb") as f:
