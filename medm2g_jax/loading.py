@@ -30,7 +30,7 @@ from medm2g_jax.train.results import group_fingerprint, tuples
 
 def newest_result(root: epath.Path) -> epath.Path:
     """The folder of the finished stage of a run root that makes most: with the most rounds behind it, or else the most
-    flows, the newest of those.
+    flows, the newest of those. A fine-tune is named by whoever means it, unless there is nothing else.
 
     Raises:
       UserError: nothing there can generate; says the command that makes something that does.
@@ -39,13 +39,14 @@ def newest_result(root: epath.Path) -> epath.Path:
     for folder in root.iterdir() if root.is_dir() else ():
         meta = checkpoint.read_meta(folder) if folder.is_dir() else None
         if meta is not None and makes(meta):
-            done.append((len(meta["rounds"]), len(makes(meta)), meta["finished"], folder))
+            general = rounds.tuned(folder.name) is None
+            done.append((general, len(meta["rounds"]), len(makes(meta)), meta["finished"], folder))
     if not done:
         raise UserError(
             f"{root}: no finished round or flow in it; train one with "
             f"python -m medm2g_jax.main --config=configs/text_ct.py:tiny --workdir={root}"
         )
-    return max(done, key=lambda d: d[:3])[3]
+    return max(done, key=lambda d: d[:4])[4]
 
 
 def makes(meta: Mapping[str, Any]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from medm2g_jax.data.source import Record
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate import phantom, samples, synthesis
 from medm2g_jax.generate import Request
-from medm2g_jax.loading import load
+from medm2g_jax.loading import load, newest_result
 from medm2g_jax.recipes import recipe, rows_of
 from medm2g_jax.train import checkpoint, loop, results
 
@@ -137,7 +137,7 @@ def test_a_finetune_begins_from_another_run_and_ends_no_worse(roots):
     rows = [json.loads(x) for x in (roots / "tuned" / "tune_mri_to_ct_full" / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows if "held out/loss" in r] == [0, 2, 4]
     model = load(str(roots / "tuned" / "tune_mri_to_ct_full"))
-    assert model.modalities == ("ct",) and model.givable == ("ct", "mri")
+    assert model.modalities == model.givable == ("ct", "mri")  # MRI as the round left it
     out = model.generate({"mri:t2": np.full((32, 32), 0.5)}, ["ct"])
     assert out.pairs == {"mri:t2 -> ct": "prompt tokens, guide tokens, registered"}
     ceiling = json.loads((roots / "tuned" / "tune_mri_to_ct_full" / "ceiling.json").read_text())
@@ -154,7 +154,10 @@ def test_low_rank_additions_are_merged_when_they_are_loaded(roots):
     assert tuned.params.keys() == plain.params.keys()
     moved = {n for n in plain.params if not np.array_equal(tuned.params[n], plain.params[n])}
     added = {n.removesuffix("/a").replace("/lora/", "/unet/") for n in stored if n.endswith("/a")}
-    assert moved == added or meta["step"] == 0  # the best may be where it began
+    # Not all: nothing was prompted in three steps. The best may be where it began.
+    assert moved <= added and (moved or meta["step"] == 0)
+    assert newest_result(roots / "mri").name == "mri"  # a fine-tune is named by whoever means it
+    assert newest_result(roots / "tuned").name == "tune_mri_to_ct_full"
 
 
 # --- contrasts guide each other -------------------------------------------------------------------------------------
