@@ -254,7 +254,7 @@ def test_a_part_of_a_model_makes_what_the_whole_makes(whole):
     bare = part.generate({}, ["ct"], seed=4)
     np.testing.assert_allclose(bare.latents["ct"], model.generate({}, ["ct"], seed=4).latents["ct"], atol=1e-4)
     assert bare.pairs == {} and not np.allclose(bare.latents["ct"], alone.latents["ct"], atol=1e-3)
-    with pytest.raises(UserError, match="'xray' cannot be made: this model takes ct there"):
+    with pytest.raises(UserError, match="'xray' cannot be made: this model makes ct there"):
         part.generate({"text": REPORTS[0]}, ["xray"])
 
 

@@ -29,7 +29,7 @@ def tile(x: Float[np.ndarray, "h w 1"], side: int, mark_sides: bool = True) -> I
 
 def grid(
     path: epath.Path,
-    rows: Sequence[tuple[str, Sequence[np.ndarray]]],
+    rows: Sequence[tuple[str, Sequence[np.ndarray | None]]],
     captions: Sequence[str] = (),
     title: str = "",
     side: int = 128,
