@@ -30,7 +30,7 @@ def run_root(tmp_path_factory):
     return (Path(kept) if kept else tmp_path_factory.mktemp("full_run")) / "run"
 
 
-def run(arguments: list[str], weights: Path) -> tuple[str, float]:
+def run(arguments: list[str], weights: Path | str) -> tuple[str, float]:
     """What a command prints, and its peak resident memory in GB."""
     env = dict(os.environ, JAX_PLATFORMS="cpu", MEDM2G_SD_WEIGHTS=str(weights), XLA_FLAGS="")
     line = [sys.executable, "-m", *arguments]
@@ -49,6 +49,15 @@ def test_three_steps(weights, run_root):
     assert "preset sd15" in out and peak < 22
     norms = dict(pair.rsplit(" ", 1) for pair in out.partition("gradient norms: ")[2].split("\n")[0].split(", "))
     # theta_c of every flow that trains, V and f_B of CT through the text flow, which is frozen but for its guides.
+    assert norms.keys() >= {"ct/context", "ct/adapt", "ct/unet"} and all(float(v) > 0 for v in norms.values())
+
+
+def test_three_steps_of_the_preset_between(tmp_path):
+    """base from nothing: 256 px, no weights. (With Stable Diffusion's autoencoder alone: MEDM2G_SD_WEIGHTS.)"""
+    line = ["medm2g_jax.main", "--config=configs/text_ct.py:base", "--config.steps=3", f"--workdir={tmp_path}", *FEW]
+    out, peak = run([*line, "--config.sample.rows=1"], "")
+    assert "preset base" in out and "text_ct: all done" in out and peak < 12
+    norms = dict(pair.rsplit(" ", 1) for pair in out.partition("gradient norms: ")[2].split("\n")[0].split(", "))
     assert norms.keys() >= {"ct/context", "ct/adapt", "ct/unet"} and all(float(v) > 0 for v in norms.values())
 
 
