@@ -4,7 +4,7 @@
 
 Needs its autoencoder and the alignments of its prompts, which are trained first; data: studies with the modality and a
 prompt for it in the folder MEDM2G_DATA names, else the phantom.
-tiny: on two CPU cores about 2 minutes for xray, 100 s for ct after it, 71 s for text; their prompts alone give what
+tiny: on two CPU cores 148 s for xray, 130 s for ct after it, 135 s for text; their prompts alone give what
 `samples.png` shows.
 sd15: lr 2e-5, batch 256 (text 5e-5, 1024), from SD-1.5 and Versatile Diffusion in MEDM2G_SD_WEIGHTS. Result: not
 reproduced yet.
