@@ -362,7 +362,7 @@ def show(config: ConfigDict, workdir: str, topology: str = "", python: str = "")
         source = source_of(config)
     except UserError as error:
         source = None
-        print(f"the data are not here, records are not counted: {error}")
+        print(f"the data cannot be read, so records are not counted: {error}")
     print(run.described(config, root, todo, source))
     if not topology:
         return

@@ -128,18 +128,19 @@ def _fitting_listing(config: ConfigDict, source: Source) -> str:
     asked += [(name, f"{name},alone") for name in pairs]
     asked += [(m, f"{m},alone") for m in single if MODALITIES[m].contrasts]
     asked += [("ldm", f"{m},alone") for m in single]
+    best = 0, ""
     for target, words in asked:
         typed = f"{config.preset},{words}"
-        if _serve(get_config(target, typed), source):
-            return f"These data do for --config={results.config_path(target)}:{typed}"
-    return ""
+        count = _serve(get_config(target, typed), source)
+        best = max(best, (count, f"--config={results.config_path(target)}:{typed}"), key=lambda x: x[0])
+    return f"These data do for {best[1]}" if best[0] else ""
 
 
-def _serve(config: ConfigDict, source: Source) -> bool:
-    """Are there training records for every stage of this config's plan?"""
+def _serve(config: ConfigDict, source: Source) -> int:
+    """How many training records the stage of this config's plan has that fewest serve."""
     stages = [stage_config(config, name) for name in stage_graph(config).plan(config.stage)]
     rows = [rows_of(own, stage_graph(own)) for own in stages]
-    return all(any(map(len, pipeline.fitting(source, row, "train"))) for row in rows)
+    return min(sum(map(len, pipeline.fitting(source, row, "train"))) for row in rows)
 
 
 def described(
@@ -166,6 +167,13 @@ def described(
         few = f", fewer than its batch of {batch}: rows repeat" if counts.get(name, batch) < batch else ""
         of = f"  {counts[name]} training records{few}" if name in counts else ""
         lines.append(f"  {i:2d}. {name:{width}s}  {what:11s}{of}".rstrip())
+    graph = stage_graph(config)
+    near = [(s, m) for name, _ in todo for m, some in graph.stages[name].registered.items() for s in some]
+    if source is not None and near and not any(pipeline.registers(source, *pair) for pair in near):
+        lines.append(
+            "  note: no record says that its images share one grid, so what is given guides by its context alone, not "
+            "pixel by pixel; where they do: --config.data.registered=True"
+        )
     for name, what in todo:
         if what == "done" and results.find(root, config, name) is None:
             lines.append(f"  note: {name} comes from the converted weights in {config.weights}")

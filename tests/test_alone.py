@@ -1,5 +1,6 @@
 """A model of the modalities one has: CT-MRI pairs without text, contrasts of MRI that guide each other, CT alone."""
 
+import dataclasses
 import itertools
 import json
 from collections import Counter
@@ -13,6 +14,7 @@ from PIL import Image
 
 from medm2g_jax import rounds, run
 from medm2g_jax.config import get_config, stage_graph
+from medm2g_jax.data import pipeline
 from medm2g_jax.data.phantom.render import Phantom
 from medm2g_jax.data.pipeline import Rows, batches
 from medm2g_jax.data.source import Record
@@ -158,6 +160,25 @@ def test_low_rank_additions_are_merged_when_they_are_loaded(roots):
     assert moved <= added and (moved or meta["step"] == 0)
     assert newest_result(roots / "mri").name == "mri"  # a fine-tune is named by whoever means it
     assert newest_result(roots / "tuned").name == "tune_mri_to_ct_full"
+
+
+def test_where_no_record_names_a_grid_the_plan_says_so_and_nothing_is_called_registered(tmp_path):
+    config = micro("ct_mri", "tiny,alone")
+    source = Phantom(size=32, seed=0, train=8, val=2, test=2, pairs=(("ct", "mri"),))
+    todo = [(name, "train") for name in stage_graph(config).plan("ct_mri")]
+    note = "no record says that its images share one grid"
+    assert note not in run.described(config, epath.Path(tmp_path), todo, source)
+    assert pipeline.registers(source, "ct", "mri") and pipeline.registers(source, "mri", "mri")
+    source.records = [dataclasses.replace(record, grid=()) for record in source.records]
+    assert note in run.described(config, epath.Path(tmp_path), todo, source)
+    assert not pipeline.registers(source, "ct", "mri")
+
+
+def test_the_listing_that_is_named_serves_most(tmp_path):
+    """One CT-MRI pair among many contrasts is no reason to train on pairs."""
+    streams = [("mri:t1", "mri:t2")] * 20 + [("ct", "mri:t1")]
+    source = Numbered(*streams)
+    assert "configs/mri.py:tiny" in run._fitting_listing(micro("text_ct"), source)
 
 
 # --- contrasts guide each other -------------------------------------------------------------------------------------

@@ -372,12 +372,16 @@ def test_a_share_of_zero_leaves_them_out_and_all_are_drawn_where_there_are_no_ot
 def test_a_stage_begun_with_one_prediction_is_not_resumed_with_another(tmp_path):
     root = epath.Path(tmp_path)
     begun = micro("ldm", "ct,tiny,alone", predict="eps")
-    loop._record(begun, root / "ldm_ct")
+    record = lambda config: loop._record(config, stage_graph(config), root / "ldm_ct")  # noqa: E731
+    record(begun)
     (root / "ldm_ct" / "checkpoints").mkdir()
-    loop._record(micro("ldm", "ct,tiny,alone", predict="eps", steps=40), root / "ldm_ct")  # this may differ
+    record(micro("ldm", "ct,tiny,alone", predict="eps", steps=40))  # this may differ
     for predict in ("v", "sample"):
         with pytest.raises(UserError, match=rf"begun with config\.predict='eps', this command has '{predict}'"):
-            loop._record(micro("ldm", "ct,tiny,alone", predict=predict), root / "ldm_ct")
+            record(micro("ldm", "ct,tiny,alone", predict=predict))
+    with pytest.raises(UserError, match=r"begun with config\.predict='eps', this command has 'v'"):
+        record(micro("ldm", "ct,tiny,alone"))  # auto: what it means is compared, and said
+    record(micro("ldm", "ct,tiny,alone", predict="eps"))
 
 
 def test_weights_that_predict_eps_cannot_begin_a_flow_that_predicts_anything_else(monkeypatch):

@@ -422,6 +422,15 @@ def share_a_grid(source: Source, streams: Sequence[str], split: str) -> bool:
     return bool(held) and all(held)
 
 
+def registers(source: Source, a: str, b: str) -> bool:
+    """Does any training record say that images of these modalities share a grid? a = b: two of its contrasts."""
+    for record in source.records:
+        own, other = ([s for s in record.grid if s.partition(":")[0] == m] for m in (a, b))
+        if record.split == "train" and own and other and (a != b or len(own) > 1):
+            return True
+    return False
+
+
 def texts(source: Source, split: str, seed: int) -> list[str]:
     """One text of each record of `split` that has one: what the tokenizers train on.
 

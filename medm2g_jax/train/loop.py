@@ -185,7 +185,7 @@ def run_stage(
             "rows of one batch; leave it at 1 and choose config.batch"
         )
     sharding.check_batch(config.batch, mesh)
-    _record(config, folder)
+    _record(config, graph, folder)
 
     dtype = activation_dtype(config.dtype)
     place = lambda name, shape: sharding.param_sharding(name, shape, mesh)  # noqa: E731
@@ -410,12 +410,14 @@ def _best(saves: checkpoint.Checkpoints, state: State, shardings: State) -> tupl
     return best, saves.restore_item(best, "ema", abstract)
 
 
-def _record(config: ConfigDict, folder: epath.Path) -> None:
+def _record(config: ConfigDict, graph: rounds.Graph, folder: epath.Path) -> None:
     """Write the resolved config and the versions; a folder that was begun with another config is an error."""
     path = folder / "config.json"
     stood_on = results.read_lineage(folder)
     prints = None if stood_on is None else stood_on["weights"]
     now = json.loads(config.to_json_best_effort())
+    if results.PREDICT in now:  # what "auto" means here, so that it can be compared
+        (now[results.PREDICT],) = results.predictions(config, graph.stage(config.stage).trains).values()
     if path.exists() and (folder / "checkpoints").exists():
         before = json.loads(path.read_text())
         for field, old, new in results.differences(before, now):

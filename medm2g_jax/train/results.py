@@ -23,6 +23,7 @@ from medm2g_jax.arrays import Params
 from medm2g_jax.config import on_grid, stage_graph
 from medm2g_jax.convert import converted, weights
 from medm2g_jax.data.contents import contents_of
+from medm2g_jax.data.pipeline import registers
 from medm2g_jax.data.source import ranges
 from medm2g_jax.device import host_device, jit
 from medm2g_jax.diffusion import Process
@@ -508,7 +509,9 @@ def describe(config: ConfigDict, graph: rounds.Graph, data, upstream: Upstream, 
     done = [name for name in config.listing if name in (*upstream.rounds, config.stage)]
     origins = dict(upstream.lineage) | {g: {"stage": config.stage} for g in stage.trains}
     flows = [m for m in graph.modalities if f"{m}/flow" in origins]
-    registered = (*upstream.registered, *((s, m) for m, near in stage.registered.items() for s in near))
+    # Where no record says that its images share a grid, the channels for them have learnt nothing.
+    learnt = ((s, m) for m, near in stage.registered.items() for s in near if registers(data.source, s, m))
+    registered = (*upstream.registered, *learnt)
     return {
         "stage": config.stage,
         "shared": shared(config),
