@@ -99,7 +99,7 @@ class Bench:
         ("ldm", "text,tiny"),
         ("ldm", "mri,tiny"),
         ("text_xray", "tiny"),
-        ("ct_mri", "tiny"),
+        ("mri", "tiny,alone"),  # all of ct_mri: test_end_to_end
     ],
 )
 def test_every_trainable_parameter_changes_and_the_loss_falls(data, target, words):
