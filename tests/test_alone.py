@@ -414,7 +414,8 @@ def test_pairs_without_any_text_are_enough(tmp_path):
     source = run.source_of(config)
     lines = run.described(config, epath.Path(tmp_path / "run"), loop.plan_stages(config, epath.Path(tmp_path)), source)
     assert "records: 8 to train on, 2 held out, 0 to test" in lines
-    stages = lines[lines.index("   1.") :].splitlines()
+    *stages, note = lines[lines.index("   1.") :].splitlines()
+    assert "no record says that its images share one grid" in note
     assert [line.split()[1] for line in stages] == [*rounds.graph(("ct_mri",)).stages]
     assert all("8 training records, fewer than its batch of 16: rows repeat" in line for line in stages)
     data = run.open_data(config, epath.Path(tmp_path / "run"), source)
