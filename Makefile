@@ -13,7 +13,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 # glibc otherwise gives every step's buffers back to the kernel and faults them in again; other systems ignore these.
 MALLOC := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
-PYTEST := $(MALLOC) $(PY) -m pytest -n 2 --dist loadfile --durations=12
+PYTEST := $(MALLOC) $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=12
 
 .PHONY: demo test test-full lint bench plan-env clean
 .DELETE_ON_ERROR:

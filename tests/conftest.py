@@ -35,6 +35,13 @@ import jax.numpy as jnp  # noqa: E402
 
 from medm2g_jax import device  # noqa: E402
 
+# First, so that no worker is left with one of them when the others have nothing more to do.
+LONGEST = ("test_end_to_end", "test_alone", "test_loop", "test_recipes", "test_open", "test_launch")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
 
 def pytest_unconfigure():
     if CACHE:
