@@ -113,8 +113,6 @@ def _fill(args: argparse.Namespace, make: tuple[str, ...], asked: dict) -> None:
     order = fill.Order(make, tuple(args.given), args.split or ("train" if make == (fill.MISSING,) else "test"))
     model = load(args.model, dtype=args.dtype)
     source = fill.data_of(model, args.data)
-    count = len(fill.tasks(model, source, order))
-    print(f"{model.meta['stage']}: {count} of {len(source.records)} records, split {order.split}", flush=True)
     print(fill.fill(model, source, order, args.out, **asked))
 
 

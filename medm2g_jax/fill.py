@@ -151,6 +151,7 @@ def fill(
     asked = {f.name for f in dataclasses.fields(Request)} & set(options)
     for given, make in dict.fromkeys((task.given, task.make) for task in todo):
         model.request(given, make, **{name: options[name] for name in asked})  # what cannot be is said here
+    say(f"{model.meta['stage']}: {len(todo)} of {len(source.records)} records, split {order.split}")
     check(source, None, say)
     rows = min(rows or model.defaults["rows"], len(todo))
     provenance = dict(

@@ -221,7 +221,7 @@ class Graph:
             known = {m: self._partners(m, self.listing[:i]) for m in flows if m not in new}
             practised = {m: others for m, others in known.items() if others}
             clips = dict.fromkeys((*self.centre, *ab, *(e for others in practised.values() for e in others)))
-            with_grid = {m for stage in out for m in stage.registered if stage.name not in self.absent}
+            with_grid = self._with_grid(out)
             reads = dict.fromkeys(
                 (
                     *(f"{MODALITIES[m].kind}/vae" for m in (*ab, *(e for o in practised.values() for e in o))),
@@ -257,7 +257,7 @@ class Graph:
             raise UserError(
                 f"{task}: no round of the listing {self.listing} guides {target} so; expected one with {round_name}"
             )
-        with_grid = {m for s in before for m in s.registered if s.name not in self.absent}
+        with_grid = self._with_grid(before)
         registered = {target: self.near(round_name).get(target, ())} if target in with_grid else {}
         trains = tuple(f"{target}/{group}" for group in HOWS[how] if group != "grid" or registered)
         reads = dict.fromkeys(
@@ -282,6 +282,10 @@ class Graph:
             if own:
                 out[m] = tuple(own)
         return out
+
+    def _with_grid(self, before: Sequence[Stage]) -> set[str]:
+        """Whose input channels for sources on their grid these stages have trained."""
+        return {m for stage in before if stage.name not in self.absent for m in stage.registered}
 
     def _partners(self, target: str, before: Sequence[str]) -> tuple[str, ...]:
         """Whom `target` was paired with in these rounds, as far as they were run."""

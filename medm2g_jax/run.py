@@ -4,7 +4,7 @@ import functools
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -65,11 +65,7 @@ def open_data(config: ConfigDict, root: epath.Path, source: Source | None = None
         _tokenizers_of(config.upstream_dirs, folder)
     begun = results.begins(config, f"{centre().name}/clip")  # its tokenizer belongs to it, and with it the others
     if not (folder / "done").exists() and begun and jax.process_index() == 0:
-        for name, path in weights.tokenizers(config.weights).items():
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            for file in path.iterdir():
-                (folder / name / file.name).write_bytes(file.read_bytes())
-        (folder / "done").write_text("copied from converted weights\n")
+        _copy_tokenizers(weights.tokenizers(config.weights), folder, "converted weights")
     if not (folder / "done").exists() and jax.process_index() == 0:
         texts = pipeline.texts(source, "train", config.seed)
         Tokenizers.train(texts, folder, config.net.vocabulary)
@@ -90,11 +86,15 @@ def _tokenizers_of(roots: Sequence[str], folder: epath.Path) -> None:
     known = (epath.Path(root) / "tokenizers" for root in roots)
     there = next((path for path in known if (path / "done").exists()), None)
     if there is not None:
-        for name in [path.name for path in there.iterdir() if path.is_dir()]:
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            for file in (there / name).iterdir():
-                (folder / name / file.name).write_bytes(file.read_bytes())
-        (folder / "done").write_text(f"copied from {there}\n")
+        _copy_tokenizers({path.name: path for path in there.iterdir() if path.is_dir()}, folder, str(there))
+
+
+def _copy_tokenizers(paths: Mapping[str, Any], folder: epath.Path, said: str) -> None:
+    for name, path in paths.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for file in path.iterdir():
+            (folder / name / file.name).write_bytes(file.read_bytes())
+    (folder / "done").write_text(f"copied from {said}\n")
 
 
 def served(config: ConfigDict, root: epath.Path, source: Source, todo: Sequence[tuple[str, str]]) -> dict[str, int]:

@@ -91,7 +91,7 @@ def write_samples(folder: epath.PathLike, made: Made, record: Mapping[str, Any])
 def _write(folder: epath.Path, made: Made, record: Mapping[str, Any]) -> list[epath.Path]:
     records, first, written = _records(folder), _next_number(folder), []
     for stream, values in made.samples.items():
-        modality, name = MODALITIES[split_stream(stream)[0]], stream.replace(":", "-")
+        modality, name = _modality(stream), stream.replace(":", "-")
         for i, value in enumerate(values, first):
             if modality.is_image:
                 stem, which = f"{name}_{i:03d}", _which(made, i - first)

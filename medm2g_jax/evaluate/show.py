@@ -78,7 +78,7 @@ def show(
     log: Log,
 ) -> list[dict]:
     """Draw and measure the stage that has just been trained; returns its figures, as they stand in model.json."""
-    shown = Shown(config, graph, folder, Model(model, params, data.tokenizers, meta, config.sample), data)
+    shown = _shown(config, graph, folder, model, params, data, meta)
     draw = {"vae": _autoencoder, "align": _alignment, "ldm": _single_flow, "round": _round}[shown.stage.verb]
     figures = draw(shown)
     log.write_scalars(config.steps, scalars(figures))
@@ -93,8 +93,18 @@ def show(
     return to_json(figures)
 
 
-def ceiling(
-    *,
+def ceiling(**stage: Any) -> None:
+    """What the target's autoencoder makes of these data, before a fine-tune begins: no sample can pass it. Takes what
+    `show` takes but for the log."""
+    shown = _shown(**stage)
+    target = shown.stage.target
+    figures = _image_autoencoder(shown, [target]) if _image(target) else _text_autoencoder(shown)
+    for figure in figures:
+        print(f"  the autoencoder's ceiling: {line(figure)}", flush=True)
+    (shown.folder / CEILING).write_text(json.dumps(to_json(figures), indent=1))
+
+
+def _shown(
     config: ConfigDict,
     graph: rounds.Graph,
     folder: epath.Path,
@@ -102,14 +112,8 @@ def ceiling(
     params: Params,
     data: loop.Data,
     meta: dict,
-) -> None:
-    """What the target's autoencoder makes of these data, before a fine-tune begins: no sample can pass it."""
-    shown = Shown(config, graph, folder, Model(model, params, data.tokenizers, meta, config.sample), data)
-    target = shown.stage.target
-    figures = _image_autoencoder(shown, [target]) if _image(target) else _text_autoencoder(shown)
-    for figure in figures:
-        print(f"  the autoencoder's ceiling: {line(figure)}", flush=True)
-    (folder / CEILING).write_text(json.dumps(to_json(figures), indent=1))
+) -> Shown:
+    return Shown(config, graph, folder, Model(model, params, data.tokenizers, meta, config.sample), data)
 
 
 def data_picture(data, path: epath.Path, modalities: tuple[str, ...]) -> None:

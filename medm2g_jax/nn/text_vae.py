@@ -260,6 +260,11 @@ class TextVAE(nn.Module):
         return self.logits(self.encode(bert_ids)[0], gpt2_ids)
 
 
+def _check_length(vae: TextVAE, length: int) -> None:
+    if length >= vae.gpt2_positions:
+        raise ValueError(f"length {length}, but the decoder has {vae.gpt2_positions} positions, the memory's included")
+
+
 def decode_greedy(vae: TextVAE, params: Any, z: Float[Array, "b latent"], length: int) -> Int[Array, "b length"]:
     """The likeliest token at each place, cached, in one scan. Ids up to eos, then pad; no bos.
 
@@ -268,8 +273,7 @@ def decode_greedy(vae: TextVAE, params: Any, z: Float[Array, "b latent"], length
       z: unscaled latents.
       length: of the output, at most gpt2_positions - 1.
     """
-    if length >= vae.gpt2_positions:
-        raise ValueError(f"length {length}, but the decoder has {vae.gpt2_positions} positions, the memory's included")
+    _check_length(vae, length)
 
     def body(carry, position):
         token, done, cache = carry
@@ -293,8 +297,7 @@ def decode_beam(
       z: unscaled latents.
       length: of the output, at most gpt2_positions - 1.
     """
-    if length >= vae.gpt2_positions:
-        raise ValueError(f"length {length}, but the decoder has {vae.gpt2_positions} positions, the memory's included")
+    _check_length(vae, length)
     batch, vocab = z.shape[0], vae.gpt2_vocab
     latents = jnp.repeat(z, beams, axis=0)
     only_pad = jnp.where(jnp.arange(vocab) == vae.pad, 0.0, -jnp.inf)  # what is finished costs nothing more
