@@ -309,6 +309,13 @@ def test_guidance():
         np.testing.assert_allclose(eps, 2 * np.float32(expected), rtol=1e-7)
 
 
+def test_guidance_by_two_conditions_adds_what_each_changes_beside_those_before_it():
+    u, p, b = np.float32([[1.0]]), np.float32([[3.0]]), np.float32([[4.0]])
+    parts = lambda z, t: {"a": (jnp.concatenate([u, p, b]),) * 2}  # noqa: E731
+    for scales, expected in (((1.0, 1.0), 4.0), ((2.0, 0.0), 5.0), ((2.0, 3.0), 8.0), ((0.0, 0.0), 1.0)):
+        np.testing.assert_allclose(guided(parts, jnp.float32(scales))({}, 0)["a"][0], [[expected]], rtol=1e-6)
+
+
 def test_the_loss_is_torch_mse_in_float32():
     a, b = np.random.default_rng(6).normal(size=(2, *SHAPE)).astype(np.float32)
     assert float(denoising_loss(jnp.asarray(a), jnp.asarray(b))) == pytest.approx(

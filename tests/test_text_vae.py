@@ -158,7 +158,10 @@ def test_beams_find_the_likeliest_text_of_all(jit):
     greedy."""
     vae = TextVAE(bert_vocab=9, gpt2_vocab=6, width=16, layers=1, heads=2, ff=32, latent=8, gpt2_positions=8)
     params = vae.init(jax.random.key(3), jnp.ones((1, 3), jnp.int32), jnp.zeros((1, 3), jnp.int32))["params"]
-    z = 3 * jax.random.normal(jax.random.key(4), (4, 8))
+    params = jax.tree.map(lambda x: 3 * x, params)  # what came before shall matter, and texts shall not end at once
+    words = params["decoder"]["wte"]["embedding"].at[vae.eos].set(0.0)
+    params = params | {"decoder": params["decoder"] | {"wte": {"embedding": words}}}
+    z = 0.3 * jax.random.normal(jax.random.key(4), (100, 8))  # many: the best often begins as the best
     length, vocab = 3, vae.gpt2_vocab
     texts = np.asarray(list(itertools.product(range(vocab), repeat=length)))
     ended = np.cumsum(texts == vae.eos, axis=1) - (texts == vae.eos)  # how many eos came before
