@@ -1,5 +1,8 @@
 """Models of less than the paper's three pairs, each trained on the phantom for a few steps: CT-MRI pairs without any
-text, contrasts of MRI, CT and nothing else. Run: python tests/alone.py ROOT"""
+text, contrasts of MRI (the round alone, on a base that nobody has trained), CT and nothing else.
+
+    python tests/alone.py ROOT
+"""
 
 import sys
 
@@ -19,8 +22,7 @@ if __name__ == "__main__":
     config = micro("ct_mri", "tiny,alone", steps=3)
     config.stages.ldm_mri.drop_prompt = 1.0  # every row reads the null prompt
     run.run(config, f"{sys.argv[1]}/ct_mri")
-    config = micro("mri", "tiny", steps=3, listing=("mri",))
-    run.run(config, f"{sys.argv[1]}/mri")
+    run.run(micro("mri", "tiny", steps=3, listing=("mri",), upstream="init"), f"{sys.argv[1]}/mri")
     run.run(micro("ldm", "ct,tiny,alone", steps=3, predict="v"), f"{sys.argv[1]}/ct")
 
     # A fine-tune in a run root of its own, and one in that of its rounds.
@@ -28,4 +30,4 @@ if __name__ == "__main__":
     config.upstream_dirs = (f"{sys.argv[1]}/ct_mri",)
     config.data.train = 64
     run.run(config, f"{sys.argv[1]}/tuned")
-    run.run(micro("finetune", "mri,lora,tiny,alone", steps=3, rank=2), f"{sys.argv[1]}/mri")
+    run.run(micro("finetune", "mri_to_ct,lora,tiny,alone", steps=3, rank=2), f"{sys.argv[1]}/ct_mri")

@@ -28,5 +28,6 @@ class PetSource:
 if __name__ == "__main__":
     flags.FLAGS.mark_as_parsed()
     device.CPU_OPTIONS = {}
-    config = micro("text_pet", steps=3, listing=("text_pet",))
+    # On a base that nobody has trained: each of its stages is one of another image's with another name.
+    config = micro("text_pet", steps=3, listing=("text_pet",), upstream="init")
     run.run(config, sys.argv[1], source=PetSource(config.image_size))

@@ -325,11 +325,10 @@ def test_every_mesh_gives_the_same_loss_and_smaller_shards(data):
     evaluate = jax.jit(make_eval_step(bench.recipe, bench.config))
     single = float(evaluate(params, {}, bench.batch, key, t)[0])
     held = {}
-    for shape in ((8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 4, 2), (1, 8, 1)):
+    for shape in ((8, 1, 1), (2, 2, 2), (1, 4, 2)):
         mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape, strict=True)))
         placed = {k: jax.device_put(v, sharding.param_sharding(k, v.shape, mesh)) for k, v in params.items()}
         loss = evaluate(placed, {}, sharding.put_batch(bench.batch, mesh), key, t)[0]
         assert float(loss) == pytest.approx(single, rel=1e-5), shape
         held[shape] = sum(v.addressable_shards[0].data.nbytes for v in placed.values())
-    assert held[(8, 1, 1)] > held[(4, 2, 1)] > held[(2, 2, 2)] > held[(1, 4, 2)]
-    assert held[(4, 2, 1)] > held[(1, 8, 1)]
+    assert held[(8, 1, 1)] > held[(2, 2, 2)] > held[(1, 4, 2)]

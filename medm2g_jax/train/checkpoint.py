@@ -54,7 +54,8 @@ def quiet_orbax() -> None:
         return
     logging.getLogger("absl").addFilter(_not_of_orbax)
     logging.getLogger("asyncio").addFilter(_not_of_orbax_s_tasks)
-    warnings.filterwarnings("ignore", message="coroutine '(_read_array|async_deserialize)", category=RuntimeWarning)
+    # By no name: reads and writes nest, each in coroutines of its own, and nothing else here has any.
+    warnings.filterwarnings("ignore", message="coroutine '.*' was never awaited", category=RuntimeWarning)
     report = sys.unraisablehook
 
     def report_unless_orbax(unraisable):
