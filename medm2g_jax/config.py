@@ -245,6 +245,7 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
             # z0 of those whose first round brings sources on their grid, and of texts.
             predict="eps" if paper else "auto",
             min_snr=0.0,  # the most that z0's error may count at a time, in signal over noise; 0: all times alike
+            times="uniform",  # how the noise levels of training rows are spread, a name in diffusion.TIMES
             drop_prompt=0.1,
             unprompted=0.1,  # share of rows from records without the prompt's streams, where the data have some
         )

@@ -43,6 +43,13 @@ def _to_no_signal(abar: np.ndarray) -> np.ndarray:
 
 SCHEDULES = {"scaled_linear": ABAR, "zero_snr": _to_no_signal(ABAR)}  # name -> abar_t
 
+# How training spreads the times of its rows: uniform numbers in [0, 1) -> shares of T. Between the ends, where the
+# noise hides all and where it hides nothing, is what a prompt decides (Esser et al. 2024, logit-normal of mean 0).
+TIMES: dict[str, Callable[[Array], Array]] = {
+    "uniform": lambda u: u,
+    "logit_normal": lambda u: jax.nn.sigmoid(jax.scipy.special.ndtri(jnp.maximum(u, 1e-7))),
+}
+
 Streams = dict[str, Latent]
 Denoised = dict[str, tuple[Array, Array]]  # (z0, eps) of each stream, of as many rows as z, or parts of so many
 Denoise = Callable[[Streams, Array], Denoised]

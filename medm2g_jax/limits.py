@@ -115,6 +115,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "predict": ("auto", "eps", "v", "sample"),
     "sample.guide": ("cond", "both"),
     "schedule": ("scaled_linear", "zero_snr"),
+    "times": ("uniform", "logit_normal"),
     "sample.sampler": ("ddim", "ddpm", "euler", "heun", "dpmpp_2m"),
     "sample.spacing": ("auto", "leading", "trailing", "linspace"),
     "upstream": ("train", "init", "require"),

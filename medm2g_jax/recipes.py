@@ -28,7 +28,7 @@ from medm2g_jax.align import HIGHEST, LOG_SCALE_INIT, info_nce
 from medm2g_jax.arrays import Latent, Params, Times
 from medm2g_jax.autoencode import kl_per_dimension
 from medm2g_jax.data.pipeline import Rows
-from medm2g_jax.diffusion import T, denoising_loss
+from medm2g_jax.diffusion import TIMES, T, denoising_loss
 from medm2g_jax.extract import invariant_loss, view
 from medm2g_jax.keys import row_keys, row_normal, row_uniform
 from medm2g_jax.modality import of_kind
@@ -257,8 +257,9 @@ def _null(model: MedM2G, frozen: Params, empty: Mapping) -> Params:
     return jax.jit(lambda p, x: model.null(p, x))(frozen, empty)
 
 
-def _times(keys: Array, t: Array | None) -> Times:
-    drawn = jnp.minimum((row_uniform(keys, "t") * T).astype(jnp.int32), T - 1)
+def drawn_times(keys: Array, t: Array | None, among: str = "uniform") -> Times:
+    """A noise level a row, or t in all; among: a name in diffusion.TIMES."""
+    drawn = jnp.minimum((TIMES[among](row_uniform(keys, "t")) * T).astype(jnp.int32), T - 1)
     return drawn if t is None else jnp.full_like(drawn, t)
 
 
@@ -272,7 +273,7 @@ def _single_flow(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: R
     def prepare(frozen: Params, batch: Mapping, key: Array, t: Array | None = None) -> Noised:
         z0 = model.encode(frozen, target, batch[target])
         keys = row_keys(key, z0.shape[0])
-        times = _times(keys, t)
+        times = drawn_times(keys, t, config.times)
         eps = row_normal(keys, z0.shape[1:], 0)
         keep = row_uniform(keys, "drop_prompt") >= config.drop_prompt
         about = batch.get("about", {})
@@ -380,7 +381,7 @@ def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: Rows) -
         about = batch["about"]
         z0 = {m: model.encode(frozen, m, batch[m]) for m in subjects}
         keys = row_keys(key, z0[subjects[0]].shape[0])
-        times = _times(keys, t)
+        times = drawn_times(keys, t)
         eps = {m: row_normal(keys, z.shape[1:], i) for i, (m, z) in enumerate(z0.items())}
         z_t = {m: flows[m].process.add_noise(z, times, eps[m]) for m, z in z0.items()}
         # One draw a row serves both flows: translation (clean source) or joint generation (source at the same t).

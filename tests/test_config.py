@@ -286,6 +286,7 @@ def test_choices_are_the_tables():
 
     assert set(CHOICES["predict"]) == {"auto", *diffusion.PREDICTIONS}
     assert set(CHOICES["schedule"]) == set(diffusion.SCHEDULES)
+    assert set(CHOICES["times"]) == set(diffusion.TIMES)
     assert set(CHOICES["sample.sampler"]) == set(diffusion.SAMPLERS)
     assert CHOICES["sample.spacing"] == diffusion.SPACINGS
     for field, value in (("predict", "x0"), ("freeze", "open"), ("optimizer", "sgd")):

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from medm2g_jax.diffusion import (
     ABAR,
@@ -11,6 +12,7 @@ from medm2g_jax.diffusion import (
     PREDICTIONS,
     SAMPLERS,
     SCHEDULES,
+    TIMES,
     Process,
     Row,
     State,
@@ -339,3 +341,15 @@ def test_a_row_has_the_same_noise_in_any_batch():
     for other in (row_normal(row_keys(key, 3), (8, 8, 2), salt + 1),
                   row_normal(row_keys(jax.random.key(1), 3), (8, 8, 2), salt)):
         assert abs(np.corrcoef(np.asarray(other).ravel(), np.asarray(small).ravel())[0, 1]) < 0.2
+
+
+def test_times_are_spread_as_their_names_say():
+    """By scipy's distribution of log-odds, and inside the table of noise levels at both ends."""
+    u = (np.arange(20_000) + 0.5) / 20_000
+    shares = np.asarray(TIMES["logit_normal"](jnp.asarray(u, jnp.float32)))
+    for share in (0.05, 0.25, 0.5, 0.9):
+        assert np.mean(shares < share) == pytest.approx(stats.norm.cdf(np.log(share / (1 - share))), abs=1e-3)
+    ends = jnp.asarray([0.0, 1 - 2.0**-24], jnp.float32)
+    for name, spread in TIMES.items():
+        low, high = np.minimum(np.asarray(spread(ends)) * 1000, 999).astype(int)
+        assert low >= 0 and high <= 999 and low < 10 and high > 990, name

@@ -112,6 +112,8 @@ def test_killed_three_times_ends_with_the_same_bits(uninterrupted, tmp_path):
 
 def test_a_terminated_run_saves_and_resumes(tmp_path, uninterrupted):
     root = tmp_path / "run"
+    shutil.copytree(uninterrupted, root)
+    shutil.rmtree(root / STAGE)
     process = start(root, "--config.steps=4000", "--config.checkpoint_every=100000")
     wait_for(
         process, lambda: (root / STAGE / "log.jsonl").exists() and "\n" in (root / STAGE / "log.jsonl").read_text()

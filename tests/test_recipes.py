@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from micro import micro
 
-from medm2g_jax import device, rounds
+from medm2g_jax import device, recipes, rounds
 from medm2g_jax.config import stage_graph
 from medm2g_jax.data import pipeline
 from medm2g_jax.data.phantom.render import Phantom
 from medm2g_jax.data.text import Tokenizers
-from medm2g_jax.diffusion import ABAR
+from medm2g_jax.diffusion import ABAR, TIMES
 from medm2g_jax.family import text_lengths
+from medm2g_jax.keys import row_keys
 from medm2g_jax.model import init_group, prompt_context
 from medm2g_jax.nn.attention import context
 from medm2g_jax.recipes import Recipe, recipe
@@ -117,6 +118,13 @@ def test_every_trainable_parameter_changes_and_the_loss_falls(data, target, word
     ]
     assert not still
     assert set(state.trainable) == set(state.ema) == set(bench.trainable)
+
+
+def test_the_times_of_training_rows_are_spread_as_named():
+    keys = row_keys(jax.random.key(0), 4000)
+    middle = [np.mean(np.abs(np.asarray(recipes.drawn_times(keys, None, s)) - 500) < 200) for s in TIMES]
+    assert middle == pytest.approx([0.4, 0.603], abs=0.03)  # 2 Phi(ln(.7 / .3)) - 1
+    assert set(np.asarray(recipes.drawn_times(keys, jnp.int32(7), "uniform"))) == {7}
 
 
 def test_only_what_first_appears_trains_and_the_source_learns_through_the_frozen_flow(data):
