@@ -163,7 +163,7 @@ _OPTIMIZER = dict(
     remat=False,
     log_every=25,
     eval_every=0,  # 0: at the end only
-    eval_rows=64,  # at most
+    eval_rows=64,  # held-out rows that the loss is measured on, at most; 0: it is not, and the last step counts as best
     checkpoint_every=100,
     keep=2,
 )

@@ -85,7 +85,7 @@ RANGES: Mapping[str, Range] = {
     "accumulate": _SIZE,
     "log_every": _SIZE,
     "eval_every": _COUNT,
-    "eval_rows": _SIZE,
+    "eval_rows": _COUNT,
     "checkpoint_every": _SIZE,
     "keep": _SIZE,
     "loss": _NOT_NEGATIVE,

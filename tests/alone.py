@@ -7,7 +7,7 @@ text, contrasts of MRI (the round alone, on a base that nobody has trained), CT 
 import sys
 
 from absl import flags
-from micro import micro
+from micro import micro, unmeasured
 
 from medm2g_jax import device, run
 
@@ -19,11 +19,11 @@ if __name__ == "__main__":
     shown = (("mri",), "mri"), (("ct",), "ldm_ct")
     run.show = lambda config, **rest: drawn(config=config, **rest) if (config.listing, config.stage) in shown else []
 
-    config = micro("ct_mri", "tiny,alone", steps=3)
+    config = unmeasured(micro("ct_mri", "tiny,alone", steps=3))
     config.stages.ldm_mri.drop_prompt = 1.0  # every row reads the null prompt
     run.run(config, f"{sys.argv[1]}/ct_mri")
     run.run(micro("mri", "tiny", steps=3, listing=("mri",), upstream="init"), f"{sys.argv[1]}/mri")
-    run.run(micro("ldm", "ct,tiny,alone", steps=3, predict="v"), f"{sys.argv[1]}/ct")
+    run.run(unmeasured(micro("ldm", "ct,tiny,alone", steps=3, predict="v")), f"{sys.argv[1]}/ct")
 
     # A fine-tune in a run root of its own, and one in that of its rounds.
     config = micro("finetune", "mri_to_ct,full,tiny,alone", steps=4, eval_every=2, accelerate=4)

@@ -249,6 +249,13 @@ def test_accumulation_is_refused_where_it_changes_the_loss(tmp_path):
         loop.run_stage(config, epath.Path(tmp_path), data)
 
 
+def test_a_fine_tune_needs_something_held_out(tmp_path):
+    config = micro("finetune", "mri_to_ct,lora,tiny,alone", eval_rows=0)
+    data = run.open_data(config, epath.Path(tmp_path))
+    with pytest.raises(UserError, match=r"tune_mri_to_ct_lora: config\.eval_rows=0 .* expected at least 1"):
+        loop.run_stage(config, epath.Path(tmp_path), data)
+
+
 def test_results_verify_what_they_stand_on(uninterrupted):
     meta = checkpoint.read_meta(epath.Path(uninterrupted) / STAGE)
     assert meta["from"]["xray/flow"] == {"stage": STAGE}

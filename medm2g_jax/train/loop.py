@@ -184,6 +184,11 @@ def run_stage(
             f"{config.stage}: config.accumulate={config.accumulate} would change the loss, whose negatives are the "
             "rows of one batch; leave it at 1 and choose config.batch"
         )
+    if graph.stage(config.stage).target and not config.eval_rows:
+        raise UserError(
+            f"{config.stage}: config.eval_rows=0 leaves nothing to tell by whether a fine-tune ends no worse than it "
+            "began; expected at least 1"
+        )
     sharding.check_batch(config.batch, mesh)
     _record(config, graph, folder)
 
@@ -226,16 +231,18 @@ def run_stage(
         waited = time.time() - began
         if waited > SLOW:
             log.say(f"  parameters in place after {waited:.0f} s; the first step compiles its program")
-        held_out = _held_out(data, spec, config, mesh)
+        held_out = _held_out(data, spec, config, mesh) if config.eval_rows else []
 
-        def evaluate(state: State) -> float:
+        def evaluate(state: State) -> float | None:
+            if not held_out:
+                return None
             loss, terms = _evaluate(eval_step, spec, state.ema, frozen, held_out, key)
             log.write_scalars(
                 step // config.accumulate, {"held out/loss": loss} | {f"held out/{k}": v for k, v in terms.items()}
             )
             return loss
 
-        if setup.stage.target and step == 0:  # what it begins with may stay the best
+        if setup.stage.target and step == 0 and held_out:  # what it begins with may stay the best
             if ceiling is not None and jax.process_index() == 0:
                 whole = {**frozen, **state.ema}
                 about = results.describe(config, graph, data, upstream, setup.model)
