@@ -257,7 +257,7 @@ def _null(model: MedM2G, frozen: Params, empty: Mapping) -> Params:
     return jax.jit(lambda p, x: model.null(p, x))(frozen, empty)
 
 
-def drawn_times(keys: Array, t: Array | None, among: str = "uniform") -> Times:
+def _times(keys: Array, t: Array | None, among: str = "uniform") -> Times:
     """A noise level a row, or t in all; among: a name in diffusion.TIMES."""
     drawn = jnp.minimum((TIMES[among](row_uniform(keys, "t")) * T).astype(jnp.int32), T - 1)
     return drawn if t is None else jnp.full_like(drawn, t)
@@ -273,7 +273,7 @@ def _single_flow(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: R
     def prepare(frozen: Params, batch: Mapping, key: Array, t: Array | None = None) -> Noised:
         z0 = model.encode(frozen, target, batch[target])
         keys = row_keys(key, z0.shape[0])
-        times = drawn_times(keys, t, config.times)
+        times = _times(keys, t, config.times)
         eps = row_normal(keys, z0.shape[1:], 0)
         keep = row_uniform(keys, "drop_prompt") >= config.drop_prompt
         about = batch.get("about", {})
@@ -381,7 +381,7 @@ def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: Rows) -
         about = batch["about"]
         z0 = {m: model.encode(frozen, m, batch[m]) for m in subjects}
         keys = row_keys(key, z0[subjects[0]].shape[0])
-        times = drawn_times(keys, t)
+        times = _times(keys, t)
         eps = {m: row_normal(keys, z.shape[1:], i) for i, (m, z) in enumerate(z0.items())}
         z_t = {m: flows[m].process.add_noise(z, times, eps[m]) for m, z in z0.items()}
         # One draw a row serves both flows: translation (clean source) or joint generation (source at the same t).

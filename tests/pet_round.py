@@ -1,4 +1,7 @@
-"""A fifth modality, all of it: one value, and a source that has its images. Run: python tests/pet_round.py ROOT"""
+"""A fifth modality, all of it: one value, and a source that has its images.
+
+    python tests/pet_round.py ROOT UPSTREAM     # config.upstream: train, init
+"""
 
 import sys
 
@@ -28,6 +31,5 @@ class PetSource:
 if __name__ == "__main__":
     flags.FLAGS.mark_as_parsed()
     device.CPU_OPTIONS = {}
-    # On a base that nobody has trained: each of its stages is one of another image's with another name.
-    config = micro("text_pet", steps=3, listing=("text_pet",), upstream="init")
+    config = micro("text_pet", steps=3, listing=("text_pet",), upstream=sys.argv[2])
     run.run(config, sys.argv[1], source=PetSource(config.image_size))

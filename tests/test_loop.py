@@ -83,16 +83,20 @@ def wait_for(process: subprocess.Popen, happened, seconds: float = 200.0) -> Non
         time.sleep(0.005)
 
 
-def test_killed_three_times_ends_with_the_same_bits(uninterrupted, tmp_path):
-    """Killed while saving, in an upstream stage and in the last, and in a first step, each at a seeded moment."""
+@pytest.mark.parametrize("times", [3, pytest.param(5, marks=pytest.mark.full)])
+def test_killed_several_times_ends_with_the_same_bits(uninterrupted, tmp_path, times):
+    """Killed while saving, in an upstream stage and in the last, and in a first step, each at a seeded moment; five
+    times: before any step and after a save as well."""
     root = tmp_path / "run"
     rng = np.random.default_rng(0)
     moments = [
+        lambda: (root / "image_vae" / "config.json").exists(),  # before the first step of the first stage
         lambda: any((root / "image_vae" / "checkpoints").glob("*tmp*")),  # in mid-save, upstream
         lambda: (root / "align_text_xray" / "log.jsonl").exists(),  # in the first step of the second stage
+        lambda: (root / STAGE / "checkpoints" / "2").exists(),
         lambda: any((root / STAGE / "checkpoints").glob("*tmp*")),
     ]
-    for moment in moments:
+    for moment in moments if times == 5 else (moments[1], moments[2], moments[4]):
         process = start(root)
         wait_for(process, moment)
         time.sleep(float(rng.uniform(0, 0.05)))

@@ -3,6 +3,7 @@
 import ast
 from pathlib import Path
 
+import pytest
 from etils import epath
 from micro import train
 
@@ -34,9 +35,10 @@ def test_imaging_modalities_are_named_in_four_places_only():
     assert not found, found
 
 
-def test_a_fifth_modality_trains_a_round(tmp_path):
-    """PET in one small file: pet_round.py."""
-    out = train("pet_round.py", str(tmp_path / "run"))
+@pytest.mark.parametrize("upstream", ["init", pytest.param("train", marks=pytest.mark.full)])
+def test_a_fifth_modality_trains_a_round(tmp_path, upstream):
+    """PET in one small file: pet_round.py. On a base that nobody has trained, or (slow) with all it stands on."""
+    out = train("pet_round.py", str(tmp_path / "run"), upstream)
     meta = checkpoint.read_meta(epath.Path(tmp_path) / "run" / "text_pet")
     assert set(meta["trains"]) == {"text/guide", "pet/guide"} and ["pet", "text"] in meta["pairs"]["guide"]
     measured = {(f["task"], f["metric"]) for f in meta["figures"]}

@@ -154,8 +154,8 @@ def test_too_long_is_refused(tiny):
 
 
 def test_beams_find_the_likeliest_text_of_all(jit):
-    """As many beams as there are beginnings search everything: brute force over all texts of three tokens. Few keep the
-    best beginnings of each length, by what each text's own tokens cost. One beam is greedy."""
+    """As many beams as there are beginnings search everything: brute force over all texts of three tokens. One beam is
+    greedy."""
     vae = TextVAE(bert_vocab=9, gpt2_vocab=6, width=16, layers=1, heads=2, ff=32, latent=8, gpt2_positions=8)
     params = vae.init(jax.random.key(3), jnp.ones((1, 3), jnp.int32), jnp.zeros((1, 3), jnp.int32))["params"]
     params = jax.tree.map(lambda x: 3 * x, params)  # what came before shall matter, and texts shall not end at once
@@ -169,23 +169,43 @@ def test_beams_find_the_likeliest_text_of_all(jit):
     over = np.cumsum(texts == vae.eos, axis=1) - (texts == vae.eos) > 0
     ids = np.concatenate([np.full((len(texts), 1), vae.bos), texts[:, :-1]], axis=1)
     logits = jit(lambda p, z, ids: vae.apply({"params": p}, z, ids, method="logits"))
-    beams = vocab**length, 3, 2
-    found = [np.asarray(jit(lambda p, z, n=n: decode_beam(vae, p, z, length, n))(params, z)) for n in beams]
-    for row, ours, *few in zip(z, *found, strict=True):
+    found = np.asarray(jit(lambda p, z: decode_beam(vae, p, z, length, vocab**length))(params, z))
+    for row, ours in zip(z, found, strict=True):
         log = np.asarray(jax.nn.log_softmax(logits(params, jnp.tile(row, (len(texts), 1)), jnp.asarray(ids))))
         each = np.where(over, 0.0, np.take_along_axis(log, texts[..., None], axis=-1)[..., 0]).sum(1)
         score = each / np.maximum((texts != vae.pad).sum(1), 1)
         np.testing.assert_array_equal(ours, texts[score.argmax()])
-        costs = {tuple(text[:i]): log[n, i] for n, text in enumerate(texts) for i in range(length)}
-        for n, ours in zip(beams[1:], few, strict=True):
-            kept = {(): 0.0}
-            for _ in range(length):
-                longer = {}
-                for text, total in kept.items():
-                    after = {vae.pad: 0.0} if vae.eos in text else dict(enumerate(costs[text]))
-                    longer |= {(*text, token): total + cost for token, cost in after.items()}
-                kept = dict(sorted(longer.items(), key=lambda x: -x[1])[:n])
-            best = max(kept, key=lambda text: kept[text] / (np.asarray(text) != vae.pad).sum())
-            np.testing.assert_array_equal(ours, best)
     greedy = np.asarray(decode_greedy(vae, params, z, 5))
     np.testing.assert_array_equal(decode_beam(vae, params, z, 5, 1), greedy)
+
+
+@pytest.mark.parametrize("beams", [2, 4])
+def test_few_beams_go_on_from_what_each_text_itself_says(jit, beams):
+    """A search in plain Python that keeps no cache: every beginning's own tokens are read anew at each step."""
+    vae = TextVAE(bert_vocab=9, gpt2_vocab=12, width=16, layers=2, heads=2, ff=32, latent=8, gpt2_positions=10)
+    params = vae.init(jax.random.key(3), jnp.ones((1, 3), jnp.int32), jnp.zeros((1, 3), jnp.int32))["params"]
+    # What came before shall say more than the last token does.
+    loud = lambda path, x: (30 if "attn" in jax.tree_util.keystr(path) else 2) * x  # noqa: E731
+    params = jax.tree_util.tree_map_with_path(loud, params)
+    z, length = jax.random.normal(jax.random.key(4), (12, 8)), 8
+    logits = jit(lambda p, z, ids: jax.nn.log_softmax(vae.apply({"params": p}, z, ids, method="logits")))
+
+    def costs(row, texts):
+        """(beams, vocab): of the next token behind each text."""
+        ids = np.full((beams, length), vae.pad)
+        for i, text in enumerate(texts):
+            ids[i, : len(text) + 1] = [vae.bos, *text][:length]
+        log = logits(params, jnp.tile(row, (beams, 1)), jnp.asarray(ids))
+        return np.asarray(log)[:, len(texts[0])]
+
+    found = np.asarray(jit(lambda p, z: decode_beam(vae, p, z, length, beams))(params, z))
+    for row, ours in zip(z, found, strict=True):
+        kept = {(): 0.0}
+        for _ in range(length):
+            longer = {}
+            for (text, total), step in zip(kept.items(), costs(row, [*kept]), strict=False):
+                after = {vae.pad: 0.0} if vae.eos in text else dict(enumerate(step))
+                longer |= {(*text, token): total + cost for token, cost in after.items()}
+            kept = dict(sorted(longer.items(), key=lambda x: -x[1])[:beams])
+        best = max(kept, key=lambda text: kept[text] / (np.asarray(text) != vae.pad).sum())
+        np.testing.assert_array_equal(ours, best)

@@ -242,7 +242,7 @@ def run_stage(
             )
             return loss
 
-        if setup.stage.target and step == 0 and held_out:  # what it begins with may stay the best
+        if setup.stage.target and step == 0:  # what it begins with may stay the best
             if ceiling is not None and jax.process_index() == 0:
                 whole = {**frozen, **state.ema}
                 about = results.describe(config, graph, data, upstream, setup.model)
