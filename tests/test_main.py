@@ -63,7 +63,7 @@ def test_one_line_and_exit_2(arguments, environment, message, tmp_path):
 
 @pytest.mark.parametrize(
     "override",
-    ["seed=-1", "steps=0", "accumulate=0", "eval_rows=0", "checkpoint_every=0", "lr=nan", "lr=0", "b1=1", "warmup=1.5",
+    ["seed=-1", "steps=0", "accumulate=0", "eval_rows=-1", "checkpoint_every=0", "lr=nan", "lr=0", "b1=1", "warmup=1.5",
      "clip=0", "keep=0", "loss.l1=-1", "loss.mse=inf", "sample.eta=2", "sample.guidance=nan", "net.width=0",
      "data.train=0", "image_size=-64", f"seed={2**32}", f"steps={2**31}"],
 )  # fmt: skip
