@@ -40,6 +40,9 @@ _SD_VAE = dict(channels=(128, 256, 512, 512), layers=2, groups=32, latent=4, pat
 _NETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         width=64,  # of the space that prompts and guides share
+        # What a fresh flow multiplies prompts by at first. A token of the shared space has about 1 / sqrt(width) a
+        # feature, which says little to layers made for 1; 1 where the flow begins from weights that read it so (VD).
+        prompt_gain=8.0,
         image_vae=dict(channels=(64,), layers=0, groups=8, latent=4, patch=8, mid_attention=False, colours=1),
         image_unet=dict(channels=(48, 96), attention=(False, True), layers=1, heads=4, groups=8),
         text_vae=dict(width=64, layers=2, heads=4, ff=256, latent=64, bert_positions=64, gpt2_positions=64),
@@ -59,6 +62,7 @@ _NETS: dict[str, dict[str, Any]] = {
     ),
     "base": dict(
         width=512,
+        prompt_gain=22.6,
         image_vae=_SD_VAE,
         image_unet=dict(
             channels=(128, 256, 384, 512), attention=(True, True, True, False), layers=2, heads=8, groups=32
@@ -86,6 +90,7 @@ _NETS: dict[str, dict[str, Any]] = {
     ),
     "sd15": dict(
         width=768,
+        prompt_gain=1.0,
         image_vae=_SD_VAE,
         image_unet=dict(
             channels=(320, 640, 1280, 1280), attention=(True, True, True, False), layers=2, heads=8, groups=32
@@ -126,7 +131,7 @@ def _shared(preset: str, variant: str, listing: tuple[str, ...]) -> ConfigDict:
             begin=_BEGIN[preset],  # what of them, where they are given: "KIND/GROUP"
             image_size=64 if tiny else 512,
             schedule="scaled_linear",  # of the noise, a name in diffusion.SCHEDULES
-            net=_NETS[preset],
+            net=_NETS[preset] | (dict(prompt_gain=1.0) if variant == "paper" else {}),
             data=dict(
                 source="phantom",  # or manifest:PATH, tfds:NAME
                 accept="",  # fingerprint of data that may take the place of others under a begun run; never compared
@@ -180,10 +185,10 @@ _VERB_SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": dict(
         image_vae=dict(steps=1800, lr=4e-3, batch=8, log_every=100, checkpoint_every=600),
         text_vae=dict(steps=700, lr=3e-3, batch=32),
-        align=dict(steps=400, lr=2e-3, batch=96),
-        ldm=dict(steps=1600, lr=4e-3, batch=16),
+        align=dict(steps=800, lr=2e-3, batch=48),
+        ldm=dict(steps=1200, lr=4e-3, batch=16),
         ldm_text=dict(steps=2000, lr=3e-3, batch=32),
-        round=dict(steps=400, lr=5e-3, lr_adapt=5e-3, batch=16),
+        round=dict(steps=600, lr=5e-3, lr_adapt=5e-3, batch=16),
         tune_full=dict(steps=300, lr=1e-3, lr_adapt=1e-3, batch=16),
         tune_guide=dict(steps=300, lr=2e-3, lr_adapt=2e-3, batch=16),
         tune_lora=dict(steps=300, lr=2e-3, batch=16),
@@ -232,6 +237,8 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
         # A KL this strong gives latents that stand the sampler's noise: 3e-3 loses a quarter of the findings.
         own |= dict(loss=dict(ce=1.0, kl=0.05))
     elif verb == "align":
+        if tiny and name in _alignments(listing)[:1]:
+            own |= dict(steps=1600)  # the centre trains here alone; what it does not tell apart, no flow does later
         own |= dict(
             loss=dict(contrast=1.0, invariant=0.3 if tiny else 1.0),
             barlow_lambda=0.0051,
@@ -241,17 +248,15 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
         own |= dict(
             loss=dict(eps=1.0),  # squared error of what is predicted
             # A name in diffusion.PREDICTIONS; rounds take it from the flow they stand on. "auto", measured
-            # (docs/quality.md): eps where converted weights begin the flow, which learned that; else v of images, but
-            # z0 of those whose first round brings sources on their grid, and of texts.
+            # (docs/quality.md): eps where converted weights begin the flow, which learned that; else z0.
             predict="eps" if paper else "auto",
             min_snr=0.0,  # the most that z0's error may count at a time, in signal over noise; 0: all times alike
-            times="uniform",  # how the noise levels of training rows are spread, a name in diffusion.TIMES
+            # How the noise levels of training rows are spread, a name in diffusion.TIMES.
+            times="uniform" if paper or preset == "sd15" or name == "ldm_text" else "logit_normal",
             drop_prompt=0.1,
             unprompted=0.1,  # share of rows from records without the prompt's streams, where the data have some
         )
     else:
-        if tiny and name == listing[0]:
-            own |= dict(steps=600)  # two guides, not one
         if tiny and not paper and on_grid(name, listing):
             own |= dict(steps=800)
         if paper:
@@ -287,10 +292,14 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
     return own
 
 
+def _alignments(listing: tuple[str, ...]) -> list[str]:
+    return [s for s in rounds.graph(listing).stages if s.startswith("align_")]
+
+
 def on_grid(name: str, listing: tuple[str, ...]) -> bool:
-    """Is this a round in which a flow may have sources on its own grid, or the single flow of such a modality?"""
-    stages = rounds.graph(listing, register=listing).stages.values()
-    return any(stage.registered and name in (stage.name, *(f"ldm_{m}" for m in stage.registered)) for stage in stages)
+    """Is this a round in which a flow may have sources on its own grid?"""
+    stages = rounds.graph(listing, register=listing).stages
+    return name in stages and bool(stages[name].registered)
 
 
 # --- the words after the colon --------------------------------------------------------------------------------------
@@ -446,7 +455,7 @@ def get_config(target: str, words: str | None = "", listing: str | tuple[str, ..
         sampler="ddim",  # a name in diffusion.SAMPLERS
         spacing="auto",  # of its times, a name in diffusion.SPACINGS
         eta=1.0,
-        guidance=2.0,
+        guidance=1.0 if preset == "tiny" and variant != "paper" else 2.0,  # beyond 1 tiny's lesions only get brighter
         guide="both" if variant == "paper" else "cond",
         rows=64 if preset == "tiny" else 8,  # held-out records that a stage's numbers stand on
     )

@@ -349,7 +349,7 @@ def build(
                 use_bias=False,
                 dtype=dtype,
                 precision=jax.lax.Precision.HIGHEST,
-                kernel_init=lambda key, shape, dtype=jnp.float32: jnp.eye(*shape, dtype=dtype),
+                kernel_init=lambda key, shape, dtype=jnp.float32: net["prompt_gain"] * jnp.eye(*shape, dtype=dtype),
             ),
             centred=centred,
             slots=tuple(slots[name]) if slots and name in slots else (),

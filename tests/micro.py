@@ -6,6 +6,7 @@
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,10 +103,14 @@ def model_of(target: str, words: str = "tiny", listing="default"):
     return Model(recipe, params, None, meta | {"licences": [], "from": {}}, dict(config.sample))
 
 
+def flags(devices: int) -> str:
+    """XLA_FLAGS of a process of so many devices, which compiles as fast as the tests' own (conftest.py)."""
+    return re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
+
+
 def train(script: str, *arguments: str, seconds: float = 500) -> str:
     """Run a Python file of this folder on one CPU device; returns what it printed."""
-    flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
-    env = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=flags, PYTHONPATH=str(Path(__file__).parents[1]))
+    env = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=flags(1), PYTHONPATH=str(Path(__file__).parents[1]))
     line = [sys.executable, str(Path(__file__).parent / script), *arguments]
     done = subprocess.run(line, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds)
     assert done.returncode == 0, done.stdout[-3000:]
@@ -113,11 +118,11 @@ def train(script: str, *arguments: str, seconds: float = 500) -> str:
 
 
 if __name__ == "__main__":
-    from absl import flags
+    from absl.flags import FLAGS
 
     from medm2g_jax import device, run
 
-    flags.FLAGS.mark_as_parsed()
+    FLAGS.mark_as_parsed()
     device.CPU_OPTIONS = {}
     drawn = run.show
     *targets, root = sys.argv[1:]

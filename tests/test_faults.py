@@ -379,7 +379,7 @@ def test_a_stage_begun_with_one_prediction_is_not_resumed_with_another(tmp_path)
     for predict in ("v", "sample"):
         with pytest.raises(UserError, match=rf"begun with config\.predict='eps', this command has '{predict}'"):
             record(micro("ldm", "ct,tiny,alone", predict=predict))
-    with pytest.raises(UserError, match=r"begun with config\.predict='eps', this command has 'v'"):
+    with pytest.raises(UserError, match=r"begun with config\.predict='eps', this command has 'sample'"):
         record(micro("ldm", "ct,tiny,alone"))  # auto: what it means is compared, and said
     record(micro("ldm", "ct,tiny,alone", predict="eps"))
 
@@ -394,7 +394,7 @@ def test_weights_that_predict_eps_cannot_begin_a_flow_that_predicts_anything_els
         config.predict = predict
         assert results.predictions(config, ("ct/flow", "ct/guide")) == {"ct": "eps"}
     config.weights = ""
-    for predict, meant in (("auto", "v"), ("sample", "sample")):
+    for predict, meant in (("auto", "sample"), ("v", "v")):
         config.predict = predict
         assert results.predictions(config, ("ct/flow",)) == {"ct": meant}
     upstream = micro("text_ct", "tiny")
@@ -406,7 +406,7 @@ def test_weights_that_predict_eps_cannot_begin_a_flow_that_predicts_anything_els
 def test_where_no_signal_is_left_a_flow_that_predicts_eps_is_refused():
     config = micro("text_ct", "tiny")
     config.schedule = "zero_snr"
-    assert results.predictions(config, ("text/flow", "ct/flow")) == {"text": "sample", "ct": "v"}
+    assert results.predictions(config, ("text/flow", "ct/flow")) == {"text": "sample", "ct": "sample"}
     config.stages.ldm_ct.predict = "eps"
     with pytest.raises(UserError, match=r"ldm_ct predicts eps \(config\.stages\.ldm_ct\.predict='eps'\)"):
         results.predictions(config, ("text/flow", "ct/flow"))

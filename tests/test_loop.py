@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from micro import NET, micro
+from micro import NET, flags, micro
 
 from medm2g_jax import rounds, run
 from medm2g_jax.config import stage_graph
@@ -47,8 +47,7 @@ def command(root, *extra: str) -> list[str]:
 
 
 def start(root, *extra: str, devices: int = 1) -> subprocess.Popen:
-    env = dict(os.environ, JAX_PLATFORMS="cpu")
-    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    env = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=flags(devices))
     return subprocess.Popen(command(root, *extra), cwd=HERE.parent, env=env, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT)  # fmt: skip
 
@@ -219,17 +218,28 @@ def test_a_missing_upstream_stage_names_its_command(tmp_path):
     ("arguments", "message"),
     [
         (["--config=configs/text_ct.py:tinny"], "unknown word 'tinny'"),
-        (["--config=configs/text_ct.py:tiny", "--config.stpes=3"], "did you mean --config.steps?"),
+        (["--config=configs/text_ct.py:tiny", "--config.stpes=3"], r"did you mean --config\.steps\?"),
         (["--config=configs/text_ct.py:tiny", "--config.data.source=dicom:/x"], "phantom, manifest:PATH or tfds:NAME"),
         (["--config=configs/text_ct.py:tiny", "--config.data.source=manifest:/nowhere"], "/nowhere"),
-        (["--config=configs/image_vae.py:tiny", "--config.mesh.data=3"], "config.mesh"),
-        (["--config=configs/text_vae.py:tiny", "--config.optimizer=sgd"], "config.optimizer='sgd'"),
+        (["--config=configs/text_vae.py:tiny", "--config.optimizer=sgd"], r"config\.optimizer='sgd'"),
         (["--config=configs/align.py:tiny"], "after the colon"),
+    ],
+)
+def test_bad_input_is_told(arguments, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run.run(read_config([*arguments, "--config.image_size=32"]), str(tmp_path / "run"))
+    assert not list(tmp_path.rglob("*/config.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/image_vae.py:tiny", "--config.data.train=96", "--config.mesh.data=3"], "config.mesh"),
         ([], "--config=configs/text_ct.py"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path):
-    env = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    env = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=flags(2))
     line = [sys.executable, "-m", "medm2g_jax.main", *arguments, f"--workdir={tmp_path}/run", "--config.image_size=32"]
     if not arguments:
         line = line[:3]

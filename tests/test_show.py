@@ -124,6 +124,25 @@ def test_the_infonce_of_an_alignment_is_that_of_held_out_rows(embeddings):
     assert found["CT <-> MRI", "retrieval@1"].floor == (1 / 8, "chance")
 
 
+def test_an_alignment_says_which_findings_it_tells_apart():
+    """The shared space of this one holds a lesion's side, and neither kind nor size."""
+    sides, kinds, sizes = (np.tile(np.repeat(x, n), 8 // n // 2) for x, n in (
+        (("left", "right"), 1), (("mass", "consolidation"), 2), (("large", "small"), 4)))  # fmt: skip
+    texts = [f"{size} {side} upper {kind} ." for size, side, kind in zip(sizes, sides, kinds, strict=True)]
+    tokenizers = SimpleNamespace(decode=lambda ids: texts[int(ids[0])])
+    data = given(source(labeller=parse), tokenizers=tokenizers)
+    batch = {"text": {"gpt2": np.stack([np.zeros(8, int), np.arange(8)], 1)}}
+    u = np.where((sides == "left")[:, None], (1.0, 0.0), (0.0, 1.0)).astype(np.float32)
+    v = u + np.linspace(0, 0.1, 8)[:, None]  # the last of its side is the nearest
+    found = {f.metric: f for f in show._told_apart(data, batch, "report <-> CT", u, u)}
+    assert found["side of the nearest"].value == 1.0 and found["side of the nearest"].floor.value == 0.5
+    assert found["kind of the nearest"].value == found["size of the nearest"].value == 0.5
+    assert not {m for m in found if m.startswith(("level", "cardiomegaly"))}, "what all reports state alike"
+    none = {f.metric: f for f in show._told_apart(data, batch, "report <-> CT", u, v[::-1])}
+    assert none["side of the nearest"].value == 0.0
+    assert show._told_apart(given(source(), tokenizers=tokenizers), batch, "report <-> CT", u, u) == []
+
+
 def test_figures_of_training_records_say_so(embeddings):
     """Where a source holds out nothing, no figure looks as if it did."""
     found = aligned(embeddings, splits=("train",))

@@ -51,6 +51,10 @@ PROTOCOLS: dict[str, Protocol] = {
     "gallery, same findings": Protocol(
         judge="cosine; the n rows; a hit states the same findings by the source's labeller", interval=_BOOTSTRAP
     ),
+    "nearest partner": Protocol(
+        judge="cosine; what the source's labeller reads in the report of a row and in that of its nearest of the n",
+        interval=_WILSON,
+    ),
     "tau 0.07": Protocol(judge="InfoNCE, symmetric, tau 0.07; the negatives are the other rows"),
     "probe": Protocol(
         judge="a CNN trained on real images of this modality, against exact labels",

@@ -280,7 +280,29 @@ def _alignment(s: Shown) -> list[Figure]:
         ends = dict(n=len(classes), seed=SEED, floor=floor)
         figures.append(Figure(task=where, metric="InfoNCE nats", protocol="tau 0.07", value=nats, **ends))
         if split == "val":
+            figures += _told_apart(s.data, batch, where, u, v)
             _retrieved(s, pair, words, u, v)
+    return figures
+
+
+def _told_apart(data: loop.Data, batch: Batch, task: str, u: np.ndarray, v: np.ndarray) -> list[Figure]:
+    """Finding by finding, how often the nearest partner has what a report states: what the shared space does not hold
+    of a report, no flow that reads it makes. Nothing where the source has no labeller."""
+    reads = _labeller(data)
+    if centre().name not in batch or reads is None:
+        return []
+    nearest = np.argmax(u @ (v / np.linalg.norm(v, axis=1, keepdims=True)).T, 1)
+    stated = [fields(reads(text)) for text in _texts_of(data, batch[centre().name])]
+    figures = []
+    for name in dict.fromkeys(name for report in stated for name in report):
+        said = [report.get(name, False) for report in stated]
+        has = np.asarray([value is not None for value in said])  # None: it does not apply
+        values = np.unique([str(value) for value in said], return_inverse=True)[1]
+        if len(set(values[has])) < 2:
+            continue
+        floor = Reference(retrieval.chance(values[has]), "chance")
+        pair, how = (values[has], values[nearest][has]), dict(protocol="nearest partner", floor=floor)
+        figures.append(METRICS["right"].figure(task, f"{name} of the nearest", *pair, seed=SEED, **how))
     return figures
 
 

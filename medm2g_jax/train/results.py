@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from medm2g_jax import rounds
 from medm2g_jax.arrays import Params
-from medm2g_jax.config import on_grid, stage_graph
+from medm2g_jax.config import stage_graph
 from medm2g_jax.convert import converted, weights
 from medm2g_jax.data.contents import contents_of
 from medm2g_jax.data.pipeline import registers
@@ -393,11 +393,7 @@ def predictions(config: ConfigDict, groups: Sequence[str]) -> dict[str, str]:
         field = "config" if name == config.stage else f"config.stages.{name}"
         begun = begins(config, group)
         told = (config if name == config.stage else config.stages[name]).predict
-        if told == "auto":
-            still = MODALITIES[modality].is_image and not on_grid(name, config.listing)
-            found[modality] = "eps" if begun else "v" if still else "sample"
-        else:
-            found[modality] = told
+        found[modality] = told if told != "auto" else "eps" if begun else "sample"
         if begun and found[modality] != "eps":
             raise UserError(
                 f"{field}.predict={told!r}, but {name} begins from the converted weights in {config.weights}, which "

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -84,7 +84,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def check_batch(batch: int, mesh: Mesh, field: str = "config.batch") -> None:
+def check_batch(batch: int, mesh: Mesh | AbstractMesh, field: str = "config.batch") -> None:
     """Raises UserError, naming the nearest batch that fits, where rows do not divide over data x fsdp."""
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch < 1 or batch % rows:
