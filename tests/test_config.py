@@ -2,6 +2,8 @@ import ast
 import importlib.util
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from absl import flags
 from ml_collections import config_flags
@@ -10,6 +12,7 @@ from medm2g_jax import rounds
 from medm2g_jax.config import PRESETS, WEIGHT_FOLDERS, get_config, stage_config, stage_graph
 from medm2g_jax.errors import UserError
 from medm2g_jax.limits import CHOICES, check, numbers, range_of
+from medm2g_jax.train import results
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # What each config file is called with, and the stage that this names.
@@ -133,6 +136,18 @@ def test_rounds_with_sources_on_a_grid_look_the_same_from_every_stage():
     for words, predict in (("tiny", "auto"), ("sd15", "auto"), ("tiny,paper", "eps")):
         stages = get_config("ct_mri", words).stages
         assert {s.predict for n, s in stages.items() if n.startswith("ldm_")} == {predict}
+
+
+@pytest.mark.parametrize(("words", "rms"), [("tiny", 1.0), ("base", 1.0), ("tiny,paper", 64**-0.5)])
+def test_a_fresh_flow_hears_prompts_as_loud_as_its_layers_expect(words, rms):
+    """A token of the shared space has about unit norm, 1 / sqrt(width) a feature; `paper` leaves it there."""
+    config = get_config("ldm", f"ct,{words},alone")
+    width = config.net.width
+    prompt_in = results.build_model(config, {}, {}).flows["ct"].prompt_in
+    token = np.random.default_rng(0).normal(size=(1, 50, width)).astype(np.float32)
+    token /= np.linalg.norm(token, axis=-1, keepdims=True)
+    heard, _ = prompt_in.init_with_output(jax.random.key(0), token)
+    assert np.sqrt(np.mean(np.square(heard))) == pytest.approx(rms, rel=5e-3)
 
 
 def test_weights_folder_picks_the_preset(monkeypatch, weights):
