@@ -105,7 +105,7 @@ def model_of(target: str, words: str = "tiny", listing="default"):
 
 def flags(devices: int) -> str:
     """XLA_FLAGS of a process of so many devices, which compiles as fast as the tests' own (conftest.py)."""
-    return re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
+    return re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ.get("XLA_FLAGS", ""))
 
 
 def train(script: str, *arguments: str, seconds: float = 500) -> str:
