@@ -40,9 +40,9 @@ _SD_VAE = dict(channels=(128, 256, 512, 512), layers=2, groups=32, latent=4, pat
 _NETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         width=64,  # of the space that prompts and guides share
-        # What a fresh flow multiplies prompts by at first. A token of the shared space has about 1 / sqrt(width) a
-        # feature, which says little to layers made for 1; 1 where the flow begins from weights that read it so (VD).
-        prompt_gain=8.0,
+        # A token of the shared space has about 1 / sqrt(width) a feature, which says little to layers made for 1: a
+        # fresh flow reads it times sqrt(width) at first. Not where weights begin it that read it as it is (VD).
+        loud_prompts=True,
         image_vae=dict(channels=(64,), layers=0, groups=8, latent=4, patch=8, mid_attention=False, colours=1),
         image_unet=dict(channels=(48, 96), attention=(False, True), layers=1, heads=4, groups=8),
         text_vae=dict(width=64, layers=2, heads=4, ff=256, latent=64, bert_positions=64, gpt2_positions=64),
@@ -62,7 +62,7 @@ _NETS: dict[str, dict[str, Any]] = {
     ),
     "base": dict(
         width=512,
-        prompt_gain=22.6,
+        loud_prompts=True,
         image_vae=_SD_VAE,
         image_unet=dict(
             channels=(128, 256, 384, 512), attention=(True, True, True, False), layers=2, heads=8, groups=32
@@ -90,7 +90,7 @@ _NETS: dict[str, dict[str, Any]] = {
     ),
     "sd15": dict(
         width=768,
-        prompt_gain=1.0,
+        loud_prompts=False,
         image_vae=_SD_VAE,
         image_unet=dict(
             channels=(320, 640, 1280, 1280), attention=(True, True, True, False), layers=2, heads=8, groups=32
@@ -131,7 +131,7 @@ def _shared(preset: str, variant: str, listing: tuple[str, ...]) -> ConfigDict:
             begin=_BEGIN[preset],  # what of them, where they are given: "KIND/GROUP"
             image_size=64 if tiny else 512,
             schedule="scaled_linear",  # of the noise, a name in diffusion.SCHEDULES
-            net=_NETS[preset] | (dict(prompt_gain=1.0) if variant == "paper" else {}),
+            net=_NETS[preset] | (dict(loud_prompts=False) if variant == "paper" else {}),
             data=dict(
                 source="phantom",  # or manifest:PATH, tfds:NAME
                 accept="",  # fingerprint of data that may take the place of others under a begun run; never compared
@@ -237,7 +237,7 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
         # A KL this strong gives latents that stand the sampler's noise: 3e-3 loses a quarter of the findings.
         own |= dict(loss=dict(ce=1.0, kl=0.05))
     elif verb == "align":
-        if tiny and name in _alignments(listing)[:1]:
+        if tiny and name == f"align_{listing[0]}":
             own |= dict(steps=1600)  # the centre trains here alone; what it does not tell apart, no flow does later
         own |= dict(
             loss=dict(contrast=1.0, invariant=0.3 if tiny else 1.0),
@@ -257,7 +257,7 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
             unprompted=0.1,  # share of rows from records without the prompt's streams, where the data have some
         )
     else:
-        if tiny and not paper and on_grid(name, listing):
+        if tiny and not paper and _on_grid(name, listing):
             own |= dict(steps=800)
         if paper:
             own |= dict(lr_adapt=own["lr"])
@@ -292,11 +292,7 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
     return own
 
 
-def _alignments(listing: tuple[str, ...]) -> list[str]:
-    return [s for s in rounds.graph(listing).stages if s.startswith("align_")]
-
-
-def on_grid(name: str, listing: tuple[str, ...]) -> bool:
+def _on_grid(name: str, listing: tuple[str, ...]) -> bool:
     """Is this a round in which a flow may have sources on its own grid?"""
     stages = rounds.graph(listing, register=listing).stages
     return name in stages and bool(stages[name].registered)

@@ -66,7 +66,6 @@ RANGES: Mapping[str, Range] = {
     "image_size": _SIZE,
     "net": _SIZE,
     "net.image_vae.layers": _COUNT,  # 0: patches alone
-    "net.prompt_gain": _POSITIVE,
     "data.most_pixels": _SIZE,
     "data.train": _SIZE,
     "data.val": _COUNT,

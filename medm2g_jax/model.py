@@ -332,6 +332,7 @@ def build(
     kinds = dict.fromkeys(MODALITIES[m].kind for m in modalities)
     families = {kind: FAMILIES[kind](net, vocab, image_size, dtype) for kind in kinds}
     width = net["width"]
+    gain = width**0.5 if net["loud_prompts"] else 1.0
     flows = {}
     for name in modalities:
         modality = MODALITIES[name]
@@ -349,7 +350,7 @@ def build(
                 use_bias=False,
                 dtype=dtype,
                 precision=jax.lax.Precision.HIGHEST,
-                kernel_init=lambda key, shape, dtype=jnp.float32: net["prompt_gain"] * jnp.eye(*shape, dtype=dtype),
+                kernel_init=lambda key, shape, dtype=jnp.float32: gain * jnp.eye(*shape, dtype=dtype),
             ),
             centred=centred,
             slots=tuple(slots[name]) if slots and name in slots else (),

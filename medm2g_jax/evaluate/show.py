@@ -291,7 +291,7 @@ def _told_apart(data: loop.Data, batch: Batch, task: str, u: np.ndarray, v: np.n
     reads = _labeller(data)
     if centre().name not in batch or reads is None:
         return []
-    nearest = np.argmax(u @ (v / np.linalg.norm(v, axis=1, keepdims=True)).T, 1)
+    nearest = retrieval.nearest(u, v)
     stated = [fields(reads(text)) for text in _texts_of(data, batch[centre().name])]
     figures = []
     for name in dict.fromkeys(name for report in stated for name in report):
@@ -327,7 +327,7 @@ def _retrieved(s: Shown, pair, words: tuple[str, str], u: np.ndarray, v: np.ndar
     (a, x), (b, y) = pair
     if not MODALITIES[b].is_image or not s.data.source.open:
         return
-    nearest = np.argmax(u @ (v / np.linalg.norm(v, axis=1, keepdims=True)).T, 1)[:PICTURED]
+    nearest = retrieval.nearest(u, v)[:PICTURED]
     rows = [(f"its own: {words[1]}", _images(y[:PICTURED])), ("the nearest", _images(y[nearest]))]
     captions = ()
     if MODALITIES[a].is_image:
