@@ -147,6 +147,9 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bert", metavar="DIR", help="optimus: the folder of BERT's tokenizer (bert-base-cased)")
     parser.add_argument("--gpt2", metavar="DIR", help="optimus: that of GPT-2's; bert-gpt2: GPT-2's weights")
     parser.add_argument("--as", dest="format", metavar="FORMAT", help="diffusers, clip, bert, gpt2, safetensors")
+    parser.add_argument(
+        "--dtype", default="float32", help="export --as safetensors: float32, float16, or int8, a byte a weight"
+    )
     parser.add_argument("--flow", help="export of a run: which modality's UNet or prompt encoder")
 
 
@@ -155,7 +158,7 @@ def _convert(args: argparse.Namespace) -> None:
     from medm2g_jax.convert import run
 
     if args.source == "export":
-        print(export.export(args.source_path, args.to, args.format, args.flow))
+        print(export.export(args.source_path, args.to, args.format, args.flow, args.dtype))
         return
     run.convert(
         args.source,

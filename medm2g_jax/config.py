@@ -7,7 +7,7 @@
 
 Presets: `tiny` trains in minutes on two CPU cores (64 px, 8x8x4 latents); `base` is for one GPU of 24 GB (256 px,
 32x32x4 latents, UNets of 100 M); `sd15` is the paper's geometry and hyper-parameters. The variant `paper` switches back
-every choice that goes beyond the printed method.
+every choice that goes beyond the printed method; `tiny,long` trains for hours what `tiny` trains for minutes.
 
 A stage's own fields (batch, steps, lr ...) stand at the top level of its config. `config.stages.<name>` holds the same
 fields for each upstream stage it may have to train first; the fields in `rounds.SHARED` are handed to all of them.
@@ -26,6 +26,7 @@ from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES
 
 PRESETS = ("tiny", "base", "sd15")
+VARIANTS = ("paper", "long")
 WEIGHT_FOLDERS = ("sd15", "clip", "vd", "optimus")
 _ALL = tuple(f"{kind}/{group}" for kind in ("image", "text") for group in ("vae", "clip", "flow"))
 _BEGIN = {"tiny": _ALL, "base": ("image/vae",), "sd15": _ALL}  # what converted weights begin
@@ -121,6 +122,11 @@ _NETS: dict[str, dict[str, Any]] = {
 
 def _shared(preset: str, variant: str, listing: tuple[str, ...]) -> ConfigDict:
     tiny = preset == "tiny"
+    net = _NETS[preset]
+    if variant == "paper":
+        net = net | dict(loud_prompts=False)
+    elif variant == "long":
+        net = net | dict(image_vae=net["image_vae"] | dict(latent=8))  # finer, and harder to generate: worth hours
     return ConfigDict(
         dict(
             preset=preset,
@@ -131,7 +137,7 @@ def _shared(preset: str, variant: str, listing: tuple[str, ...]) -> ConfigDict:
             begin=_BEGIN[preset],  # what of them, where they are given: "KIND/GROUP"
             image_size=64 if tiny else 512,
             schedule="scaled_linear",  # of the noise, a name in diffusion.SCHEDULES
-            net=_NETS[preset] | (dict(loud_prompts=False) if variant == "paper" else {}),
+            net=net,
             data=dict(
                 source="phantom",  # or manifest:PATH, tfds:NAME
                 accept="",  # fingerprint of data that may take the place of others under a begun run; never compared
@@ -218,6 +224,17 @@ _VERB_SIZES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+# What `long` changes of `tiny`: two to three hours on two cores. It made the model in the box.
+_LONG: dict[str, dict[str, Any]] = dict(
+    image_vae=dict(steps=6000),
+    text_vae=dict(steps=2500),
+    align=dict(steps=2000, batch=96),
+    ldm=dict(steps=5000),
+    ldm_text=dict(steps=6000),
+    round=dict(steps=2400),
+)
+
+
 def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> dict:
     """A stage's own fields. lr, batch of `sd15`: the paper's (section 4); steps and `tiny`: measured here.
 
@@ -229,6 +246,8 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
     sizes, tune = _VERB_SIZES[preset], rounds.tuned(name)
     verb = f"tune_{tune[1]}" if tune else verb
     own = _OPTIMIZER | _SIZES[preset] | (sizes[name] if name in sizes else sizes[verb])
+    for key in (verb, name) if variant == "long" else ():
+        own |= _LONG[key] if key in _LONG else {}
     if paper:
         own |= dict(optimizer="adam", weight_decay=1e-4)
     if name == "image_vae":
@@ -238,7 +257,7 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
         own |= dict(loss=dict(ce=1.0, kl=0.05))
     elif verb == "align":
         if tiny and name == f"align_{listing[0]}":
-            own |= dict(steps=1600)  # the centre trains here alone; what it does not tell apart, no flow does later
+            own |= dict(steps=2 * own["steps"])  # the centre trains here alone; what it mixes up no flow tells apart
         own |= dict(
             loss=dict(contrast=1.0, invariant=0.3 if tiny else 1.0),
             barlow_lambda=0.0051,
@@ -258,7 +277,7 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
         )
     else:
         if tiny and not paper and _on_grid(name, listing):
-            own |= dict(steps=800)
+            own |= dict(steps=own["steps"] * 4 // 3)
         if paper:
             own |= dict(lr_adapt=own["lr"])
         own |= dict(
@@ -383,7 +402,7 @@ def get_config(target: str, words: str | None = "", listing: str | tuple[str, ..
 
     Args:
       target: a stage ("text_ct"), or "align" / "ldm", whose pair or modality is then one of the words.
-      words: comma-separated, any order: a preset, the variant `paper`, a listing, and for "align"/"ldm" their subject.
+      words: comma-separated, any order: a preset, a variant (VARIANTS), a listing, and for "align"/"ldm" their subject.
         A listing is a name in rounds.LISTINGS, rounds joined by "+" ("text_ct+ct_mri"), or `alone`: the stage's own
         round, or modality, as the only one.
       listing: a name in rounds.LISTINGS, or a tuple of rounds; words come first.
@@ -396,9 +415,12 @@ def get_config(target: str, words: str | None = "", listing: str | tuple[str, ..
     if len(presets) > 1:
         raise UserError(f"two presets after the colon of the config, {' and '.join(presets)}: name one")
     preset = presets[0] if presets else ""
-    variant = "paper" if "paper" in rest else ""
+    variants = [w for w in dict.fromkeys(rest) if w in VARIANTS]
+    if len(variants) > 1:
+        raise UserError(f"two variants after the colon of the config, {' and '.join(variants)}: name one")
+    variant = variants[0] if variants else ""
     alone = "alone" in rest
-    rest = [w for w in rest if w not in (*PRESETS, "paper", "alone")]
+    rest = [w for w in rest if w not in (*PRESETS, *VARIANTS, "alone")]
     tuple_ = rounds.LISTINGS[listing] if isinstance(listing, str) else tuple(listing)
     subject = ""
     if target == "finetune":
@@ -414,7 +436,8 @@ def get_config(target: str, words: str | None = "", listing: str | tuple[str, ..
             named = tuple_ = found
     if rest:
         raise UserError(
-            f"unknown word {rest[0]!r} after the colon of the config; presets: {', '.join(PRESETS)}; variant: paper; "
+            f"unknown word {rest[0]!r} after the colon of the config; presets: {', '.join(PRESETS)}; variants: "
+            f"{', '.join(VARIANTS)}; "
             f"listings: {', '.join(rounds.LISTINGS)}, alone, or rounds joined by +"
         )
     name = f"{target}_{subject}" if subject else target
@@ -427,6 +450,8 @@ def get_config(target: str, words: str | None = "", listing: str | tuple[str, ..
     reason = "named after the colon"
     if not preset:
         preset, reason = default_preset()
+    if variant == "long" and preset != "tiny":
+        raise UserError(f"the variant long is of the preset tiny, not of {preset}; name both: tiny,long")
     graph = rounds.graph(tuple_, tune=name if rounds.tuned(name) else "")
     graph.stage(name)
     config = _shared(preset, variant, tuple_)

@@ -22,6 +22,7 @@ import numpy as np
 from medm2g_jax.convert import clip, converted, fields, optimus, stable_diffusion, unet
 from medm2g_jax.convert.converted import RESTRICTIONS, WEIGHTS, Summary
 from medm2g_jax.convert.files import Output, Tensor, new_folder, some, write_safetensors
+from medm2g_jax.convert.packed import pack
 from medm2g_jax.convert.rules import Step, back, outputs
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES, centre, of_kind
@@ -48,12 +49,15 @@ class Source:
     scheduler: Mapping[str, Any] | None = None  # the config that came with Stable Diffusion's weights
 
 
-def export(source: str | Path | None, to: str | Path, format: str | None, flow: str | None = None) -> Summary:
+def export(
+    source: str | Path | None, to: str | Path, format: str | None, flow: str | None = None, dtype: str = "float32"
+) -> Summary:
     """Write `to` in one of FORMATS.
 
     Args:
       source: a folder of converted weights, or a run root, or a round's folder in it.
       flow: the modality whose UNet or prompt encoder is wanted; of a run only.
+      dtype: in which a whole model is stored, one of packed.PRECISIONS; the other formats are float32.
 
     Raises:
       UserError: nothing there, or the format needs what it does not have; nothing is written then.
@@ -67,9 +71,11 @@ def export(source: str | Path | None, to: str | Path, format: str | None, flow: 
         raise UserError(f"medm2g convert export needs --as, one of {', '.join(FORMATS)}")
     if format not in FORMATS:
         raise UserError(f"--as {format}: expected one of {', '.join(FORMATS)}")
+    if format != "safetensors" and dtype != "float32":
+        raise UserError(f"--dtype {dtype}: of --as safetensors alone; --as {format} is float32")
     began = time.time()
     if format == "safetensors":
-        count, size, licences = _whole(source, to)
+        count, size, licences = _whole(source, to, dtype)
     else:
         given = _of_converted(source, format) if _is_converted(source) else _of_run(source, format, flow)
         write = {"diffusers": _diffusers, "clip": _clip, "bert": _bert, "gpt2": _gpt2}[format]
@@ -387,14 +393,15 @@ def _gpt2(given: Source, folder: Path) -> tuple[int, int]:
 # --- a whole model --------------------------------------------------------------------------------------------------
 
 
-def _whole(source: Path, to: Path) -> tuple[int, int, tuple[str, ...]]:
+def _whole(source: Path, to: Path, dtype: str) -> tuple[int, int, tuple[str, ...]]:
     """One folder with weights.safetensors, model.json, config.json, tokenizers and a card."""
     from medm2g_jax.loading import load, locate
 
     root = Path(locate(str(source)))
     model = load(str(root))
     params = {n: v for n, v in model.params.items() if not n.startswith("null/")}
-    made = {n: Output(tuple(v.shape), np.dtype(v.dtype), lambda v=v: np.asarray(v)) for n, v in sorted(params.items())}
+    stored = pack({n: np.asarray(v) for n, v in sorted(params.items())}, dtype)
+    made = {n: Output(v.shape, v.dtype, lambda v=v: v) for n, v in stored.items()}
     meta = json.loads(json.dumps(model.meta))
     meta["shared"]["weights"] = ""  # it needs none
     licences = tuple(meta["licences"])
@@ -411,4 +418,4 @@ def _whole(source: Path, to: Path) -> tuple[int, int, tuple[str, ...]]:
         (folder / "README.md").write_text(card(f"MedM2G: {meta['stage']}", licences, (), more), encoding="utf-8")
         kept = meta | {"storage": "safetensors", "crc32": prints}
         (folder / "model.json").write_text(json.dumps(kept, indent=1), encoding="utf-8")
-    return len(made), sum(v.nbytes for v in params.values()), licences
+    return len(params), sum(v.nbytes for v in stored.values()), licences

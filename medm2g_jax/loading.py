@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from medm2g_jax import rounds
@@ -17,6 +18,7 @@ from medm2g_jax.config import weights_folder
 from medm2g_jax.convert import weights
 from medm2g_jax.convert.converted import exists as converted_exists
 from medm2g_jax.convert.files import open_tensors
+from medm2g_jax.convert.packed import SCALE, unpack
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.device import activation_dtype, use_compilation_cache
 from medm2g_jax.diffusion import Process
@@ -89,7 +91,7 @@ def load(path: str, modalities: Sequence[str] | None = None, dtype: str = "float
     stored = activation_dtype(dtype)
     shared = meta["shared"]
     model = build(
-        tuples(shared["net"]),
+        {"loud_prompts": False} | tuples(shared["net"]),  # results of before do not name it
         tuple(meta["modalities"]),
         meta["vocab"],
         meta["scales"],
@@ -157,12 +159,17 @@ def _from_export(
     tensors = open_tensors(path)
     if set(tensors) != set(meta["crc32"]):
         raise UserError(f"{path}: model.json names other tensors; export the model again")
-    for name, tensor in tensors.items():
-        if needed(name):
-            value = tensor.read()
-            if zlib.crc32(value.tobytes()) != meta["crc32"][name]:
-                raise UserError(f"{path} is damaged: the CRC of {name} differs; export or download the model again")
-            params[name] = jnp.asarray(value, dtype)
+
+    def read(name: str) -> np.ndarray:
+        value = tensors[name].read()
+        if zlib.crc32(value.tobytes()) != meta["crc32"][name]:
+            raise UserError(f"{path} is damaged: the CRC of {name} differs; export or download the model again")
+        return value
+
+    for name in tensors:
+        if needed(name) and not name.endswith(SCALE):
+            scale = read(name + SCALE) if name + SCALE in tensors else None
+            params[name] = jnp.asarray(unpack(name, read(name), scale), dtype)
     return params, root / "tokenizers"
 
 

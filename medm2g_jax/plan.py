@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from medm2g_jax import run
 from medm2g_jax.config import stage_graph, stage_own_fields
 from medm2g_jax.data.open import source_of
-from medm2g_jax.data.pipeline import Rows
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.device import activation_dtype
 from medm2g_jax.errors import UserError
-from medm2g_jax.family import text_lengths
-from medm2g_jax.modality import MODALITIES
-from medm2g_jax.model import MedM2G, init_group
 from medm2g_jax.nn import attention
 from medm2g_jax.train import loop, results, sharding
-from medm2g_jax.train.setup import assemble, frozen_dtype
-from medm2g_jax.train.state import create
+from medm2g_jax.train.abstract import abstract_stage
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
@@ -118,86 +112,6 @@ def vocabularies(config: ConfigDict, root: epath.Path) -> tuple[dict[str, int], 
     return dict.fromkeys(("clip", "bert", "gpt2"), config.net.vocabulary), "the most config.net.vocabulary allows"
 
 
-# --- the train step, in shapes --------------------------------------------------------------------------------------
-
-
-def abstract_batch(rows: Rows, batch: int, model: MedM2G) -> dict[str, Any]:
-    """Shapes of a global batch of `rows`, as data/pipeline.py makes it."""
-
-    def value(modality: str, count: int = batch) -> Any:
-        return model.flows[modality].family.shapes(count)
-
-    def flags(*shape: int, dtype: Any = bool) -> Any:
-        return jax.ShapeDtypeStruct((batch, *shape), dtype)
-
-    out = {m: value(m) for m in rows.require}
-    if rows.merge:
-        out[rows.merge] = value(rows.any_of[0])
-    several = [m for m in rows.require if len(MODALITIES[m].streams) > 1]
-    about: dict[str, Any] = {}
-    if several:
-        about["stream"] = {m: flags(dtype=jnp.int32) for m in several}
-    if rows.prompts:
-        about["prompt"] = {m: value(m) for m in rows.prompts}
-        about["present"] = {m: flags() for m in rows.prompts}
-    if rows.identify:
-        about["record"] = flags(dtype=jnp.int32)
-    if rows.contrasts or rows.earlier:
-        about["has"] = {m: flags() for m in rows.require}
-    if rows.contrasts:
-        about["partner"] = {m: flags() for m in rows.contrasts}
-        split = lambda x: x.update(shape=(batch, rows.others, *x.shape[1:]))  # noqa: E731
-        about["others"] = {
-            m: {
-                "x": jax.tree.map(split, value(m)),
-                "stream": flags(rows.others, dtype=jnp.int32),
-                "has": flags(rows.others),
-            }
-            for m in rows.contrasts
-        }
-    for m, partners in rows.earlier:
-        about.setdefault("earlier", {}).update({p: value(p) for p in partners})
-        about.setdefault("practises", {})[m] = {p: flags() for p in partners}
-    for m in rows.registered:
-        near = {"partner": flags()} if len(rows.require) > 1 else {}
-        near |= {"others": flags(rows.others)} if m in rows.contrasts else {}
-        about.setdefault("grid", {})[m] = near
-    return out | ({"about": about} if about else {})
-
-
-def abstract_step(
-    config: ConfigDict, vocab: Mapping[str, int], mesh: Mesh, backend: str = "tpu", absent: Sequence[str] = ()
-) -> tuple[Callable, tuple]:
-    """(jitted train step of config.stage, its arguments (state, frozen, batch, key) as shapes placed on the mesh): what
-    `loop.run_stage` calls. absent: rounds that were never run (rounds.Graph)."""
-    graph = stage_graph(config, tuple(absent))
-    dtype = activation_dtype(config.dtype, backend)
-    predict = results.predictions(config, tuple(graph.owners(config.stage)))
-    setup = assemble(config, graph, mesh, vocab, {}, predict, results.slots_of(graph, config.stage), dtype)
-    spec, model = setup.recipe, setup.model
-
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    upstream = jax.eval_shape(lambda k: init_group(model, k, tuple(graph.owners(config.stage))), key)
-    frozen = {k: v.update(dtype=frozen_dtype(dtype) or v.dtype) for k, v in upstream.items() if not setup.trains(k)}
-    batch = abstract_batch(spec.rows, config.batch, model)
-    extra: dict[str, Any] = {}
-    if spec.start is not None:
-        empty = {name: jax.ShapeDtypeStruct((1, n), jnp.int32) for name, n in text_lengths(config.net).items()}
-        _, extra = jax.eval_shape(lambda f, b, k, e: spec.start(f, [b], k, e), frozen, batch, key, empty)
-
-    at = lambda tree, where: jax.tree.map(lambda x: x.update(sharding=where), tree)  # noqa: E731
-    state = jax.tree.map(
-        lambda x, where: x.update(sharding=where),
-        jax.eval_shape(lambda p: create(p, setup.tx), setup.shapes),
-        setup.layout,
-    )
-    frozen = {k: v.update(sharding=sharding.param_sharding(k, v.shape, mesh)) for k, v in frozen.items()}
-    frozen |= at(extra, sharding.replicated(mesh))
-    # Frozen parameters that this step does not read (decoders) are in memory all the same: keep_unused counts them.
-    step = jax.jit(setup.train_step, out_shardings=(setup.layout, None), donate_argnums=0, keep_unused=True)
-    return step, (state, frozen, at(batch, sharding.batch_sharding(mesh)), at(key, sharding.replicated(mesh)))
-
-
 # --- the child, beside libtpu ---------------------------------------------------------------------------------------
 
 
@@ -218,7 +132,9 @@ def compile_step(
         raise UserError(f"topology {topology}: {str(error).splitlines()[0]}") from error
     mesh = sharding.make_mesh(config.mesh, devices)
     began = time.time()
-    step, arguments = abstract_step(config, vocab, mesh, absent=absent)
+    setup, arguments = abstract_stage(config, vocab, mesh, absent=absent)
+    # Frozen parameters that this step does not read (decoders) are in memory all the same: keep_unused counts them.
+    step = jax.jit(setup.train_step, out_shardings=(setup.layout, None), donate_argnums=0, keep_unused=True)
     with attention.traced_for("tpu"):
         lowered = step.lower(*arguments)
     out = {"device": devices[0].device_kind, "trace": time.time() - began}

@@ -333,7 +333,8 @@ class Pair(NamedTuple):
     """A batch of a round, by modality: each flow's latents on their way, and the sources that guide the others.
 
     clean: rows of translation, whose sources are clean; in the rest all share one time. counts: rows whose flow learns
-    (None: all). partner: rows that the partner guides (None: all).
+    (None: all). partner: rows that the partner guides (None: all). beside: which of the partner's other contrasts guide
+    a flow beside it.
     """
 
     noised: dict[str, Noised]
@@ -343,6 +344,7 @@ class Pair(NamedTuple):
     clean: Bool[Array, "b"]
     counts: dict[str, Bool[Array, "b"]] | None
     partner: dict[str, Bool[Array, "b"]]
+    beside: dict[str, Bool[Array, "b k"]]
     same: Bool[Array, "b b"]
 
 
@@ -437,6 +439,8 @@ def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: Rows) -
         by_partner |= {m: about["has"][partner[m]] for m in stage.earlier if m in partner and m not in by_partner}
         for m, some in guided.items():
             by_partner[m] = some & by_partner[m] if m in by_partner else some
+        beside = {m: about["beside"][m] for m in rows.beside if m in targets}
+        beside = {m: has & guided[m][:, None] if m in guided else has for m, has in beside.items()}
         for m in stage.registered:
             on = about["grid"][m]
             if m in guided:
@@ -448,10 +452,11 @@ def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: Rows) -
             counts = {m: about["has"][m] & about["has"][partner.get(m, m)] for m in subjects}
             counts |= {m: about["has"][m] for m in (*rows.contrasts, *stage.earlier)}  # guided by whatever there is
         same = _same(batch, [(flows[m], batch[m]) for m in subjects])
-        return Pair(noised, sources, others, earlier, clean, counts, by_partner, same)
+        return Pair(noised, sources, others, earlier, clean, counts, by_partner, beside, same)
 
     def features(params: Params, p: Pair) -> Paired:
         sources = {m: flows[m].source(params, *p.sources[m]) for m in partner if partner[m] in targets}
+        others = {m: flows[m].source(params, *o.source)[0] for m, o in p.others.items()}
         before = {m: model.flows[m].source(params, *e.source)[0] for m, e in p.earlier.items()}
         predicted = {}
         for m, n in p.noised.items():
@@ -459,8 +464,9 @@ def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: Rows) -
             if m in p.partner and guides:
                 guides = [mask(guides[0], p.partner[m])]
             if m in p.others:
-                tokens = flows[m].source(params, *p.others[m].source)[0]
-                guides.append(_side_by_side(tokens, p.others[m].has))
+                guides.append(_side_by_side(others[m], p.others[m].has))
+            if m in p.beside:
+                guides.append(_side_by_side(others[partner[m]], p.beside[m]))
             guides += [mask(before[e], x.guides[m]) for e, x in p.earlier.items() if m in x.guides]
             prompt = prompt_context(flows[m].null(params), n.given, n.t.shape[0])
             prediction = flows[m].predict(params, n.z_t, n.t, prompt, concat(guides), n.stream, n.registered)
@@ -507,10 +513,11 @@ def _near(
         return OnGrid(name, source.z, jnp.where(source.t[:, None, None, None] > 0, signal, 1.0), source.stream, rows)
 
     out = [near(partner[m], sources[partner[m]], on["partner"])] if m in partner else []
-    if m in others:
-        (b, k), source = others[m].has.shape, others[m].source
-        each = lambda x, i: x.reshape(b, k, *x.shape[1:])[:, i]  # noqa: E731
-        out += [near(m, Source(*(each(x, i) for x in source)), on["others"][:, i]) for i in range(k)]
+    for name, places in ((m, "others"), (partner.get(m), "beside")):
+        if name in others and places in on:
+            (b, k), source = others[name].has.shape, others[name].source
+            each = lambda x, i, b=b, k=k: x.reshape(b, k, *x.shape[1:])[:, i]  # noqa: E731
+            out += [near(name, Source(*(each(x, i) for x in source)), on[places][:, i]) for i in range(k)]
     return out
 
 

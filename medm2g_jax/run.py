@@ -5,6 +5,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ from medm2g_jax.limits import check
 from medm2g_jax.modality import MODALITIES, centre
 from medm2g_jax.recipes import rows_of
 from medm2g_jax.train import data_record, loop, results
+from medm2g_jax.train.abstract import compile_ahead
 from medm2g_jax.train.disk import worded
 from medm2g_jax.train.owner import owned
 
@@ -226,15 +228,21 @@ def _train(config: ConfigDict, root: epath.Path, source: Source, say: Callable[[
 
     guess = {name: _SECONDS[graph.stages[name].verb] for name in configs}
     spent: dict[str, float] = {}
-    for i, (name, stage) in enumerate(configs.items()):
-        ratio = sum(spent.values()) / sum(guess[s] for s in spent) if spent else 1.0
-        rest = ratio * sum(guess[s] for s in list(configs)[i + 1 :])
-        say(f"\n== {name} ({i + 1} of {len(configs)})")
-        start = time.time()
-        meta = loop.run_stage(stage, root, data, plan_eta=rest, show=show, ceiling=ceiling)
-        spent[name] = time.time() - start
-        size = meta["parameters"] / 1e6
-        say(f"  {name}: done in {spent[name]:.0f} s, {size:.2f} M parameters -> {root / name}")
+    # An accelerator's compiler tries its candidates on the device that a step is using; a CPU's needs none.
+    alone = jax.default_backend() == "cpu" and jax.process_count() == 1
+    following = [*list(configs.values())[1:], None]
+    with ThreadPoolExecutor(1) as beside:
+        for i, (name, stage) in enumerate(configs.items()):
+            ratio = sum(spent.values()) / sum(guess[s] for s in spent) if spent else 1.0
+            rest = ratio * sum(guess[s] for s in list(configs)[i + 1 :])
+            say(f"\n== {name} ({i + 1} of {len(configs)})")
+            start = time.time()
+            ahead = functools.partial(beside.submit, compile_ahead, following[i], root, data.vocab)
+            meanwhile = ahead if alone and following[i] is not None else None
+            meta = loop.run_stage(stage, root, data, plan_eta=rest, show=show, ceiling=ceiling, meanwhile=meanwhile)
+            spent[name] = time.time() - start
+            size = meta["parameters"] / 1e6
+            say(f"  {name}: done in {spent[name]:.0f} s, {size:.2f} M parameters -> {root / name}")
     truncated = data.tokenizers.truncated if data.tokenizers else {}
     cut = ", ".join(f"{name} {share:.1%}" for name, share in truncated.items() if share)
     if cut:

@@ -227,6 +227,21 @@ def test_a_round_stands_on_converted_weights(folder, tmp_path):
     assert str(folder) not in (tmp_path / "model" / "model.json").read_text()
     again = medm2g_jax.load(str(tmp_path / "model")).generate({"text": "no mass ."}, ["ct"], steps=1, seed=0)
     np.testing.assert_array_equal(again.samples["ct"], out.samples["ct"])
+    # In fewer bytes: within half a step of int8 of each column, a half of float16.
+    whole = sum(v.nbytes for v in model.params.values())
+    for dtype, most in (("float16", 0.51), ("int8", 0.4)):
+        export.export(Path(root), tmp_path / dtype, "safetensors", dtype=dtype)
+        assert (tmp_path / dtype / "weights.safetensors").stat().st_size < most * whole + 2e5
+        small = medm2g_jax.load(str(tmp_path / dtype))
+        assert small.params.keys() == medm2g_jax.load(str(tmp_path / "model")).params.keys()
+        for name, value in small.params.items():
+            true = np.asarray(model.params[name])
+            step = np.abs(true).reshape(-1, true.shape[-1]).max(0) / 127 if dtype == "int8" and true.ndim > 1 else 0
+            assert (np.abs(true - value) <= 0.501 * step + 6e-4 * np.abs(true) + 1e-7).all(), name
+    with pytest.raises(UserError, match="--dtype int4: expected one of float32, float16, int8"):
+        export.export(Path(root), tmp_path / "int4", "safetensors", dtype="int4")
+    with pytest.raises(UserError, match="--dtype int8: of --as safetensors alone"):
+        export.export(Path(root), tmp_path / "pipe", "diffusers", "ct", dtype="int8")
     # And its CT flow as Stable Diffusion.
     from diffusers import StableDiffusionPipeline
 

@@ -170,7 +170,13 @@ def test_rows_say_which_of_their_sources_lie_on_the_targets_grid():
                 assert list(near) == list(others["has"][i])
             else:
                 assert not near.any()
+            # Beside the MRI any of its other contrasts guide the CT; on its grid they are where the record says so.
+            beside = about["beside"]["ct"][i]
+            assert all(beside <= others["has"][i])
+            assert list(about["grid"]["ct"]["beside"][i]) == list(beside & (record == 2))
+            seen["beside", int(others["has"][i].sum()), int(beside.sum())] += 1
             seen[record, bool(partner), bool(near.any())] += 1
+    assert all(seen["beside", n, k] for n in (1, 2) for k in range(n + 1))
     assert all(seen[2, a, b] for a, b in ((True, True), (True, False), (False, True))) and seen[1, False, True]
     assert share_a_grid(Fake(held, grids={0: held}), ("ct", "mri"), "train")
     assert not share_a_grid(source, ("ct", "mri:t1"), "train") and not share_a_grid(source, ("xray",), "train")

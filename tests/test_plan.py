@@ -5,19 +5,15 @@ import shlex
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from etils import epath
 from micro import micro
 
 from medm2g_jax import cli, plan, rounds, run
-from medm2g_jax.config import get_config, stage_graph
+from medm2g_jax.config import get_config
 from medm2g_jax.errors import UserError
 from medm2g_jax.main import read_config
-from medm2g_jax.recipes import rows_of
-from medm2g_jax.train import loop, results, setup, sharding
+from medm2g_jax.train import results
 
 HERE = Path(__file__).parent
 LIBTPU = Path(os.environ.get("MEDM2G_LIBTPU_PYTHON") or plan.ROOT / ".venv-tpu" / "bin" / "python")
@@ -33,72 +29,6 @@ def of(stage: str, **own):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return run.open_data(of("ct_mri"), epath.Path(tmp_path_factory.mktemp("data")))
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_an_abstract_batch_is_the_pipelines(stage, data):
-    config = of(stage)
-    model = results.build_model(config, data.tokenizers.sizes, {})
-    rows = rows_of(config, stage_graph(config))
-    real = next(data.batches(rows, "train", 4, seed=0))
-    abstract = plan.abstract_batch(rows, 4, model)
-    assert jax.tree.structure(real) == jax.tree.structure(abstract)
-    for a, b in zip(jax.tree.leaves(real), jax.tree.leaves(abstract), strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
-
-
-@pytest.mark.parametrize("stage", ["image_vae", "align_text_ct", "ldm_mri", "text_ct", "ct_mri"])
-def test_the_abstract_step_is_placed_on_the_mesh(stage, data):
-    """Every argument has a sharding, rows are split, the step gives back the state it took."""
-    config = of(stage)
-    config.mesh.fsdp = 2
-    mesh = sharding.make_mesh(config.mesh)
-    step, arguments = plan.abstract_step(config, data.tokenizers.sizes, mesh)
-    state, frozen, batch, _ = arguments
-    assert all(isinstance(x.sharding, jax.sharding.NamedSharding) for x in jax.tree.leaves(arguments))
-    assert {x.sharding.shard_shape(x.shape)[0] for x in jax.tree.leaves(batch)} == {config.batch // 8}
-    assert {x.dtype for k, x in frozen.items() if k != "null/tokens"} <= {jnp.dtype("bfloat16")}
-    assert {x.dtype for x in state.trainable.values()} == {jnp.dtype("float32")}
-    stage_ = stage_graph(config).stage(stage)
-    kept = {k for k in state.trainable if results.trains(stage_, k)}
-    assert kept and not any(results.trains(stage_, k) for k in frozen)
-    out, metrics = jax.eval_shape(step, *arguments)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), out) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
-    assert metrics["loss"].shape == ()
-
-
-def test_the_abstract_step_takes_what_the_trainer_gives(data, tmp_path, monkeypatch):
-    """Names, shapes and dtypes of a real run's first step; on CPU, where both are float32."""
-    seen = []
-    make = setup.make_train_step
-
-    def record(*args):
-        step = make(*args)
-        return lambda *a: seen.append(jax.tree.map(lambda x: (x.shape, x.dtype), a)) or step(*a)
-
-    root = epath.Path(tmp_path)
-    monkeypatch.setattr(setup, "make_train_step", record)
-    config = micro("image_vae", steps=1)
-    loop.run_stage(config, root, data)
-    monkeypatch.undo()
-    _, arguments = plan.abstract_step(config, data.tokenizers.sizes, sharding.make_mesh(config.mesh), "cpu")
-    assert seen[0] == jax.tree.map(lambda x: (x.shape, x.dtype), arguments)
-
-
-def test_the_papers_sizes_are_placed_without_a_weight():
-    """sd15 in shapes only: 8 chips, parameters split, as many in the UNet as Stable Diffusion has."""
-    config = get_config("text_ct", "sd15")
-    config.mesh.fsdp = 8
-    config.mesh.data = 1
-    vocab = dict(clip=49408, bert=28996, gpt2=50260)
-    _, (state, frozen, _, _) = plan.abstract_step(config, vocab, sharding.make_mesh(config.mesh))
-    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
-    here = lambda tree: sum(int(np.prod(x.sharding.shard_shape(x.shape))) for x in jax.tree.leaves(tree))  # noqa: E731
-    (of_ct,) = [m for m in rounds.members("text_ct") if m != "text"]
-    unet = {k: v for k, v in frozen.items() if k.startswith(f"{of_ct}/unet/")}
-    assert size(unet) / 1e6 == pytest.approx(859.5, abs=0.1)  # SD-1.5's UNet
-    assert here(frozen) < 0.14 * size(frozen)
-    assert all(k.startswith(f"{of_ct}/") for k in state.trainable)
 
 
 @pytest.mark.parametrize(

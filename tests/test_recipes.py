@@ -231,6 +231,9 @@ def test_sources_on_the_grid_stand_in_their_slots_and_nothing_else_does(data):
     assert (expected[..., -1] > 0).any() and {*np.asarray(pair.clean)} == {True, False}
     np.testing.assert_allclose(near, expected, atol=1e-5)
 
+    told = np.asarray(about["beside"]["ct"])
+    assert told.any() and np.array_equal(pair.beside["ct"], told) and (told <= np.asarray(others.has)).all()
+
     nowhere = about | {"grid": jax.tree.map(jnp.zeros_like, about["grid"])}
     apart = prepare(bench.frozen, bench.batch | {"about": nowhere}, jax.random.key(1))
     assert not np.any(apart.noised["mri"].registered)
@@ -280,6 +283,14 @@ def test_a_known_flow_practises_with_its_earlier_partners(data):
     assert told[practises & np.roll(practises, 1)].all() and not told[~practises].any()
     moved = np.any(np.asarray(run(batch | {"mri": jnp.roll(batch["mri"], 1, axis=0)})[1] != ct), axis=(1, 2, 3))
     assert moved[counts[1] & counts[0]].any() and not moved[practises].any()
+    # Of the MRI's other contrasts CT is told of those beside it, on its grid and by V.
+    beside, other = np.asarray(about["beside"]["ct"]), about["others"]["mri"]
+    assert beside.any() and not beside[practises].any()
+    slots = np.asarray(pair.noised["ct"].registered).reshape(*ct.shape[:3], len(bench.graph.slots("ct")), -1)
+    assert ((slots[:, 0, 0, :, -1] > 0).sum(1) == (counts[1] & counts[0]) + beside.sum(1)).all()
+    changed = about | {"others": {"mri": other | {"x": -other["x"]}}}
+    told = np.any(np.asarray(run(batch | {"about": changed})[1] != ct), axis=(1, 2, 3))
+    assert (told == beside.any(axis=1)).all()
     held_out = data.fixed(bench.recipe.rows, "val", 4)
     assert not held_out["about"]["practises"]["ct"]["text"].any()
 

@@ -18,10 +18,11 @@ A batch:
                "has": {modality: (b,) bool},                     `Rows.contrasts`: required modalities that are there,
                "partner": {modality: (b,) bool},                 does the partner guide it, and which other contrasts
                "others": {modality: {"x": (b k size size 1), "stream": (b k), "has": (b k)}},
+               "beside": {modality: (b k) bool},                 `Rows.beside`: which of its partner's others guide it
                "earlier": {partner: as above},                   `Rows.earlier`: partners of before, and which rows
                "practises": {modality: {partner: (b,) bool}},    are guided by them
-               "grid": {modality: {"partner": (b,), "others": (b k)} bool}}}  `Rows.registered`: which of these sources
-                                                                 guide it and lie on the drawn target's grid
+               "grid": {modality: {"partner": (b,), "others", "beside": (b k)} bool}}}  `Rows.registered`: which of
+                                                                 these guide it and lie on the drawn target's grid
 """
 
 import functools
@@ -62,7 +63,8 @@ class Rows:
         others. 0: they are not drawn.
       contrasts: required modalities that are guided by their own other contrasts too: by a random non-empty subset of
         what the record has besides the target, the partner among it. A record may then lack the rest of `require`.
-        Never the target's own stream; never a contrast beside a target whose contrast is not stated.
+        Never the target's own stream; never a contrast beside a target whose contrast is not stated. Its partner is
+        guided by it and by any of the same contrasts beside it (`beside`).
       others: so many other contrasts at most.
       registered: required modalities of whose sources rows say whether they lie on the target's grid.
       earlier: required modalities, and partners that each had before: a share `rehearse` of the rows comes from records
@@ -89,6 +91,11 @@ class Rows:
     def only_contrasts(self) -> bool:
         """Is the one modality of a row guided by nothing but its own other contrasts?"""
         return bool(self.contrasts) and self.require == self.contrasts
+
+    @property
+    def beside(self) -> dict[str, str]:
+        """Required modality -> its partner, of those whose partner has other contrasts, which may guide it too."""
+        return {m: p for m in self.require for p in self.require if m != p and p in self.contrasts}
 
     @property
     def partners(self) -> tuple[str, ...]:
@@ -258,9 +265,20 @@ class _Reader:
                 has = about.setdefault("practises", {}).setdefault(modality, {})
                 if partner in partners:
                     has[partner] = np.bool_(bool(streams) and modality == practises)
+        beside = {}
+        for modality, partner in self.rows.beside.items():
+            others = guides[partner][1] if {modality, partner} <= set(drawn) else []
+            count = rng.integers(len(others) + 1)
+            beside[modality] = [others[i] for i in np.sort(rng.permutation(len(others))[:count])]
+            flags = [s in beside[modality] for s in others]
+            about.setdefault("beside", {})[modality] = self._places(flags)
         for modality in self.rows.registered:
             partner, others = guides[modality] if modality in guides else (len(self.rows.require) > 1, [])
             about.setdefault("grid", {})[modality] = self._grid(record, modality, drawn, partner, others)
+            if modality in beside:
+                all_of = guides[self.rows.beside[modality]][1]
+                near = [s in beside[modality] and record.registered(drawn[modality], s) for s in all_of]
+                about["grid"][modality]["beside"] = self._places(near)
         return row | ({"about": about} if about else {})
 
     def _nothing(self, modality: str) -> Any:
@@ -288,8 +306,12 @@ class _Reader:
             out["partner"] = np.bool_(partner and len(drawn) > 1 and beside)
         if modality in self.rows.contrasts:
             near = [modality in drawn and record.registered(drawn[modality], s) for s in others]
-            out["others"] = np.asarray(near + [False] * (self.rows.others - len(others)), bool)
+            out["others"] = self._places(near)
         return out
+
+    def _places(self, flags: Sequence[bool]) -> np.ndarray:
+        """A flag a place of `Rows.others`, of which the first are taken."""
+        return np.asarray([*flags, *[False] * (self.rows.others - len(flags))], bool)
 
     def _others(self, index: int, modality: str, streams: list[str], rng: np.random.Generator) -> Batch:
         """Other contrasts of a modality, `Rows.others` places."""

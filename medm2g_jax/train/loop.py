@@ -21,6 +21,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -166,6 +167,7 @@ def run_stage(
     plan_eta: float = 0.0,
     show: Callable[..., list[dict]] | None = None,
     ceiling: Callable[..., Any] | None = None,
+    meanwhile: Callable[[], Future] | None = None,
 ) -> dict:
     """Train one stage, all of whose upstream results exist, and write its result. Returns the result's model.json.
 
@@ -174,6 +176,7 @@ def run_stage(
       show: called with (config, graph, folder, model, params, data, meta, log) after the last step: draws the stage's
         picture and returns its figures, as plain values.
       ceiling: called alike, but for the log, before the first step of a fine-tune.
+      meanwhile: begins something that needs no device, once this stage has compiled its step; waited for at the end.
     """
     folder = root / config.stage
     began = time.time()
@@ -213,10 +216,8 @@ def run_stage(
     state_shardings = setup.layout
     state = jit(lambda p: create(p, setup.tx), out_shardings=state_shardings)(trainable)
     del trainable
-    saving = dict(save_memory=config.remat)
-    train_step = jit(setup.train_step, out_shardings=(state_shardings, None), donate_argnums=0, **saving)
+    train_step, eval_step = setup.programs(config.remat)
     norm = jit(optax.global_norm)
-    eval_step = jit(setup.eval_step, **saving)
 
     saves = checkpoint.Checkpoints(folder / "checkpoints", keep=config.keep)
     total = config.steps * config.accumulate
@@ -253,7 +254,7 @@ def run_stage(
             saves.save(0, _as_dict(state), metric=first)
             log.say(f"  held-out loss before the first step: {first:.4g}")
         batches = iter(loader(step)) if step < total else iter(())
-        stopping = False
+        stopping, begun = False, None
         while step < total:
             try:
                 batch = sharding.put_batch(next(batches), mesh)
@@ -265,6 +266,8 @@ def run_stage(
                 raise
             state, metrics = train_step(state, frozen, batch, key)
             step += 1
+            if meanwhile is not None and begun is None:
+                begun = meanwhile()
             stopping = stopping or stop.at(step)
             if step % config.accumulate:
                 continue
@@ -333,6 +336,8 @@ def run_stage(
     meta["seconds"] = round(meta["finished"] - began, 1)  # of this process: a resumed stage counts its last part
     checkpoint.save_model(folder, kept, meta)
     log.close()
+    if begun is not None:
+        begun.result()
     return checkpoint.read_meta(folder)
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,7 +55,11 @@ class Upstream:
 
 
 def trains(stage: rounds.Stage, name: str) -> bool:
-    return re.match(rounds.group_regex(stage.trains), name) is not None
+    return in_groups(stage.trains, name)
+
+
+def in_groups(groups: Iterable[str], name: str) -> bool:
+    return re.match(rounds.group_regex(groups), name) is not None
 
 
 def shared(config: ConfigDict) -> dict[str, Any]:
@@ -265,6 +269,18 @@ def graph_of(config: ConfigDict, root: epath.Path) -> rounds.Graph:
     return stage_graph(config, tuple(absent))
 
 
+def latent_scales(config: ConfigDict, root: epath.Path, graph: rounds.Graph) -> dict[str, float] | None:
+    """Kind -> scale of its latents, of the autoencoders that config.stage stands on; None before they are done."""
+    scales: dict[str, float] = {}
+    for owner in dict.fromkeys(graph.owners(config.stage).values()):
+        if graph.stage(owner).verb == "vae":
+            folder = find(root, config, owner)
+            if folder is None:
+                return None
+            scales |= checkpoint.read_meta(folder)["scales"]
+    return scales
+
+
 def converted_stage(config: ConfigDict, name: str) -> bool:
     """Does this stage count as done since converted weights hold its result? Autoencoders do, where a run has some."""
     if rounds.tuned(name):
@@ -440,22 +456,31 @@ def fresh_params(init: Callable, key: Any, placed: Mapping[str, Any], dtype: Any
 
     Accelerators are handed what the host has drawn: their generators would each give other values for one seed.
     """
+    program, key = fresh_program(init, placed, dtype), fresh_key(key)
+    host = host_device()
+    if jax.default_backend() == "cpu" or host is None:
+        return program(key)
+    with jax.default_device(host), traced_for("cpu"):
+        made = program(jax.device_put(key, host))
+    return {
+        name: jax.make_array_from_callback(made[name].shape, at, np.asarray(made.pop(name)).__getitem__)
+        for name, at in placed.items()
+    }
+
+
+def fresh_key(key: Any) -> Any:
+    """Of the hardware generator: its program compiles in a third of the time, and initial values need no more."""
+    return jax.random.key(jax.random.bits(key), impl="unsafe_rbg")
+
+
+def fresh_program(init: Callable, placed: Mapping[str, Any], dtype: Any = jnp.float32) -> Callable:
+    """`fresh_params` of a `fresh_key`, jitted: in their places on CPU, elsewhere for the host to draw."""
 
     def some(k):
         made = init(k)
         return {name: made[name].astype(dtype) for name in placed}
 
-    # The hardware generator: its program compiles in a third of the time, and initial values need no more.
-    key = jax.random.key(jax.random.bits(key), impl="unsafe_rbg")
-    host = host_device()
-    if jax.default_backend() == "cpu" or host is None:
-        return jit(some, out_shardings=dict(placed))(key)
-    with jax.default_device(host), traced_for("cpu"):
-        made = jax.jit(some)(jax.device_put(key, host))
-    return {
-        name: jax.make_array_from_callback(made[name].shape, at, np.asarray(made.pop(name)).__getitem__)
-        for name, at in placed.items()
-    }
+    return jit(some, out_shardings=dict(placed)) if jax.default_backend() == "cpu" else jax.jit(some)
 
 
 def converted_params(

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from medm2g_jax import rounds
+from medm2g_jax.device import jit
 from medm2g_jax.model import MedM2G
 from medm2g_jax.recipes import Recipe, recipe
 from medm2g_jax.train import optim, results, sharding
@@ -27,7 +28,7 @@ class Setup:
     Attributes:
       shapes, placed: of what trains, by name.
       layout: the shardings of its State.
-      train_step, eval_step: see `train.state`; to be jitted.
+      train_step, eval_step: see `train.state`; `programs` jits them.
     """
 
     graph: rounds.Graph
@@ -43,6 +44,11 @@ class Setup:
 
     def trains(self, name: str) -> bool:
         return results.trains(self.stage, name)
+
+    def programs(self, save_memory: bool) -> tuple[Callable, Callable]:
+        """(train_step, eval_step), jitted. save_memory: see `device.jit`."""
+        whole = dict(out_shardings=(self.layout, None), donate_argnums=0)
+        return jit(self.train_step, save_memory=save_memory, **whole), jit(self.eval_step, save_memory=save_memory)
 
 
 def assemble(
