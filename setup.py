@@ -18,6 +18,7 @@ setup(
     # part of the package.
     packages=[*find_packages(include=["medm2g_jax", "medm2g_jax.*"]), "medm2g_jax.configs"],
     package_dir={"medm2g_jax.configs": "configs"},
+    package_data={"medm2g_jax": ["models/*/*", "models/*/tokenizers/*", "models/*/tokenizers/*/*"]},
     entry_points={"console_scripts": ["medm2g = medm2g_jax.cli:main"]},
     install_requires=[
         "absl-py>=2.1",

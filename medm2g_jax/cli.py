@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 from medm2g_jax.errors import UserError
 
+MODEL = "a run root, one stage's folder in it, or the name of a model in the box: phantom"
+
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="a run root, or one stage's folder in it")
+    parser.add_argument("--model", required=True, help=MODEL)
     parser.add_argument(
         "--given",
         action="append",
@@ -117,7 +119,7 @@ def _fill(args: argparse.Namespace, make: tuple[str, ...], asked: dict) -> None:
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="a run root, or one round's folder in it")
+    parser.add_argument("--model", required=True, help=MODEL)
     parser.add_argument("--config", default="configs/tasks.py:phantom", help="which measurements")
     parser.add_argument("--rows", type=int, help="test subjects; default the config's")
     parser.add_argument("--seed", type=int)

@@ -20,7 +20,7 @@ from medm2g_jax.convert.converted import exists as converted_exists
 from medm2g_jax.convert.files import open_tensors
 from medm2g_jax.convert.packed import SCALE, unpack
 from medm2g_jax.data.text import Tokenizers
-from medm2g_jax.device import activation_dtype, use_compilation_cache
+from medm2g_jax.device import activation_dtype, use_compilation_cache, user_cache
 from medm2g_jax.diffusion import Process
 from medm2g_jax.errors import UserError
 from medm2g_jax.inference import Model
@@ -28,6 +28,8 @@ from medm2g_jax.modality import adopt
 from medm2g_jax.model import MedM2G, build, init_group, merged
 from medm2g_jax.train import checkpoint
 from medm2g_jax.train.results import group_fingerprint, tuples
+
+BOX = epath.Path(__file__).parent / "models"
 
 
 def newest_result(root: epath.Path) -> epath.Path:
@@ -47,6 +49,7 @@ def newest_result(root: epath.Path) -> epath.Path:
         raise UserError(
             f"{root}: no finished round or flow in it; train one with "
             f"python -m medm2g_jax.main --config=configs/text_ct.py:tiny --workdir={root}"
+            + "".join(f", or take the model in the box, {name}" for name in in_the_box()[:1])
         )
     return max(done, key=lambda d: d[:4])[4]
 
@@ -57,9 +60,17 @@ def makes(meta: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(m for m in meta["modalities"] if f"{m}/{part}" in meta["from"] and f"{m}/flow" in meta["from"])
 
 
+def in_the_box() -> tuple[str, ...]:
+    """Names of the models that come with the package, which `load` takes in place of a path."""
+    return tuple(sorted(p.name for p in BOX.iterdir() if (p / "model.json").exists())) if BOX.is_dir() else ()
+
+
 def locate(path: str) -> epath.Path:
-    """The folder that `load` reads: `path` where a result or an exported model is in it, else its newest result."""
+    """The folder that `load` reads: `path` where a result or an exported model is in it, else its newest result; the
+    model of that name in the box, where there is no such path."""
     root = epath.Path(path)
+    if not root.exists() and path in in_the_box():
+        return BOX / path
     return root if checkpoint.read_meta(root) is not None else newest_result(root)
 
 
@@ -67,8 +78,8 @@ def load(path: str, modalities: Sequence[str] | None = None, dtype: str = "float
     """A trained model.
 
     Args:
-      path: a run root (its newest finished round, or single flow where there is none), one stage's folder in it, or an
-        exported folder.
+      path: a run root (its newest finished round, or single flow where there is none), one stage's folder in it, an
+        exported folder, or the name of a model in the box.
       modalities: make only these, which leaves the other UNets unread; all by default. Anything may be given all the
         same.
       dtype: in which parameters are stored: "float32", or "bfloat16" for half the memory. Activations have it too, on
@@ -154,6 +165,7 @@ def _from_export(
     root: epath.Path, meta: Mapping, model: MedM2G, needed: Callable[[str], bool], dtype: Any
 ) -> tuple[Params, epath.Path]:
     """Parameters of a model that `medm2g convert export --as safetensors` wrote, compared with its CRCs."""
+    use_compilation_cache(user_cache() / "xla")
     path = Path(root) / "weights.safetensors"
     params: Params = {}
     tensors = open_tensors(path)

@@ -25,6 +25,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -43,7 +44,7 @@ from medm2g_jax.evaluate.probes import FIELDS, as_indices, train_probe
 from medm2g_jax.evaluate.samples import samples
 from medm2g_jax.evaluate.synthesis import can_synthesise, synthesis, task_words
 from medm2g_jax.inference import Model
-from medm2g_jax.loading import load, locate, makes
+from medm2g_jax.loading import BOX, load, locate, makes
 from medm2g_jax.modality import MODALITIES, centre, stream_word
 from medm2g_jax.model import null_context
 from medm2g_jax.nn.attention import mask
@@ -57,7 +58,8 @@ CONSTANTS = 12  # reports that the best constant one is chosen from
 def measure(
     path: str, rows: int = 200, seed: int = 0, synthesised: Sequence[tuple[Sequence[str], str]] = ()
 ) -> list[Figure]:
-    """Measure the model at `path`, print its figures, and write them to evaluation.json beside the round's result.
+    """Measure the model at `path`, print its figures, and write them to evaluation.json beside the round's result, or
+    here where the model came with the package.
 
     Args:
       synthesised: (streams given, stream made) of `synthesis`, each where the model's guides are trained for that.
@@ -107,7 +109,8 @@ def measure(
     figures += bench.figures if bench else []
     seconds = round(time.time() - began, 1)
     print(f"{seconds:.0f} s. {source.name}: not evidence for clinical performance.")
-    (folder / "evaluation.json").write_text(json.dumps(dict(figures=to_json(figures), seconds=seconds), indent=1))
+    file = (Path.cwd() if folder.parent == BOX else folder) / "evaluation.json"
+    file.write_text(json.dumps(dict(figures=to_json(figures), seconds=seconds), indent=1))
     return figures
 
 
