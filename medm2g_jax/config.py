@@ -193,8 +193,8 @@ _VERB_SIZES: dict[str, dict[str, dict[str, Any]]] = {
         text_vae=dict(steps=700, lr=3e-3, batch=32),
         align=dict(steps=800, lr=2e-3, batch=48),
         ldm=dict(steps=1200, lr=4e-3, batch=16),
-        ldm_text=dict(steps=2000, lr=3e-3, batch=32),
-        round=dict(steps=600, lr=5e-3, lr_adapt=5e-3, batch=16),
+        ldm_text=dict(steps=1500, lr=3e-3, batch=32),
+        round=dict(steps=900, lr=5e-3, lr_adapt=5e-3, batch=16),
         tune_full=dict(steps=300, lr=1e-3, lr_adapt=1e-3, batch=16),
         tune_guide=dict(steps=300, lr=2e-3, lr_adapt=2e-3, batch=16),
         tune_lora=dict(steps=300, lr=2e-3, batch=16),
@@ -291,6 +291,8 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
             # sources on its grid, its flow ("auto"), which then practises with its earlier partners in a share of rows.
             freeze="paper" if paper else "auto",
             rehearse=0.25,
+            # What theta_c's queries, keys and values are at first: those of the flow's prompt attention, or "fresh".
+            guide_init="fresh" if paper else "prompt",
             others=0 if paper else 3,  # other contrasts of a modality, at most, that guide it beside the partner
             # Sources on the target's grid stand on its UNet's input channels too (beyond the paper).
             register=not paper,

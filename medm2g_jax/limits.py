@@ -109,6 +109,7 @@ RANGES: Mapping[str, Range] = {
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "dtype": ("auto", "float32", "bfloat16"),
     "freeze": ("auto", "paper", "partner_open"),
+    "guide_init": ("prompt", "fresh"),
     "open": ("auto", "flow", "guide"),
     "keep_lines": ("block", "density"),
     "optimizer": ("adamw", "adam"),

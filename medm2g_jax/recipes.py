@@ -13,6 +13,7 @@ Everything random comes from one key a step, folded with the global row and, for
 stage (not its name: stages that differ in the name alone are then one program to the compiler).
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -35,6 +36,9 @@ from medm2g_jax.modality import of_kind
 from medm2g_jax.model import Flow, MedM2G, OnGrid, apply, init, init_group, prompt_context, under
 from medm2g_jax.nn.attention import Context, concat, mask
 
+# What of a transformer's prompt attention theta_c may begin as: everything but its output layer.
+PROMPT = re.compile(r"/prompt(_norm|)/(?!out/)")
+GUIDE = {"": "/guide/", "_norm": "/guide/norm/"}
 PRACTISED_PROMPT = 0.5  # share of a flow's rows with an earlier partner that have its prompt beside its guide
 EVAL_TIMES = tuple(range(T // 20, T, T // 10))  # 50, 150, ..., 950: held-out loss of a flow is their mean
 
@@ -364,9 +368,15 @@ def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: Rows) -
     partner = dict(zip(subjects, reversed(subjects), strict=True)) if len(subjects) == 2 else {}
 
     def start(frozen: Params, batches: Iterable, key: Array, empty: Mapping) -> tuple[Params, Params]:
-        """phi_s of Eq. 5: f_B's free rows start as rows drawn from C_B's tokens of training data."""
+        """phi_s of Eq. 5: f_B's free rows start as rows drawn from C_B's tokens of training data. And theta_c reads a
+        guide as its flow has learnt to read a prompt, where config.guide_init says so; its output is zero all the same.
+        """
         batch = next(iter(batches))
         drawn = {}
+        for m in stage.new if config.guide_init == "prompt" else ():
+            for name in frozen:
+                if name.startswith(f"{m}/unet/") and (read := PROMPT.search(name)):
+                    drawn[name.replace(read[0], GUIDE[read[1]])] = jnp.copy(frozen[name])
         for i, m in enumerate(stage.new):
             tokens = jax.jit(lambda p, x, m=m: flows[m].prompt(p, x).tokens)(frozen, batch[m])
             flat = tokens.reshape(-1, tokens.shape[-1]).astype(jnp.float32)

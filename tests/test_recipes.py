@@ -311,6 +311,20 @@ def test_f_starts_as_rows_of_the_prompt_encoders_tokens(data):
         assert np.abs(tokens - row).max(1).min() < 1e-5
 
 
+def test_theta_c_starts_as_the_prompts_attention_but_for_what_it_says(data):
+    """Queries, keys, values and norm of every site; nothing of a known flow, and nothing where the config says fresh."""
+    bench, site = Bench(data, "text_ct"), "unet/mid/attn_0"
+    for leaf, of in (("q/kernel", ""), ("k/kernel", ""), ("v/kernel", ""), ("scale", "_norm"), ("bias", "_norm")):
+        own = f"ct/{site}/guide/{'norm/' if of else ''}{leaf}"
+        np.testing.assert_array_equal(bench.trainable[own], bench.frozen[f"ct/{site}/prompt{of}/{leaf}"])
+    assert not np.any(bench.trainable[f"ct/{site}/guide/out/kernel"])
+    kernel = f"text/{site}/guide/q/kernel"
+    assert kernel in bench.frozen and np.any(bench.frozen[kernel] != bench.frozen[kernel.replace("guide", "prompt")])
+    printed = Bench(data, "text_ct", "tiny,paper")
+    kernel = f"ct/{site}/guide/q/kernel"
+    assert np.any(printed.trainable[kernel] != printed.frozen[kernel.replace("guide", "prompt")])
+
+
 def test_a_term_of_weight_zero_is_not_traced(data):
     bench = Bench(data, "text_xray", "tiny,paper")
     loss, terms = make_eval_step(bench.recipe, bench.config)(

@@ -383,7 +383,7 @@ def _parameters(
     if spec.start is not None:
         first = sharding.put_batch(next(loader(0)), mesh)
         empty = jax.device_put(data.empty, sharding.replicated(mesh))
-        drawn, extra = spec.start(frozen, [first], key, empty)
+        drawn, extra = spec.start({**frozen, **before}, [first], key, empty)
         trainable |= {k: jax.device_put(v, placed[k]) for k, v in drawn.items() if k in trainable}
         frozen |= jax.device_put(extra, sharding.replicated(mesh))
     return trainable, frozen
