@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from medm2g_jax.data.formats import nifti, raster
+from medm2g_jax.data.formats import dicom, nifti, raster
 from medm2g_jax.data.picture import Picture
 from medm2g_jax.data.volume import MOST_VOXELS, Volume, check_modality, plane_of, ranged, slices
 from medm2g_jax.errors import UserError
@@ -37,6 +37,9 @@ FORMATS: dict[str, Format] = {
     ".jpeg": Format("JPEG", raster.read, raster.write_jpeg),
     ".tif": Format("TIFF", raster.read, raster.write_tiff),
     ".tiff": Format("TIFF", raster.read, raster.write_tiff),
+    ".dcm": Format("DICOM", dicom.read),
+    ".dicom": Format("DICOM", dicom.read),
+    ".ima": Format("DICOM", dicom.read),
     ".nii": Format("NIfTI", nifti.read, write_volume=nifti.write),
     ".nii.gz": Format("NIfTI", nifti.read, write_volume=nifti.write),
     ".hdr": Format("Analyze", nifti.read),
@@ -55,7 +58,10 @@ def format_of(name: str) -> Format | None:
 
 
 def _format(path: epath.PathLike) -> Format:
-    if (found := format_of(str(path))) is None:
+    found = format_of(str(path))
+    if found is None and dicom.is_dicom(path):  # many have a name without a suffix; a folder may hold a series
+        found = FORMATS[".dcm"]
+    if found is None:
         raise UserError(f"{path}: of no format that is read here; expected a name that ends in {', '.join(FORMATS)}")
     return found
 
