@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from medm2g_jax.data.formats import dicom, nifti, raster
+from medm2g_jax.data.formats import dicom, dicom_out, nifti, raster
 from medm2g_jax.data.picture import Picture
 from medm2g_jax.data.volume import MOST_VOXELS, Volume, check_modality, plane_of, ranged, slices
 from medm2g_jax.errors import UserError
@@ -37,9 +37,9 @@ FORMATS: dict[str, Format] = {
     ".jpeg": Format("JPEG", raster.read, raster.write_jpeg),
     ".tif": Format("TIFF", raster.read, raster.write_tiff),
     ".tiff": Format("TIFF", raster.read, raster.write_tiff),
-    ".dcm": Format("DICOM", dicom.read),
-    ".dicom": Format("DICOM", dicom.read),
-    ".ima": Format("DICOM", dicom.read),
+    ".dcm": Format("DICOM", dicom.read, write_volume=dicom_out.write),
+    ".dicom": Format("DICOM", dicom.read, write_volume=dicom_out.write),
+    ".ima": Format("DICOM", dicom.read, write_volume=dicom_out.write),
     ".nii": Format("NIfTI", nifti.read, write_volume=nifti.write),
     ".nii.gz": Format("NIfTI", nifti.read, write_volume=nifti.write),
     ".hdr": Format("Analyze", nifti.read),
@@ -123,7 +123,7 @@ def write_volume(path: epath.PathLike, volume: Volume, notes: Mapping[str, str])
     Raises:
       UserError: no such format, or one that is not written here.
     """
-    found = _format(path)
+    found = _format(path) if epath.Path(path).suffix else FORMATS[".dcm"]  # a folder of slices
     if found.write_volume is None:
         able = ", ".join(suffix for suffix, format in FORMATS.items() if format.write_volume)
         raise UserError(f"{path}: volumes are not written as {found.name}; expected a name that ends in {able}")

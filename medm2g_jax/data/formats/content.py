@@ -128,9 +128,10 @@ def values_of(
     return out
 
 
-def storable(volume: Volume) -> np.ndarray:
-    """Values as files hold them: HU as int16, whole numbers of up to 32 bits as they are, the rest as float32."""
-    values = volume.values
+def storable(volume: Volume, values: Num[np.ndarray, "..."] | None = None) -> Num[np.ndarray, "..."]:
+    """Values (None: all of the volume's) as files hold them: HU as int16, whole numbers of up to 32 bits as they are,
+    the rest as float32."""
+    values = volume.values if values is None else values
     if volume.unit == "HU":
         return np.clip(np.round(values), *_HU).astype(np.int16)
     keep = values.dtype.kind in "iu" and values.dtype.itemsize <= 4

@@ -178,7 +178,7 @@ def window(name: str, header: Any) -> Span | None:
     if not (len(ends[0]) and len(ends[1])):
         return None
     (centre, *_), (width, *_) = ends
-    if not (np.isfinite([centre, width]).all() and width >= 1):
+    if not (np.isfinite([centre, width]).all() and width > 0):
         return None
     # PS3.3 C.11.2.1.2: LINEAR counts from the middle of a pixel's value and over one less than the width.
     low, high = (centre - width / 2, centre + width / 2) if exact else (centre - width / 2, centre + width / 2 - 1)
