@@ -262,6 +262,19 @@ def test_one_slice_is_a_picture_of_its_modality(tmp_path):
         formats.read(tmp_path / "s", MOST_PIXELS, CT)
 
 
+def test_a_model_takes_a_slice_as_what_it_is(tmp_path):
+    from types import SimpleNamespace
+
+    from medm2g_jax.inference import Model
+
+    model = SimpleNamespace(meta={"shared": {"data": {"most_pixels": MOST_PIXELS}}, "ranges": {}})
+    path = one(tmp_path / "a.dcm", RescaleSlope="1", RescaleIntercept="-1024")
+    picture = Model._picture(model, "ct", str(path))
+    np.testing.assert_array_equal(picture.pixels, STORED[:, :, 0].T.astype(int) - 1024)
+    with pytest.raises(UserError, match="taken for X-ray"):
+        Model._picture(model, "xray", str(path))
+
+
 @pytest.mark.parametrize(
     ("tags", "message"),
     [

@@ -15,7 +15,7 @@ from test_volume import CODES, turned
 from medm2g_jax.data import formats
 from medm2g_jax.data.formats import dicom, dicom_out
 from medm2g_jax.data.picture import normalised
-from medm2g_jax.data.volume import LPS, Volume, from_slices, ranged, slices, stack, stack_affine
+from medm2g_jax.data.volume import Volume, from_slices, ranged, slices, stack, stack_affine
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES
 

@@ -165,6 +165,8 @@ def slices(volume: Volume, plane: str = "axial", chosen: Sequence[int] | None = 
     """
     order, _ = _turn(volume.affine, plane)
     whole, spacing = stack(volume, plane), volume.spacing
+    if whole.dtype == np.uint16:  # of which `data.check` would take the range of the set for the volume's own
+        whole = whole.astype(np.int32)
     notes = volume.notes
     down, across = (spacing[n] for n in order[1:])
     if max(down, across) > 1.01 * min(down, across):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from medm2g_jax.data.formats import dicom, dicom_out, nifti, raster
+from medm2g_jax.data.formats import array, dicom, dicom_out, itk, nifti, raster
 from medm2g_jax.data.picture import Picture
 from medm2g_jax.data.volume import MOST_VOXELS, Volume, check_modality, plane_of, ranged, slices
 from medm2g_jax.errors import UserError
@@ -47,6 +47,11 @@ FORMATS: dict[str, Format] = {
     ".img.gz": Format("Analyze", nifti.read),
     ".mgh": Format("MGH", nifti.read),
     ".mgz": Format("MGH", nifti.read),
+    ".mha": Format("MetaImage", itk.read, write_volume=itk.write),
+    ".mhd": Format("MetaImage", itk.read),
+    ".nrrd": Format("NRRD", itk.read, write_volume=itk.write),
+    ".nhdr": Format("NRRD", itk.read),
+    ".npy": Format("NumPy", array.read, write_volume=array.write),
 }
 NAMES = " or ".join(dict.fromkeys(f.name for f in FORMATS.values()))  # for messages
 

@@ -60,16 +60,19 @@ def unreadable(path: epath.PathLike, error: Exception) -> UserError:
 
 
 @contextlib.contextmanager
-def whole(name: str, what: str) -> Iterator[None]:
+def whole(name: str, what: str, *more: type[Exception]) -> Iterator[None]:
     """Whatever a library raises of a damaged file becomes one line; without its own words, which may quote a patient's
     data.
 
+    Args:
+      more: errors of the library's own.
+
     Raises:
-      UserError: instead of any of DAMAGED.
+      UserError: instead of any of DAMAGED and of `more`.
     """
     try:
         yield
-    except DAMAGED as error:
+    except (*DAMAGED, *more) as error:
         raise UserError(f"{name}: not a whole {what} file ({type(error).__name__} in reading it)") from error
 
 

@@ -193,7 +193,7 @@ def _parsed(path: epath.PathLike, most_pixels: int, pixels: bool = True) -> Any:
         raise UserError(f"{name}: more than {_ITEMS} items in its sequences, more than an image has")
     if _DEFLATED in content[:4096]:
         raise UserError(f"{name}: deflated as a whole; save it in another transfer syntax, as `dcmconv +te` does")
-    with whole(name, "DICOM"):
+    with whole(name, "DICOM", pydicom.errors.InvalidDicomError):
         return pydicom.dcmread(io.BytesIO(content), force=True, specific_tags=TAGS, stop_before_pixels=not pixels)
 
 

@@ -36,8 +36,12 @@ def read(path: epath.PathLike, most_voxels: int) -> Volume:
     Raises:
       UserError: the file is missing, damaged, too large, or holds no volume of grey values.
     """
+    from nibabel.spatialimages import HeaderDataError
+    from nibabel.wrapstruct import WrapStructError
+
     name, path = str(path), _header_file(path)
-    with opened(path) as file, whole(name, "NIfTI, Analyze or MGH"):
+    damage = "NIfTI, Analyze or MGH", HeaderDataError, WrapStructError
+    with opened(path) as file, whole(name, *damage):
         header, is_single = _header(name, file.read(_HEADER))
     shape = tuple(int(n) for n in header.get_data_shape())
     while len(shape) > 3 and shape[-1] == 1:
@@ -49,7 +53,7 @@ def read(path: epath.PathLike, most_voxels: int) -> Volume:
         )
     shape += (1,) * (3 - len(shape))
     check_count(name, shape, most_voxels)
-    with whole(name, "NIfTI, Analyze or MGH"):
+    with whole(name, *damage):
         dtype, offset = header.get_data_dtype(), int(header.get_data_offset())
         scale = _scale(header)
         affine, notes = _geometry(header)
@@ -58,7 +62,7 @@ def read(path: epath.PathLike, most_voxels: int) -> Volume:
     if not 0 <= offset <= _FAR:
         raise UserError(f"{name}: its values start at byte {offset}; expected 0 to {_FAR}")
     data = path if is_single else _beside(path, ".img")
-    with opened(data) as file, whole(name, "NIfTI, Analyze or MGH"):
+    with opened(data) as file, whole(name, *damage):
         skip(file, offset)
         flat = values_of(name, file, int(np.prod(shape)), dtype, scale)
     return checked(Volume(flat.reshape(shape, order="F"), affine, path=name, notes=notes))
