@@ -176,7 +176,9 @@ def test_a_folder_of_several_series_lists_them_without_names(tmp_path):
     turn = AFFINE[:, [1, 0, 2, 3]] * [1, 1, -1, 1]
     series(tmp_path / "a" / "more", STORED[:4], turn, 1, SeriesInstanceUID="1.1", SeriesNumber="7")  # another geometry
     (tmp_path / "notes.txt").write_text("nothing")
-    save(dataset(STORED[:, :, 0].T.copy(), Rows=None, PixelData=None, Modality="RTSTRUCT"), tmp_path / "b" / "rt.dcm")
+    other = dataset(STORED[:, :, 0].T.copy(), Rows=None, PixelData=None, Modality="RTSTRUCT", SOPClassUID="1.2.3")
+    other.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.481.3"
+    save(other, tmp_path / "b" / "rt.dcm")
     with pytest.raises(UserError) as error:
         formats.read_volume(tmp_path)
     said = str(error.value)

@@ -96,12 +96,12 @@ def checked(volume: Volume) -> Volume:
         raise UserError(f"{name}: two axes of its affine are nearly parallel; expected three at about right angles")
     notes = list(volume.notes)
     if values.dtype.kind == "f":
-        bad = ~np.isfinite(values)
-        if bad.all():
+        finite = np.isfinite(values)
+        if not finite.any():
             raise UserError(f"{name}: no value in it is a number")
-        if count := int(bad.sum()):
-            lowest = values[~bad].min()
-            values = np.where(bad, lowest, values)
+        if count := int(values.size - finite.sum()):
+            lowest = values[finite].min()
+            values = np.where(finite, values, lowest)
             notes.append(f"{count} values that are no numbers became {lowest:g}, the lowest there is")
     if (lean := _lean(grid / spacing)) > 0.5:
         notes.append(f"its axes are {lean:.1f} degrees from right angles, as after a gantry tilt")

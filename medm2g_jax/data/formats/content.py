@@ -37,15 +37,18 @@ _HU = (np.iinfo(np.int16).min, np.iinfo(np.int16).max)
 
 
 @contextlib.contextmanager
-def opened(path: epath.PathLike) -> Iterator[io.IOBase]:
-    """A file to be read; through gzip where its content is that, whatever its name says.
+def opened(path: epath.PathLike, unpack: bool = True) -> Iterator[io.IOBase]:
+    """A file to be read; through gzip where its content is that, whatever its name says, unless told not to.
 
     Raises:
       UserError: it is missing, or cannot be opened.
     """
     try:
-        file = epath.Path(path).open("rb")
-        packed = file.read(2) == b"\x1f\x8b"
+        path = epath.Path(path)
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise UserError(f"{str(path)!a}: cannot be read (no regular file)")
+        file = path.open("rb")
+        packed = unpack and file.read(2) == b"\x1f\x8b"
         file.seek(0)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise unreadable(path, error) from error

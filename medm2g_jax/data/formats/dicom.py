@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from medm2g_jax.data.formats.content import check_count, opened, whole
+from medm2g_jax.data.formats.content import check_count, opened
 from medm2g_jax.data.formats.dicom_grid import Slab, stacked
-from medm2g_jax.data.formats.dicom_pixels import get, in_unit, numbers, padding, stored, window
+from medm2g_jax.data.formats.dicom_pixels import get, in_unit, numbers, padding, readable, stored, window
 from medm2g_jax.data.picture import Picture
 from medm2g_jax.data.volume import Volume
 from medm2g_jax.errors import UserError
@@ -36,6 +36,8 @@ TAGS = """SOPInstanceUID SeriesInstanceUID SeriesNumber FrameOfReferenceUID Moda
     ExtendedOffsetTable ExtendedOffsetTableLengths SharedFunctionalGroupsSequence
     PerFrameFunctionalGroupsSequence""".split()
 
+_PER_FRAME = """ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness RescaleSlope RescaleIntercept
+    RescaleType""".split()  # in an enhanced file
 _ITEM, _ITEMS = b"\xfe\xff\x00\xe0", 200_000  # of sequences and fragments: a real file has some dozens a frame
 _FILES = 100_000  # looked at in one folder
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
@@ -66,7 +68,7 @@ def is_dicom(path: epath.PathLike) -> bool:
     try:
         if (path := epath.Path(path)).is_dir():
             return True
-        with opened(path) as file:
+        with opened(path, unpack=False) as file:
             return file.read(132)[128:] == b"DICM"
     except (OSError, ValueError, UserError):
         return False
@@ -107,10 +109,8 @@ def series(folder: epath.PathLike, most_pixels: int) -> list[Series]:
     for path, inside in _files(Path(folder)):
         if not inside:
             out += 1
-        elif is_dicom(path) and "Rows" in (header := _parsed(path, most_pixels, pixels=False)):
-            with whole(str(path), "DICOM"):
-                uid = str(get(header, "SOPInstanceUID", ""))
-                group = _group(str(path), header)
+        elif is_dicom(path) and _is_image(str(path), header := _parsed(path, most_pixels, pixels=False)):
+            uid, group = str(get(str(path), header, "SOPInstanceUID", "")), _group(str(path), header)
             if uid and uid in seen:
                 again += 1
             else:
@@ -118,24 +118,33 @@ def series(folder: epath.PathLike, most_pixels: int) -> list[Series]:
                 seen.add(uid)
     notes = (f"{out} links that lead out of the folder were passed over",) if out else ()
     notes += (f"{again} files that hold the same image as another were passed over",) if again else ()
-    return [
-        Series(modality, shape, tuple(groups[key]), notes) for key in sorted(groups) for modality, shape in [key[2:4]]
-    ]
+    return [Series(*key[2:4], tuple(groups[key]), notes) for key in sorted(groups)]
+
+
+def _is_image(name: str, header: Any) -> bool:
+    """Does it hold an image? One that is cut off before it, left out, would be a gap in its series."""
+    with readable(name):
+        said = "Image Storage" in getattr(header.file_meta.get("MediaStorageSOPClassUID"), "name", "")
+    if said and "Rows" not in header:
+        raise UserError(f"{name}: says that it is an image and ends before it")
+    return "Rows" in header
 
 
 def _group(name: str, header: Any) -> tuple:
     """What files of one series have in common: its number and identifier, what it is of, its shape, then the rest."""
     number, uid, modality, frame = (
-        str(get(header, tag, "")) for tag in ("SeriesNumber", "SeriesInstanceUID", "Modality", "FrameOfReferenceUID")
+        str(get(name, header, tag, ""))
+        for tag in ("SeriesNumber", "SeriesInstanceUID", "Modality", "FrameOfReferenceUID")
     )
-    shape = int(get(header, "Rows", 0)), int(get(header, "Columns", 0))
+    with readable(name):
+        shape = int(get(name, header, "Rows", 0)), int(get(name, header, "Columns", 0))
     tags = (("ImageOrientationPatient", 6), ("PixelSpacing", 2))
     geometry = tuple(round(x, 3) + 0.0 for tag, count in tags for x in numbers(name, header, tag, count) or ())
-    return number.zfill(12), uid, modality, shape, geometry, frame, _is_localizer(header)
+    return number.zfill(12), uid, modality, shape, geometry, frame, _is_localizer(name, header)
 
 
-def _is_localizer(header: Any) -> bool:
-    words = np.atleast_1d(np.asarray(get(header, "ImageType", []), object))
+def _is_localizer(name: str, header: Any) -> bool:
+    words = np.atleast_1d(np.asarray(get(name, header, "ImageType", []), object))
     return "LOCALIZER" in [str(word).upper() for word in words]
 
 
@@ -182,7 +191,7 @@ def _parsed(path: epath.PathLike, most_pixels: int, pixels: bool = True) -> Any:
     import pydicom
 
     name, limit = str(path), 2**26 + 8 * most_pixels
-    with opened(path) as file, whole(name, "DICOM"):
+    with opened(path, unpack=False) as file, readable(name):
         content = file.read(limit + 1)
     if len(content) > limit:
         raise UserError(f"{name}: more than {limit} bytes, more than an image that is read here has")
@@ -193,7 +202,7 @@ def _parsed(path: epath.PathLike, most_pixels: int, pixels: bool = True) -> Any:
         raise UserError(f"{name}: more than {_ITEMS} items in its sequences, more than an image has")
     if _DEFLATED in content[:4096]:
         raise UserError(f"{name}: deflated as a whole; save it in another transfer syntax, as `dcmconv +te` does")
-    with whole(name, "DICOM", pydicom.errors.InvalidDicomError):
+    with readable(name):
         return pydicom.dcmread(io.BytesIO(content), force=True, specific_tags=TAGS, stop_before_pixels=not pixels)
 
 
@@ -211,21 +220,17 @@ def _slabs(name: str, header: Any, most_pixels: int) -> list[Slab]:
 
 def _frames(name: str, header: Any, count: int) -> list[dict[str, Any]]:
     """What each frame says in place of the header: the items of its functional groups, tag by tag."""
-    with whole(name, "DICOM"):
-        own = get(header, "PerFrameFunctionalGroupsSequence", [])
+    with readable(name):
+        own = get(name, header, "PerFrameFunctionalGroupsSequence", [])
         if not len(own) and count == 1:
             return [{}]
         if len(own) != count:
             raise UserError(f"{name}: {count} frames, {len(own)} of which say where they lie; expected all")
-        shared = [item for group in get(header, "SharedFunctionalGroupsSequence", []) for item in _items(group)]
+        shared = [item for group in get(name, header, "SharedFunctionalGroupsSequence", []) for item in _items(group)]
         return [
             {tag: item.get(tag) for item in (*shared, *_items(group)) for tag in _PER_FRAME if tag in item}
             for group in own
         ]
-
-
-_PER_FRAME = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "RescaleSlope")
-_PER_FRAME += ("RescaleIntercept", "RescaleType")
 
 
 def _items(group: Any) -> list[Any]:
@@ -234,7 +239,7 @@ def _items(group: Any) -> list[Any]:
 
 
 def _slab(name: str, frame: dict[str, Any], header: Any, values: np.ndarray) -> Slab:
-    own = {tag: header.get(tag) for tag in _PER_FRAME} | frame
+    own = {tag: get(name, header, tag) for tag in _PER_FRAME} | frame
     found = {
         tag: numbers(name, own, tag, count)
         for tag, count in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6), ("PixelSpacing", 2))
@@ -242,20 +247,18 @@ def _slab(name: str, frame: dict[str, Any], header: Any, values: np.ndarray) -> 
     if missing := [tag for tag, value in found.items() if value is None]:
         raise UserError(f"{name}: no {' and no '.join(missing)}; a slice needs them to lie in a volume")
     thickness = numbers(name, own, "SliceThickness", 1)
-    in_units = in_unit(name, own | {"ModalityLUTSequence": header.get("ModalityLUTSequence")}, values)
+    in_units = in_unit(name, own | {"ModalityLUTSequence": get(name, header, "ModalityLUTSequence")}, values)
     where = found["ImagePositionPatient"], found["ImageOrientationPatient"], found["PixelSpacing"]
-    return Slab(
-        name, in_units, padding(name, header, values), *where, thickness[0] if thickness and thickness[0] > 0 else 1.0
-    )
+    alone = thickness[0] if thickness and thickness[0] > 0 else 1.0
+    return Slab(name, in_units, padding(name, header, values), *where, alone)
 
 
 def _volume(name: str, header: Any, slabs: list[Slab], most_voxels: int, notes: tuple[str, ...] = ()) -> Volume:
     volume = stacked(name, slabs, most_voxels)
-    with whole(name, "DICOM"):
-        modality, frame = (str(get(header, tag, "")) for tag in ("Modality", "FrameOfReferenceUID"))
-        frames = get(header, "PerFrameFunctionalGroupsSequence", [None])
-    own = {"RescaleType": header.get("RescaleType")} | (_frames(name, header, len(frames))[0])
-    unit, said = _unit(modality, str(get(own, "RescaleType", "HU")), _is_localizer(header))
+    modality, frame = (str(get(name, header, tag, "")) for tag in ("Modality", "FrameOfReferenceUID"))
+    frames = get(name, header, "PerFrameFunctionalGroupsSequence", [None])
+    own = {"RescaleType": get(name, header, "RescaleType")} | _frames(name, header, len(frames))[0]
+    unit, said = _unit(modality, str(get(name, own, "RescaleType", "HU")), _is_localizer(name, header))
     return dataclasses.replace(volume, unit=unit, modality=modality, frame=frame, notes=notes + said + volume.notes)
 
 
@@ -274,10 +277,10 @@ def _picture(name: str, header: Any, most_pixels: int) -> Picture:
     if len(values) > 1:
         raise UserError(f"{name}: {len(values)} frames that do not say where they lie; expected one image")
     empty, pixels = padding(name, header, values), in_unit(name, header, values)[0]
-    modality = str(get(header, "Modality", ""))
-    unit, notes = _unit(modality, str(get(header, "RescaleType", "HU")), _is_localizer(header))
+    modality = str(get(name, header, "Modality", ""))
+    unit, notes = _unit(modality, str(get(name, header, "RescaleType", "HU")), _is_localizer(name, header))
     shown = None if unit else window(name, header)
-    bits = int(numbers(name, header, "BitsStored", 1)[0])
+    bits = int((numbers(name, header, "BitsStored", 1) or (64,))[0])  # absent of floats
     if unit:
         span = None
     elif shown:
@@ -286,7 +289,7 @@ def _picture(name: str, header: Any, most_pixels: int) -> Picture:
         span, pixels = (0, 2**bits - 1), pixels.astype(np.uint8 if bits <= 8 else np.uint16)
     else:
         span = (float(pixels.min()), float(max(pixels.max(), pixels.min() + 1)))
-    if span and str(get(header, "PhotometricInterpretation", "")) == "MONOCHROME1":
+    if span and str(get(name, header, "PhotometricInterpretation", "")) == "MONOCHROME1":
         kept = pixels.dtype if pixels.dtype.kind == "u" else np.float32
         pixels = (span[0] + span[1] - pixels.astype(np.float64)).astype(kept)
     if empty is not None:
@@ -300,6 +303,6 @@ def _picture(name: str, header: Any, most_pixels: int) -> Picture:
 
 def _orientation(name: str, header: Any) -> str:
     """Where rows and columns go; DICOM names the way along a row first."""
-    with whole(name, "DICOM"):
-        words = [str(word)[:1] for word in get(header, "PatientOrientation", [])]
+    with readable(name):
+        words = [str(word)[:1] for word in get(name, header, "PatientOrientation", [])]
     return words[1] + words[0] if len(words) == 2 and all(word in "LRAPHF" for word in words) else ""

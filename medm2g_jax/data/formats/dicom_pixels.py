@@ -1,5 +1,6 @@
 """Values out of a DICOM header's pixel data: decoded by pydicom and its plug-ins, once the header's word is checked."""
 
+import contextlib
 import importlib.util
 from typing import Any
 
@@ -17,10 +18,22 @@ _RLE = "1.2.840.10008.1.2.5"
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 
 
-def get(header: Any, keyword: str, default: Any = None) -> Any:
-    """The value of a tag; the default where it is absent or empty."""
-    value = header.get(keyword)
-    return default if value is None or (hasattr(value, "__len__") and not len(value)) else value
+def readable(name: str) -> contextlib.AbstractContextManager[None]:
+    """Whatever pydicom raises of a damaged file becomes one line; see `content.whole`."""
+    from pydicom.errors import BytesLengthException, InvalidDicomError
+
+    return whole(name, "DICOM", BytesLengthException, InvalidDicomError)
+
+
+def get(name: str, header: Any, keyword: str, default: Any = None) -> Any:
+    """The value of a tag; the default where it is absent or empty.
+
+    Raises:
+      UserError: it is not what its kind may be.
+    """
+    with readable(name):
+        value = header.get(keyword)
+        return default if value is None or (hasattr(value, "__len__") and not len(value)) else value
 
 
 def numbers(name: str, header: Any, keyword: str, count: int) -> tuple[float, ...] | None:
@@ -29,8 +42,8 @@ def numbers(name: str, header: Any, keyword: str, count: int) -> tuple[float, ..
     Raises:
       UserError: they are not so many, or not finite.
     """
-    with whole(name, "DICOM"):
-        if (value := get(header, keyword)) is None:
+    with readable(name):
+        if (value := get(name, header, keyword)) is None:
             return None
         values = np.atleast_1d(np.asarray(value, np.float64))
     if values.shape != (count,) or not np.isfinite(values).all():
@@ -46,9 +59,12 @@ def shape_of(name: str, header: Any) -> tuple[int, int, int]:
     """
     if "Rows" not in header or "Columns" not in header:
         raise UserError(f"{name}: DICOM without an image (no Rows or Columns)")
-    with whole(name, "DICOM"):
-        shape = tuple(int(get(header, tag, 1)) for tag in ("NumberOfFrames", "Rows", "Columns"))
-        channels, kind = int(get(header, "SamplesPerPixel", 1)), str(get(header, "PhotometricInterpretation", _GREY[1]))
+    with readable(name):
+        shape = tuple(int(get(name, header, tag, 1)) for tag in ("NumberOfFrames", "Rows", "Columns"))
+        channels, kind = (
+            int(get(name, header, "SamplesPerPixel", 1)),
+            str(get(name, header, "PhotometricInterpretation", _GREY[1])),
+        )
     if channels != 1 or kind not in _GREY:
         raise UserError(f"{name}: an image in colour ({kind[:16]!a}); expected grey values, {' or '.join(_GREY)}")
     return shape
@@ -67,13 +83,13 @@ def stored(name: str, header: Any, most: int) -> Num[np.ndarray, "n h w"]:
     from pydicom.pixels import pixel_array
     from pydicom.uid import UID
 
-    if get(header.file_meta, "TransferSyntaxUID") is None:  # what files without it were read as
+    if get(name, header.file_meta, "TransferSyntaxUID") is None:  # what files without it were read as
         implicit, little = header.original_encoding
         header.file_meta.TransferSyntaxUID = UID(_NATIVE[0 if implicit else 1 if little else 2])
     syntax = UID(str(header.file_meta.TransferSyntaxUID))
     missing = "" if syntax in _NATIVE else _missing(name, header, syntax, shape)
     try:
-        with whole(name, "DICOM"):
+        with readable(name):
             values = np.asarray(pixel_array(header, raw=True)).reshape(shape)
     except UserError as error:
         raise UserError(f"{error}{missing}") from error
@@ -92,7 +108,7 @@ def _missing(name: str, header: Any, syntax: Any, shape: tuple[int, int, int]) -
         raise UserError(f"{name}: compressed as {syntax.name}, which is not read here") from None
     if not decoder.is_available:
         raise UserError(f"{name}: compressed as {syntax.name}, for which a decoder is missing: {PLUG_INS}")
-    with whole(name, "DICOM"):
+    with readable(name):
         for frame in generate_frames(header.PixelData, number_of_frames=shape[0]):
             size = frame_size(frame)
             if syntax != _RLE and size != shape[1:]:
@@ -148,10 +164,10 @@ def in_unit(name: str, header: Any, values: Num[np.ndarray, "*n h w"]) -> Num[np
     Raises:
       UserError: these are no numbers.
     """
-    if get(header, "ModalityLUTSequence") is not None:
+    if get(name, header, "ModalityLUTSequence") is not None:
         from pydicom.pixels import apply_modality_lut
 
-        with whole(name, "DICOM"):
+        with readable(name):
             return apply_modality_lut(values, header)
     slope, inter = rescale(name, header)
     if values.dtype.kind not in "iu" or slope != int(slope) or inter != int(inter) or max(abs(slope), abs(inter)) > 1e6:
@@ -172,9 +188,11 @@ def rescale(name: str, header: Any) -> tuple[float, float]:
 
 def window(name: str, header: Any) -> Span | None:
     """The values that the header's first linear window shows as black and white; None where it has none."""
-    with whole(name, "DICOM"):
-        ends = [np.atleast_1d(np.asarray(get(header, tag, []), np.float64)) for tag in ("WindowCenter", "WindowWidth")]
-        exact = str(get(header, "VOILUTFunction", "LINEAR")) != "LINEAR"
+    with readable(name):
+        ends = [
+            np.atleast_1d(np.asarray(get(name, header, tag, []), np.float64)) for tag in ("WindowCenter", "WindowWidth")
+        ]
+        exact = str(get(name, header, "VOILUTFunction", "LINEAR")) != "LINEAR"
     if not (len(ends[0]) and len(ends[1])):
         return None
     (centre, *_), (width, *_) = ends
