@@ -102,6 +102,8 @@ def test_padding_is_as_dark_as_the_darkest_measurement(tmp_path):
     tags = dict(PixelPaddingValue=-2000, RescaleSlope="1", RescaleIntercept="-24")
     volume = formats.read_volume(one(tmp_path / "a.dcm", stored, **tags))
     np.testing.assert_array_equal(volume.values[..., 0].T, [[-1924, -14, 476], [-1924, -4, -29]])
+    far = formats.read_volume(one(tmp_path / "a.dcm", np.array([[48, 7]], np.uint8), PixelPaddingValue=63536))
+    np.testing.assert_array_equal(far.values.ravel(), [48, 7])  # no value that 8 bits can hold
     volume = formats.read_volume(one(tmp_path / "a.dcm", stored, PixelPaddingRangeLimit=-1900, **tags))
     np.testing.assert_array_equal(volume.values[..., 0].T, [[-29, -14, 476], [-29, -4, -29]])
     # Written as the bits of the other sign, as many are.
@@ -224,6 +226,7 @@ def test_films_are_bright_where_much_was_absorbed(tmp_path):
     byte = film(tmp_path, stored.astype(np.uint8), PhotometricInterpretation="MONOCHROME1")
     np.testing.assert_array_equal(byte.pixels, 255 - stored.astype(np.uint8))
     assert byte.pixels.dtype == np.uint8 and byte.span == (0, 255)
+    assert film(tmp_path, stored, PixelSpacing=["0", "0"]).spacing is None
     flipped = film(tmp_path, stored, PatientOrientation=["R", "F"])
     assert flipped.orientation == "FR" and "right on the right" in flipped.notes[0]
 
@@ -407,3 +410,4 @@ def test_real_files():
         formats.read_volume(SHARED / "dcm_mr_enhanced" / "emri_small.dcm")
     film = formats.read(SHARED / "dcm_cr_chest" / "RG1_J2KI.dcm", MOST_PIXELS, XRAY)
     assert film.pixels.shape == (1955, 1841) and film.orientation == "FL" and film.modality == "CR"
+    assert film.spacing is None

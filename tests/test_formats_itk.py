@@ -39,6 +39,26 @@ def test_what_is_written_is_where_it_was_to_every_reader(tmp_path, suffix):
     np.testing.assert_allclose(formats.read_volume(path).affine, tilted, atol=1e-4)
 
 
+def test_no_second_line_leads_elsewhere(tmp_path):
+    """What one reader takes for the line that names the file, another may not."""
+    (tmp_path / "in").mkdir()
+    for n, lines in enumerate((
+        b"elementdatafile = LOCAL\nElementDataFile = ../secret",
+        b"ElementDataFile : ../secret",
+        b"Comment = x" + b" " * 2**16 + b"\nElementDataFile = ../secret",
+        b"Comment = " + b"x" * (2**16 - 100) + b"\nElementDataFile = a/../../../../../../../../../../../../../secret",
+    )):  # fmt: skip
+        path = tmp_path / "in" / f"{n}.mhd"
+        path.write_bytes(b"NDims = 3\nDimSize = 2 2 2\nElementType = MET_CHAR\n" + lines)
+        with pytest.raises(UserError, match="its values are in|begins as none of"):
+            formats.read_volume(path)
+    for n, lines in enumerate((b"data file: a\ndatafile: ../b", b"content: " + b"x" * 2**16 + b"\ndata file: ../b")):
+        path = tmp_path / "in" / f"{n}.nhdr"
+        path.write_bytes(b"NRRD0004\ntype: char\ndimension: 3\nsizes: 2 2 2\nencoding: raw\n" + lines)
+        with pytest.raises(UserError, match="its values are in|begins as none of"):
+            formats.read_volume(path)
+
+
 @pytest.mark.parametrize("suffix", [".mhd", ".nhdr"])
 def test_values_in_a_file_beside_and_nowhere_else(tmp_path, suffix):
     image = sitk.GetImageFromArray(np.ascontiguousarray(CANONICAL.T))

@@ -294,7 +294,8 @@ def _picture(name: str, header: Any, most_pixels: int) -> Picture:
         pixels = (span[0] + span[1] - pixels.astype(np.float64)).astype(kept)
     if empty is not None:
         pixels = np.where(empty[0], pixels[~empty[0]].min(), pixels)
-    spacing = numbers(name, header, "PixelSpacing", 2) or numbers(name, header, "ImagerPixelSpacing", 2)
+    stated = (numbers(name, header, tag, 2) for tag in ("PixelSpacing", "ImagerPixelSpacing"))
+    spacing = next((mm for mm in stated if mm and min(mm) > 0), None)  # some films state 0
     orientation = _orientation(name, header)
     if orientation[1:] == "R":
         notes += ("the file shows the patient's right on the right",)

@@ -61,10 +61,8 @@ def shape_of(name: str, header: Any) -> tuple[int, int, int]:
         raise UserError(f"{name}: DICOM without an image (no Rows or Columns)")
     with readable(name):
         shape = tuple(int(get(name, header, tag, 1)) for tag in ("NumberOfFrames", "Rows", "Columns"))
-        channels, kind = (
-            int(get(name, header, "SamplesPerPixel", 1)),
-            str(get(name, header, "PhotometricInterpretation", _GREY[1])),
-        )
+        channels = int(get(name, header, "SamplesPerPixel", 1))
+        kind = str(get(name, header, "PhotometricInterpretation", _GREY[1]))
     if channels != 1 or kind not in _GREY:
         raise UserError(f"{name}: an image in colour ({kind[:16]!a}); expected grey values, {' or '.join(_GREY)}")
     return shape
@@ -154,6 +152,8 @@ def _padding(name: str, header: Any, keyword: str, values: np.ndarray) -> int | 
     if (found := numbers(name, header, keyword, 1)) is None:
         return None
     bits, value = 8 * values.dtype.itemsize, int(found[0])
+    if not -(2 ** (bits - 1)) <= value < 2**bits:
+        return None
     value &= 2**bits - 1
     return value - 2**bits if values.dtype.kind == "i" and value >= 2 ** (bits - 1) else value
 
@@ -189,9 +189,8 @@ def rescale(name: str, header: Any) -> tuple[float, float]:
 def window(name: str, header: Any) -> Span | None:
     """The values that the header's first linear window shows as black and white; None where it has none."""
     with readable(name):
-        ends = [
-            np.atleast_1d(np.asarray(get(name, header, tag, []), np.float64)) for tag in ("WindowCenter", "WindowWidth")
-        ]
+        found = (get(name, header, tag, []) for tag in ("WindowCenter", "WindowWidth"))
+        ends = [np.atleast_1d(np.asarray(value, np.float64)) for value in found]
         exact = str(get(name, header, "VOILUTFunction", "LINEAR")) != "LINEAR"
     if not (len(ends[0]) and len(ends[1])):
         return None

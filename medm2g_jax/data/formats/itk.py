@@ -48,9 +48,8 @@ def read(path: epath.PathLike, most_voxels: int) -> Volume:
     if channels != 1 or "complex" in kind:
         raise UserError(f"{name}: voxels of {kind}; expected grey values")
     if len(shape) > 3:
-        raise UserError(
-            f"{name}: {len(shape)}-D, {' x '.join(map(str, shape))}; expected one volume of three dimensions"
-        )
+        said = " x ".join(map(str, shape))
+        raise UserError(f"{name}: {len(shape)}-D, {said}; expected one volume of three dimensions")
     check_count(name, shape, most_voxels)
     with whole(name, "MetaImage or NRRD"):
         image = reader.Execute()
@@ -76,17 +75,23 @@ def _sitk(name: str) -> Any:
 
 def _header(name: str, start: bytes) -> tuple[list[str], bool]:
     """(other files that are to hold the values, whether an orientation is stated)."""
-    nrrd, meta = start.startswith(b"NRRD000"), re.search(_META, start)
-    if not nrrd and (meta is None or b"DimSize" not in start[: meta.start()]):
-        raise UserError(f"{name}: {'begins as none of' if start else 'empty, not one of'} MetaImage, NRRD")
+    nrrd, files = start.startswith(b"NRRD000"), []
     if nrrd:
-        text, files = start.partition(b"\n\n")[0], re.findall(_NRRD, start)
+        text, end, _ = start.replace(b"\r\n", b"\n").partition(b"\n\n")
+        files = re.findall(_NRRD, start)
         oriented = b"space directions" in text.lower()
     else:
-        # All lines that any reader may take for the one that names the file; what follows the first LOCAL is no text.
-        text, files = start[: meta.start()], [match[2] for match in re.finditer(_META, start)]
-        files = files[: files.index(b"LOCAL")] if b"LOCAL" in files else files
+        # Every line that some reader may take for the one that names the file, up to the one that all do.
+        end = text = b""
+        for match in re.finditer(_META, start):
+            exact = match[1] == b"ElementDataFile"
+            files += [] if exact and match[2] == b"LOCAL" else [match[2]]
+            if exact:
+                text, end = start[: match.start()], start[match.end() :]
+                break
         oriented = re.search(rb"(?m)^\s*(TransformMatrix|Rotation|Orientation)\s*[=:]", text) is not None
+    if not nrrd and b"DimSize" not in text or not end and len(start) == _HEADER:  # or a header without an end
+        raise UserError(f"{name}: {'begins as none of' if start else 'empty, not one of'} MetaImage, NRRD")
     return [file.decode("latin-1") for file in files], oriented
 
 
