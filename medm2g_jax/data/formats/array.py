@@ -3,6 +3,7 @@
 What `medm2g generate` writes beside each PNG is read back by it, exactly.
 """
 
+import tokenize
 from collections.abc import Mapping
 
 import numpy as np
@@ -24,7 +25,7 @@ def read(path: epath.PathLike, most_voxels: int) -> Picture | Volume:
     """
     name = str(path)
     with opened(path) as file:
-        with whole(name, "NumPy"):
+        with whole(name, "NumPy", tokenize.TokenError):
             version = np.lib.format.read_magic(file)
             header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
             shape, by_column, dtype = header(file, max_header_size=10_000)

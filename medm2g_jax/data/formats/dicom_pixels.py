@@ -86,9 +86,11 @@ def stored(name: str, header: Any, most: int) -> Num[np.ndarray, "n h w"]:
         header.file_meta.TransferSyntaxUID = UID(_NATIVE[0 if implicit else 1 if little else 2])
     syntax = UID(str(header.file_meta.TransferSyntaxUID))
     missing = "" if syntax in _NATIVE else _missing(name, header, syntax, shape)
+    # RLE by pydicom itself: pylibjpeg-rle, where it is installed, panics on damaged files, past every `except`.
+    plug_in = "pydicom" if syntax == _RLE else ""
     try:
         with readable(name):
-            values = np.asarray(pixel_array(header, raw=True)).reshape(shape)
+            values = np.asarray(pixel_array(header, raw=True, decoding_plugin=plug_in)).reshape(shape)
     except UserError as error:
         raise UserError(f"{error}{missing}") from error
     return values
