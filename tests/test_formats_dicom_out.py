@@ -69,9 +69,10 @@ def test_a_series_in_and_out_lies_on_itself(tmp_path):
 
 
 def test_a_patient_only_where_asked_for(tmp_path):
-    volume = Volume(np.zeros((3, 4, 1), np.int16), AFFINE, "HU", modality="CT")
+    volume = Volume(np.zeros((3, 4, 1), np.int16), AFFINE, "HU", modality="CT", frame="Doe^Jane")  # no identifier
     dicom_out.write(tmp_path / "a.dcm", volume, NOTES, {"PatientID": "P7", "PatientName": "Doe^Jane"})
     ds = pydicom.dcmread(tmp_path / "a.dcm")
+    assert ds.FrameOfReferenceUID.is_valid and ds.FrameOfReferenceUID.startswith("2.25.")
     assert ds.PatientID == "P7" and ds.PatientName == "Doe^Jane" and "PatientIdentityRemoved" not in ds
     with pytest.raises(UserError, match="patient's tag 'OverlayData': expected some of PatientName"):
         dicom_out.write(tmp_path / "b.dcm", volume, NOTES, {"OverlayData": "x"})

@@ -201,6 +201,8 @@ def test_a_unit_or_a_range_for_the_whole_volume():
     assert ranged(made, MRI).span is None  # as what a model made: in the modality's own unit
     assert ranged(Volume(np.full((2, 2, 2), 9.0), np.eye(4)), None).span == (0, 9)
     assert ranged(Volume(np.full((2, 2, 2), -9.0), np.eye(4)), None).span == (0, 1)
+    with pytest.raises(UserError, match="preset 'mr': expected one of mr.zero, mr.maisi, mr.minmax"):
+        ranged(grey, MRI, "mr")
     with pytest.raises(UserError, match=r"says it is CT \(CT\), taken for MRI"):
         ranged(hu, MRI)
 

@@ -302,9 +302,11 @@ def ranged(volume: Volume, modality: Modality | None, preset: str = "mr.zero") -
       modality: what it is taken for; None for what nobody knows.
 
     Raises:
-      UserError: the file says it is something else.
+      UserError: the file says it is something else, or there is no such preset.
     """
     check_modality(volume, modality)
+    if preset not in PRESETS:
+        raise UserError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
     if volume.span is not None or (volume.unit and (modality is None or volume.unit == modality.unit)):
         return volume
     low, high = float(volume.values.min()), float(volume.values.max())

@@ -70,7 +70,7 @@ def _images(
     name: str, volume: Volume, whole: Num[np.ndarray, "n h w"], notes: Mapping[str, str], patient: Mapping[str, str]
 ) -> list[Any]:
     """A header with its pixels for each slice."""
-    from pydicom.uid import generate_uid
+    from pydicom.uid import UID, generate_uid
 
     affine = LPS @ stack_affine(volume, plane_of(volume))  # (slice, row, column, 1)
     down, across = affine[:3, 1], affine[:3, 2]
@@ -81,7 +81,7 @@ def _images(
     shared = _shared(volume, scale, notes, patient) | dict(
         PixelSpacing=[_number(x) for x in spacing], Rows=pixels.shape[1], Columns=pixels.shape[2]
     )
-    frame = volume.frame or str(generate_uid(prefix=None))
+    frame = volume.frame if UID(volume.frame).is_valid else str(generate_uid(prefix=None))
     out = []
     for n, values in enumerate(pixels):
         own = dict(
