@@ -31,11 +31,13 @@ setup(
         "jaxtyping>=0.3.11",
         "ml_collections>=1.1",
         "ml_dtypes>=0.5",
+        "nibabel>=5.3",
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "pillow>=12.0,<13",  # gradio (extra demo) asks for less than 13
         "protobuf>=5.28.3",
+        "pydicom>=3.0.1",
         "safetensors>=0.8",
         "scipy>=1.14",
         "tensorboardX>=2.6.5",
@@ -45,6 +47,9 @@ setup(
     ],
     extras_require={
         "convert": ["torch>=2.13"],
+        # Decoders of compressed DICOM that pydicom does not bring; pylibjpeg-libjpeg, for JPEG, is under the GPL.
+        "dicom": ["pyjpegls>=1.4", "pylibjpeg>=2.0", "pylibjpeg-libjpeg>=2.3", "pylibjpeg-openjpeg>=2.4"],
+        "itk": ["SimpleITK>=2.4"],
         "metrics": ["pycocoevalcap>=1.2", "rouge-score>=0.1.2", "sacrebleu>=2.6", "scikit-image>=0.26"],
         "demo": ["gradio>=6.31"],
         "tpu": ["gcsfs", "jax[tpu]"],

@@ -383,8 +383,9 @@ def _sheet(folder: Path, rows: Sequence[dict[str, Any]], is_open: bool) -> None:
             for row in rows:
                 tile = None
                 if key in row["images"] and (key in row["synthetic"]) == made:
-                    picture = formats.read(folder / row["images"][key], 2**31)
-                    tile = normalised(picture, MODALITIES[split_stream(stream)[0]])[..., None]
+                    modality = MODALITIES[split_stream(stream)[0]]
+                    picture = formats.read(folder / row["images"][key], 2**31, modality)
+                    tile = normalised(picture, modality)[..., None]
                 tiles.append(tile)
             if any(tile is not None for tile in tiles):
                 lines.append((f"{stream_word(stream)}{', made' if made else ''}", tiles))

@@ -196,8 +196,9 @@ class Model:
         """Make the wanted streams from the given ones.
 
         Args:
-          given: stream -> one value or a list of them (a batch): a str, a path to an image, or a float array (h w) in
-            the modality's unit (HU for CT). Empty: made from noise alone.
+          given: stream -> one value or a list of them (a batch): a str, a path to an image, a `Picture` (a slice of
+            `formats.pictures`), or a float array (h w) in the modality's unit (HU for CT). Empty: made from noise
+            alone.
           make: streams, "ct" or "mri:t2". Images come on the grid of those given, where these have one shape.
           count: samples; default one for each given value. A single given value is repeated.
           draws: of each of these; they follow each other in the result, the first of them is what one draw gives.
@@ -310,6 +311,8 @@ class Model:
         texts = [x for items in given.values() for x in items if isinstance(x, str)]
         notes = self.tokenizers.report_on(texts, read) if texts else []
         notes += filter(None, (self._ranged(stream, x) for stream, items in given.items() for x in items))
+        pictures = [x for items in given.values() for x in items if isinstance(x, Picture)]
+        notes += dict.fromkeys(f"{x.path or 'an image'}: {note}" for x in pictures for note in x.notes)
         if independent:
             groups = " | ".join(" + ".join(group) for group in independent)
             notes.append(
@@ -357,7 +360,8 @@ class Model:
         if isinstance(item, Picture):
             return item
         if isinstance(item, (str, Path)):
-            picture = formats.read(item, self.meta["shared"]["data"]["most_pixels"])
+            modality = MODALITIES[split_stream(stream)[0]]
+            picture = formats.read(item, self.meta["shared"]["data"]["most_pixels"], modality)
             if picture.span is None or picture.pixels.dtype != np.uint16:
                 return picture
             # A 16-bit file counts as those of its stream did in training, else over all its bits: one image alone

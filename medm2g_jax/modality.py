@@ -50,6 +50,11 @@ class Modality:
         return self.window is not None
 
     @property
+    def relative(self) -> bool:
+        """Is its unit one of its own ("relative signal"), so that a scanner's values need a range to count over?"""
+        return self.unit.startswith("relative")
+
+    @property
     def streams(self) -> tuple[str, ...]:
         """All streams; index 0 is the bare one, and the index is what the networks embed."""
         return (self.name, *(f"{self.name}:{contrast}" for contrast in self.contrasts))

@@ -3,8 +3,10 @@ import json
 import logging
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
+from dicom_files import dataset, placed, save
 from PIL import Image
 
 from medm2g_jax.data.contents import contents
@@ -107,7 +109,7 @@ def test_keys_name_streams():
 
 
 def test_what_is_left_out_is_counted_in_one_line(folder, caplog):
-    files = {"mra": "a.nii.gz", "ct": "b.nii.gz", "xray": picture(folder, "x.png", 1)}
+    files = {"mra": "a.nii.gz", "ct": "b.bmp", "xray": picture(folder, "x.png", 1)}
     write(
         folder, [row(0, images=files), row(1, images={"ct": "dicom_folder"}), row(2, text="t", text_origin="template")]
     )
@@ -117,7 +119,7 @@ def test_what_is_left_out_is_counted_in_one_line(folder, caplog):
     (line,) = [r.getMessage() for r in caplog.records]
     for part in ("1 of 3 rows", "2 images not PNG or JPEG or TIFF", "1 of unknown key 'mra'", "1 template texts"):
         assert part in line
-    write(folder, [row(0, images={"mra": "a.png"}), row(1, images={"ct": "b.dcm"})])
+    write(folder, [row(0, images={"mra": "a.png"}), row(1, images={"ct": "b.bmp"})])
     with pytest.raises(UserError, match="2 rows hold nothing that can be used .*unknown key 'mra'"):
         Manifest(folder, 8)
 
@@ -502,3 +504,22 @@ def test_tfds_lists_all_broken_images(awkward):
 
     with pytest.raises(UserError, match=r"awkward: 3 of 6 images cannot be read.*example train/0, ct: .*train/2, ct: "):
         Tfds("awkward", 16, data_dir=awkward, most_pixels=255).check()
+
+
+def test_slices_in_their_units_beside_pictures(tmp_path):
+    """DICOM and NIfTI of one slice: HU through the window, a scanner's signal over its own range; volumes are named."""
+    hu = np.array([[-1000, -300], [400, 50]], np.int16)
+    save(dataset(hu, **placed(np.eye(4), 0)), tmp_path / "a.dcm")
+    signal = np.array([[0, 500], [1000, 2000]], np.uint16)
+    nibabel.save(nibabel.Nifti1Image(signal.T[::-1, ::-1, None], np.eye(4)), tmp_path / "b.nii.gz")
+    write(tmp_path, [row(0, images={"ct": "a.dcm", "mri": "b.nii.gz"})])
+    source = Manifest(tmp_path, 2)
+    source.check()
+    np.testing.assert_allclose(source.read(0, "ct", RNG)[..., 0], [[-1, 0], [1, 0.5]], atol=1e-4)
+    top = np.percentile(signal, 99.5)
+    np.testing.assert_allclose(source.read(0, "mri", RNG)[..., 0], np.minimum(signal / top, 1) * 2 - 1, atol=1e-4)
+    assert source.ranges == {}  # 16 bits of HU or of signal have no range over the set
+    nibabel.save(nibabel.Nifti1Image(np.zeros((3, 4, 5), np.int16), np.eye(4)), tmp_path / "v.nii")
+    write(tmp_path, [row(0, images={"ct": "v.nii"}), row(1, images={"mri": "a.dcm"})])
+    with pytest.raises(UserError, match="v.nii: a volume .5 axial.*formats.pictures.*says it is CT"):
+        Manifest(tmp_path, 2).check()

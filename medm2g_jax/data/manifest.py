@@ -8,8 +8,9 @@ A manifest folder holds `manifest.jsonl`, one JSON object a line:
 `split` is train, val or test; the last four fields may be missing. `"registered": true` says that all images of the
 row share one grid, pixel by pixel, a list of image keys that these do (`config.data.registered` says it of every row
 that does not say). Image keys are streams with "_" in place of ":"
-("mri_t1ce" is "mri:t1ce", also spelt "mri_t1gd"), files are of the formats in `data.formats`. PNG, JPEG, TIFF carry no
-Hounsfield units: they are taken as windowed already, 8-bit ones over 0 .. 255, 16-bit ones as `data.check` says.
+("mri_t1ce" is "mri:t1ce", also spelt "mri_t1gd"), files are of the formats in `data.formats`, of one picture each. PNG,
+JPEG, TIFF carry no Hounsfield units: they are taken as windowed already, 8-bit ones over 0 .. 255, 16-bit ones as
+`data.check` says. A DICOM or NIfTI file of one slice is in its unit, see `data.volume`.
 
 `"synthetic"`, a list of image keys and "text", says what a model made (`medm2g generate --data` writes it).
 
@@ -128,7 +129,8 @@ class Manifest:
             for stream, file in value.items():
                 if isinstance(file, Path):
                     about = file.stat()
-                    read = functools.partial(formats.read, file, self._most_pixels)
+                    modality = MODALITIES[split_stream(stream)[0]]
+                    read = functools.partial(formats.read, file, self._most_pixels, modality)
                     yield Item(f"row {record.id!r}: ", stream, str(file), (about.st_size, about.st_mtime_ns), read)
 
     def check(self, cache: epath.PathLike | None = None, say: Callable[[str], Any] | None = None) -> None:
@@ -152,7 +154,8 @@ class Manifest:
           UserError: it is broken; names the row and the file.
         """
         try:
-            picture = formats.read(self._values[index][stream], self._most_pixels)
+            modality = MODALITIES[split_stream(stream)[0]]
+            picture = formats.read(self._values[index][stream], self._most_pixels, modality)
             return self._examined.ranged(stream, picture)
         except UserError as error:
             raise UserError(f"row {self.records[index].id!r}: {error}") from error

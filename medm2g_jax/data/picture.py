@@ -30,6 +30,8 @@ class Picture:
       orientation: where rows and columns go, each one of L R A P H F (patient's left, right, front, back, head, feet):
         "PL" of an axial slice as radiologists see it; "" where unknown.
       path: the file; "" of an array.
+      modality: DICOM's code for what the file says it is (CT, MR, DX); "" where it says nothing.
+      notes: what its user should know, in words.
     """
 
     pixels: Num[np.ndarray, "h w"]
@@ -37,6 +39,8 @@ class Picture:
     spacing: tuple[float, float] | None = None
     orientation: str = ""
     path: str = ""
+    modality: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def normalised(picture: Picture, modality: Modality) -> Float[np.ndarray, "h w"]:

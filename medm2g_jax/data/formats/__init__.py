@@ -1,13 +1,16 @@
-"""Files of pictures: one table, suffix -> how it is read and written. A new format is one file here and one row."""
+"""Files of pictures and volumes: one table, suffix -> how it is read and written. A new format is one file here and one
+row."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from etils import epath
 
-from medm2g_jax.data.formats import raster
+from medm2g_jax.data.formats import array, dicom, dicom_out, itk, nifti, raster
 from medm2g_jax.data.picture import Picture
+from medm2g_jax.data.volume import MOST_VOXELS, Volume, check_modality, plane_of, ranged, slices
 from medm2g_jax.errors import UserError
+from medm2g_jax.modality import Modality
 
 
 class Format(NamedTuple):
@@ -15,13 +18,17 @@ class Format(NamedTuple):
 
     Attributes:
       name: what people call it.
-      read: (path, most pixels) -> picture. Raises UserError, which names the file, for whatever is wrong with it.
-      write: (path, picture, notes); its pixels as they are, notes (name -> text) in the file's own text fields.
+      read: (path, most pixels or voxels) -> picture or volume. Raises UserError, which names the file, for whatever is
+        wrong with it.
+      write: (path, picture, notes); its pixels as they are, notes (name -> text) in the file's own text fields. None
+        where pictures are not written.
+      write_volume: likewise, of a volume.
     """
 
     name: str
-    read: Callable[[epath.PathLike, int], Picture]
-    write: Callable[[epath.PathLike, Picture, Mapping[str, str]], None]
+    read: Callable[[epath.PathLike, int], Picture | Volume]
+    write: Callable[[epath.PathLike, Picture, Mapping[str, str]], None] | None = None
+    write_volume: Callable[[epath.PathLike, Volume, Mapping[str, str]], None] | None = None
 
 
 FORMATS: dict[str, Format] = {
@@ -30,6 +37,21 @@ FORMATS: dict[str, Format] = {
     ".jpeg": Format("JPEG", raster.read, raster.write_jpeg),
     ".tif": Format("TIFF", raster.read, raster.write_tiff),
     ".tiff": Format("TIFF", raster.read, raster.write_tiff),
+    ".dcm": Format("DICOM", dicom.read, write_volume=dicom_out.write),
+    ".dicom": Format("DICOM", dicom.read, write_volume=dicom_out.write),
+    ".ima": Format("DICOM", dicom.read, write_volume=dicom_out.write),
+    ".nii": Format("NIfTI", nifti.read, write_volume=nifti.write),
+    ".nii.gz": Format("NIfTI", nifti.read, write_volume=nifti.write),
+    ".hdr": Format("Analyze", nifti.read),
+    ".img": Format("Analyze", nifti.read),
+    ".img.gz": Format("Analyze", nifti.read),
+    ".mgh": Format("MGH", nifti.read),
+    ".mgz": Format("MGH", nifti.read),
+    ".mha": Format("MetaImage", itk.read, write_volume=itk.write),
+    ".mhd": Format("MetaImage", itk.read),
+    ".nrrd": Format("NRRD", itk.read, write_volume=itk.write),
+    ".nhdr": Format("NRRD", itk.read),
+    ".npy": Format("NumPy", array.read, write_volume=array.write),
 }
 NAMES = " or ".join(dict.fromkeys(f.name for f in FORMATS.values()))  # for messages
 
@@ -40,13 +62,74 @@ def format_of(name: str) -> Format | None:
     return FORMATS[max(fits, key=len)] if fits else None
 
 
-def read(path: epath.PathLike, most_pixels: int) -> Picture:
-    """The picture in a file.
-
-    Raises:
-      UserError: of no known format, missing, broken, or of more than `most_pixels` pixels; names the file.
-    """
+def _format(path: epath.PathLike) -> Format:
     found = format_of(str(path))
+    if found is None and dicom.is_dicom(path):  # many have a name without a suffix; a folder may hold a series
+        found = FORMATS[".dcm"]
     if found is None:
         raise UserError(f"{path}: of no format that is read here; expected a name that ends in {', '.join(FORMATS)}")
-    return found.read(path, most_pixels)
+    return found
+
+
+def read(path: epath.PathLike, most_pixels: int, modality: Modality | None = None) -> Picture:
+    """The one picture in a file; of a volume of one slice that slice, in radiological convention.
+
+    Args:
+      modality: what it is taken for; with it a file that says it is something else is an error, and values in a
+        scanner's own unit get a range (`volume.ranged`).
+
+    Raises:
+      UserError: of no known format, missing, broken, of more than `most_pixels` pixels, or of several slices; names the
+        file.
+    """
+    image = _format(path).read(path, most_pixels)
+    if isinstance(image, Volume):
+        plane = plane_of(image)
+        if min(image.values.shape) > 1:
+            count = {p: len(slices(image, p)) for p in ("axial", "coronal", "sagittal")}
+            raise UserError(
+                f"{path}: a volume ({', '.join(f'{n} {p}' for p, n in count.items())} slices); expected one picture: "
+                "choose slices of it in Python, medm2g_jax.data.formats.pictures(PATH, MODALITY)[NUMBER], or give a "
+                "file of one slice"
+            )
+        (image,) = slices(ranged(image, modality), plane)
+    check_modality(image, modality)
+    return image
+
+
+def read_volume(path: epath.PathLike, most_voxels: int = MOST_VOXELS) -> Volume:
+    """The volume in a file.
+
+    Raises:
+      UserError: of no known format, missing, broken, of more than `most_voxels` voxels, or a picture that does not say
+        where it lies; names the file.
+    """
+    image = _format(path).read(path, most_voxels)
+    if isinstance(image, Picture):
+        raise UserError(f"{path}: one picture, which does not say where it lies in the patient; expected a volume")
+    return image
+
+
+def pictures(
+    path: epath.PathLike, modality: Modality | None = None, plane: str = "axial", most_voxels: int = MOST_VOXELS
+) -> list[Picture]:
+    """All slices of a volume's file, as a modality's pictures.
+
+    Raises:
+      UserError: see `read_volume`, `volume.ranged` and `volume.slices`.
+    """
+    return slices(ranged(read_volume(path, most_voxels), modality), plane)
+
+
+def write_volume(path: epath.PathLike, volume: Volume, notes: Mapping[str, str]) -> None:
+    """Write a volume on its own grid, in the format that the name asks for; notes (name -> text) go into the file's own
+    text fields.
+
+    Raises:
+      UserError: no such format, or one that is not written here.
+    """
+    found = _format(path) if epath.Path(path).suffix else FORMATS[".dcm"]  # a folder of slices
+    if found.write_volume is None:
+        able = ", ".join(suffix for suffix, format in FORMATS.items() if format.write_volume)
+        raise UserError(f"{path}: volumes are not written as {found.name}; expected a name that ends in {able}")
+    found.write_volume(path, volume, notes)

@@ -1,0 +1,219 @@
+"""DICOM out: a made volume as a series that any viewer opens, on the source's grid, marked as synthetic in every file.
+
+A CT becomes a CT Image Storage series in HU, an MRI an MR Image Storage one, everything else Secondary Capture, whose
+standard asks for no acquisition that never was. UIDs are fresh; the frame of reference is the source's where it has
+one, so that a viewer lays both on each other. No patient's data but what is asked for: name and number say "synthetic".
+
+Marks: ImageType DERIVED\\SECONDARY, SyntheticData YES, the notes in ImageComments and DerivationDescription, ourselves
+as equipment, BurnedInAnnotation NO. No private tags, no overlays.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Num
+
+import medm2g_jax
+from medm2g_jax.data.formats.content import storable, written
+from medm2g_jax.data.picture import Span
+from medm2g_jax.data.volume import LPS, PLANES, Volume, plane_of, stack, stack_affine
+from medm2g_jax.errors import UserError
+from medm2g_jax.modality import MODALITIES
+
+WARNING = "SYNTHETIC, made by medm2g_jax. Not for clinical use."
+# What a caller may put into the files of a patient; all else is left empty.
+PATIENT = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyInstanceUID", "StudyID", "StudyDate",
+           "AccessionNumber")  # fmt: skip
+
+
+def write(
+    path: epath.PathLike, volume: Volume, notes: Mapping[str, str], patient: Mapping[str, str] | None = None
+) -> None:
+    """Write a volume: one file a slice into a folder that is new or empty; of one slice a file, if `path` ends in .dcm.
+
+    Slices are those of the volume's last axis, turned as radiologists see them.
+
+    Args:
+      patient: tags of PATIENT, by their keywords, of whoever the images are to be filed under.
+
+    Raises:
+      UserError: the folder holds something, several slices for one file, axes that DICOM cannot say, or another tag.
+    """
+    path, name = epath.Path(path), str(path)
+    if unknown := sorted(set(patient or ()) - set(PATIENT)):
+        raise UserError(f"{name}: patient's tag {unknown[0]!r}: expected some of {', '.join(PATIENT)}")
+    whole = stack(volume, plane_of(volume))
+    alone = name.lower().endswith((".dcm", ".dicom", ".ima"))
+    if alone and len(whole) > 1:
+        raise UserError(f"{name}: {len(whole)} slices, and DICOM has one a file; name a folder (without .dcm)")
+    if not alone and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{name}: is there already; name a new folder for the slices")
+    images = _images(name, volume, whole, notes, patient or {})
+    if alone:
+        written(path, lambda part: _save(images[0], part))
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(images, 1):
+        written(path / f"slice_{number:04d}.dcm", lambda part, image=image: _save(image, part))
+
+
+def _save(image: Any, path: epath.Path) -> None:
+    import pydicom
+
+    with path.open("wb") as file:
+        pydicom.dcmwrite(file, image, enforce_file_format=True)
+
+
+def _images(
+    name: str, volume: Volume, whole: Num[np.ndarray, "n h w"], notes: Mapping[str, str], patient: Mapping[str, str]
+) -> list[Any]:
+    """A header with its pixels for each slice."""
+    from pydicom.uid import UID, generate_uid
+
+    affine = LPS @ stack_affine(volume, plane_of(volume))  # (slice, row, column, 1)
+    down, across = affine[:3, 1], affine[:3, 2]
+    spacing = np.linalg.norm(down), np.linalg.norm(across)
+    if abs(down @ across) > 1e-3 * spacing[0] * spacing[1]:
+        raise UserError(f"{name}: rows and columns are not at right angles, which DICOM cannot say; resample it")
+    pixels, scale = _pixels(volume, whole)
+    shared = _shared(volume, scale, notes, patient) | dict(
+        PixelSpacing=[_number(x) for x in spacing], Rows=pixels.shape[1], Columns=pixels.shape[2]
+    )
+    frame = volume.frame if UID(volume.frame).is_valid else str(generate_uid(prefix=None))
+    out = []
+    for n, values in enumerate(pixels):
+        own = dict(
+            SOPInstanceUID=str(generate_uid(prefix=None)),
+            InstanceNumber=str(n + 1),
+            PixelData=np.ascontiguousarray(values.astype(values.dtype.newbyteorder("<"))).tobytes(),
+        )
+        if any(m.projection and m.dicom == volume.modality for m in MODALITIES.values()):  # it lies nowhere
+            own |= dict(PatientOrientation=list(reversed(PLANES[plane_of(volume)][1:])))
+        else:
+            own |= dict(
+                ImageOrientationPatient=[_number(x) for x in (*(across / spacing[1]), *(down / spacing[0]))],
+                ImagePositionPatient=[_number(x) for x in (affine @ (n, 0, 0, 1))[:3]],
+                SliceThickness=_number(np.linalg.norm(affine[:3, 0])),
+                FrameOfReferenceUID=frame,
+                PositionReferenceIndicator="",
+                PatientOrientation="",
+            )
+        out.append(_dataset(shared | own))
+    return out
+
+
+def _number(x: float) -> Any:
+    from pydicom.valuerep import DSfloat
+
+    return DSfloat(float(x), auto_format=True)
+
+
+def _pixels(volume: Volume, whole: Num[np.ndarray, "n h w"]) -> tuple[Num[np.ndarray, "n h w"], tuple[float, float]]:
+    """16-bit pixels, and the slope and intercept that give the values back: HU to the last one, all else in 65535
+    steps from the lowest to the highest."""
+    if volume.unit == "HU":
+        return storable(volume, whole), (1.0, 0.0)
+    low, high = float(whole.min()), float(whole.max())
+    slope = (high - low) / 65535 or 1.0
+    if whole.dtype.kind in "iu" and 0 <= low and high <= 65535:
+        return whole.astype(np.uint16), (1.0, 0.0)
+    return np.round((whole.astype(np.float64) - low) / slope).astype(np.uint16), (slope, low)
+
+
+def _window(volume: Volume) -> Span:
+    """The values that viewers show as black and white at first."""
+    own = (m.window for m in MODALITIES.values() if m.dicom and m.dicom == volume.modality and m.unit == volume.unit)
+    low, high = volume.span or next(own, (float(volume.values.min()), float(volume.values.max())))
+    return low, high if high > low else low + 1
+
+
+def _shared(
+    volume: Volume, scale: tuple[float, float], notes: Mapping[str, str], patient: Mapping[str, str]
+) -> dict[str, Any]:
+    """The tags that all slices have in common."""
+    from pydicom.uid import (
+        CTImageStorage,
+        MRImageStorage,
+        SecondaryCaptureImageStorage,
+        generate_uid,
+    )
+
+    said = "\n".join([WARNING, *(f"{key}: {note}" for key, note in notes.items())])
+    signed = volume.unit == "HU"
+    code = volume.modality if volume.modality in ("CT", "MR") else "OT"
+    if code == "CT" and not signed:
+        code = "OT"  # a CT image is in HU by its definition
+    low, high = _window(volume)
+    tags: dict[str, Any] = dict(
+        WindowCenter=_number((low + high) / 2),
+        WindowWidth=_number(high - low),
+        VOILUTFunction="LINEAR_EXACT",
+        SOPClassUID={"CT": CTImageStorage, "MR": MRImageStorage}.get(code, SecondaryCaptureImageStorage),
+        Modality=code,
+        ImageType=["DERIVED", "SECONDARY", *{"CT": ["AXIAL"], "MR": ["OTHER"]}.get(code, [])],
+        PatientName="SYNTHETIC^MEDM2G",
+        PatientID="SYNTHETIC",
+        PatientBirthDate="",
+        PatientSex="",
+        StudyInstanceUID=str(generate_uid(prefix=None)),
+        StudyID="",
+        StudyDate="",
+        StudyTime="",
+        AccessionNumber="",
+        ReferringPhysicianName="",
+        SeriesInstanceUID=str(generate_uid(prefix=None)),
+        SeriesNumber="1",
+        SeriesDescription=f"SYNTHETIC {code}, medm2g_jax, not for clinical use",
+        Laterality="",
+        Manufacturer="medm2g_jax",
+        ManufacturerModelName="MedM2G",
+        SoftwareVersions=medm2g_jax.__version__,
+        DerivationDescription=said[:1024],
+        ImageComments=said[:10240],
+        SyntheticData="YES",
+        BurnedInAnnotation="NO",
+        SamplesPerPixel=1,
+        PhotometricInterpretation="MONOCHROME2",
+        BitsAllocated=16,
+        BitsStored=16,
+        HighBit=15,
+        PixelRepresentation=int(signed),
+        RescaleSlope=_number(scale[0]),
+        RescaleIntercept=_number(scale[1]),
+        RescaleType="HU" if signed else "US",
+        ContributingEquipmentSequence=[_dataset(dict(
+            PurposeOfReferenceCodeSequence=[_dataset(dict(
+                CodeValue="109102", CodingSchemeDesignator="DCM", CodeMeaning="Processing Equipment"))],
+            Manufacturer="medm2g_jax",
+            ManufacturerModelName="MedM2G",
+            SoftwareVersions=medm2g_jax.__version__,
+            ContributionDescription=WARNING,
+        ))],
+    )  # fmt: skip
+    if not patient:
+        tags |= dict(PatientIdentityRemoved="YES", DeidentificationMethod="Synthetic, no patient")
+    # What each kind asks for; that it may be empty is the standard's type 2.
+    tags |= {
+        "CT": dict(KVP="", AcquisitionNumber="", PatientPosition=""),
+        "MR": dict(ScanningSequence="RM", SequenceVariant="NONE", ScanOptions="", MRAcquisitionType="", EchoTime="",
+                   EchoTrainLength="", RepetitionTime="", PatientPosition=""),
+    }.get(code, dict(ConversionType="SYN"))  # fmt: skip
+    return tags | dict(patient)
+
+
+def _dataset(tags: Mapping[str, Any]) -> Any:
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import PYDICOM_IMPLEMENTATION_UID, ExplicitVRLittleEndian
+
+    out = Dataset()
+    for tag, value in tags.items():
+        setattr(out, tag, value)
+    if "SOPInstanceUID" in out:
+        out.file_meta = FileMetaDataset()
+        out.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        out.file_meta.MediaStorageSOPClassUID = out.SOPClassUID
+        out.file_meta.MediaStorageSOPInstanceUID = out.SOPInstanceUID
+        out.file_meta.ImplementationClassUID = PYDICOM_IMPLEMENTATION_UID
+    return out
