@@ -46,9 +46,7 @@ _NETS: dict[str, dict[str, Any]] = {
         image_vae=dict(channels=(64,), layers=0, groups=8, latent=4, patch=8, mid_attention=False, colours=1),
         image_unet=dict(channels=(48, 96), attention=(False, True), layers=1, heads=4, groups=8),
         text_vae=dict(width=64, layers=2, heads=4, ff=256, latent=64, bert_positions=64, gpt2_positions=64),
-        text_unet=dict(
-            channels=(48, 96), attention=(False, True), layers=1, heads=4, groups=8, positions=4, latent=64
-        ),
+        text_unet=dict(channels=(48, 96), attention=(False, True), layers=1, heads=4, groups=8, positions=4, latent=64),
         clip_text=dict(width=64, layers=2, heads=4, ff=256, length=36),
         clip_image=dict(width=64, layers=2, heads=4, ff=256, patch=16, image=64),
         image_context=dict(heads=4, channels=(32, 64), stride=2),
@@ -444,6 +442,8 @@ def get_config(target: str, words: str | None = "", listing: str | tuple[str, ..
     config.upstream_dirs = ()  # further run roots in which finished stages are looked for
     # Handed down to upstream stages, never compared.
     config.dtype = "auto"  # of activations: bfloat16 on accelerators, float32 on CPU
+    # Latents of images kept in RUN/latents, so that no step encodes: "on", "off", or "auto" (`train.latents.chosen`).
+    config.latents = "auto"
     config.mesh = dict(data=-1, fsdp=1, tensor=1)  # -1: all devices that the others leave
     # Sampling, and the unconditional half of guidance: "cond" leaves the guide out of it, "both" keeps it (CoDi).
     config.sample = dict(

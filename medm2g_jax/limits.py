@@ -109,6 +109,7 @@ RANGES: Mapping[str, Range] = {
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "dtype": ("auto", "float32", "bfloat16"),
     "freeze": ("auto", "paper", "partner_open"),
+    "latents": ("auto", "on", "off"),
     "open": ("auto", "flow", "guide"),
     "keep_lines": ("block", "density"),
     "optimizer": ("adamw", "adam"),

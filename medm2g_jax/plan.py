@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 
 from medm2g_jax import run
 from medm2g_jax.config import stage_graph, stage_own_fields
+from medm2g_jax.data.latents import DTYPE
 from medm2g_jax.data.open import source_of
 from medm2g_jax.data.pipeline import Rows
 from medm2g_jax.data.text import Tokenizers
@@ -36,7 +37,7 @@ from medm2g_jax.family import text_lengths
 from medm2g_jax.modality import MODALITIES
 from medm2g_jax.model import MedM2G, init_group
 from medm2g_jax.nn import attention
-from medm2g_jax.train import loop, results, sharding
+from medm2g_jax.train import latents, loop, results, sharding
 from medm2g_jax.train.setup import assemble, frozen_dtype
 from medm2g_jax.train.state import create
 
@@ -124,13 +125,19 @@ def vocabularies(config: ConfigDict, root: epath.Path) -> tuple[dict[str, int], 
 def abstract_batch(rows: Rows, batch: int, model: MedM2G) -> dict[str, Any]:
     """Shapes of a global batch of `rows`, as data/pipeline.py makes it."""
 
-    def value(modality: str, count: int = batch) -> Any:
-        return model.flows[modality].family.shapes(count)
+    def value(modality: str) -> Any:
+        return model.flows[modality].family.shapes(batch)
+
+    def encoded(modality: str, pixels: Sequence[str] = ()) -> Any:
+        if modality not in rows.latents:
+            return value(modality)
+        latent = jax.ShapeDtypeStruct((batch, *model.flows[modality].family.latent_shape), DTYPE)
+        return {"latent": latent} | ({"pixels": value(modality)} if modality in pixels else {})
 
     def flags(*shape: int, dtype: Any = bool) -> Any:
         return jax.ShapeDtypeStruct((batch, *shape), dtype)
 
-    out = {m: value(m) for m in rows.require}
+    out = {m: encoded(m, rows.pixels) for m in rows.require}
     if rows.merge:
         out[rows.merge] = value(rows.any_of[0])
     several = [m for m in rows.require if len(MODALITIES[m].streams) > 1]
@@ -149,14 +156,14 @@ def abstract_batch(rows: Rows, batch: int, model: MedM2G) -> dict[str, Any]:
         split = lambda x: x.update(shape=(batch, rows.others, *x.shape[1:]))  # noqa: E731
         about["others"] = {
             m: {
-                "x": jax.tree.map(split, value(m)),
+                "x": jax.tree.map(split, encoded(m)),
                 "stream": flags(rows.others, dtype=jnp.int32),
                 "has": flags(rows.others),
             }
             for m in rows.contrasts
         }
     for m, partners in rows.earlier:
-        about.setdefault("earlier", {}).update({p: value(p) for p in partners})
+        about.setdefault("earlier", {}).update({p: encoded(p, rows.pixels) for p in partners})
         about.setdefault("practises", {})[m] = {p: flags() for p in partners}
     for m in rows.registered:
         near = {"partner": flags()} if len(rows.require) > 1 else {}
@@ -166,14 +173,20 @@ def abstract_batch(rows: Rows, batch: int, model: MedM2G) -> dict[str, Any]:
 
 
 def abstract_step(
-    config: ConfigDict, vocab: Mapping[str, int], mesh: Mesh, backend: str = "tpu", absent: Sequence[str] = ()
+    config: ConfigDict,
+    vocab: Mapping[str, int],
+    mesh: Mesh,
+    backend: str = "tpu",
+    absent: Sequence[str] = (),
+    cached: Sequence[str] = (),
 ) -> tuple[Callable, tuple]:
     """(jitted train step of config.stage, its arguments (state, frozen, batch, key) as shapes placed on the mesh): what
-    `loop.run_stage` calls. absent: rounds that were never run (rounds.Graph)."""
+    `loop.run_stage` calls. absent: rounds that were never run (rounds.Graph). cached: modalities whose images come as
+    latents."""
     graph = stage_graph(config, tuple(absent))
     dtype = activation_dtype(config.dtype, backend)
     predict = results.predictions(config, tuple(graph.owners(config.stage)))
-    setup = assemble(config, graph, mesh, vocab, {}, predict, results.slots_of(graph, config.stage), dtype)
+    setup = assemble(config, graph, mesh, vocab, {}, predict, results.slots_of(graph, config.stage), dtype, cached)
     spec, model = setup.recipe, setup.model
 
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -183,7 +196,8 @@ def abstract_step(
     extra: dict[str, Any] = {}
     if spec.start is not None:
         empty = {name: jax.ShapeDtypeStruct((1, n), jnp.int32) for name, n in text_lengths(config.net).items()}
-        _, extra = jax.eval_shape(lambda f, b, k, e: spec.start(f, [b], k, e), frozen, batch, key, empty)
+        plain = abstract_batch(dataclasses.replace(spec.rows, latents=()), config.batch, model)
+        _, extra = jax.eval_shape(lambda f, b, k, e: spec.start(f, [b], k, e), frozen, plain, key, empty)
 
     at = lambda tree, where: jax.tree.map(lambda x: x.update(sharding=where), tree)  # noqa: E731
     state = jax.tree.map(
@@ -202,7 +216,7 @@ def abstract_step(
 
 
 def compile_step(
-    config: ConfigDict, vocab: Mapping[str, int], topology: str, absent: Sequence[str] = ()
+    config: ConfigDict, vocab: Mapping[str, int], topology: str, absent: Sequence[str] = (), cached: Sequence[str] = ()
 ) -> dict[str, Any]:
     """What the TPU compiler says of the train step on a slice: bytes and FLOPs of one chip."""
     from jax.experimental import topologies
@@ -218,7 +232,7 @@ def compile_step(
         raise UserError(f"topology {topology}: {str(error).splitlines()[0]}") from error
     mesh = sharding.make_mesh(config.mesh, devices)
     began = time.time()
-    step, arguments = abstract_step(config, vocab, mesh, absent=absent)
+    step, arguments = abstract_step(config, vocab, mesh, absent=absent, cached=cached)
     with attention.traced_for("tpu"):
         lowered = step.lower(*arguments)
     out = {"device": devices[0].device_kind, "trace": time.time() - began}
@@ -288,14 +302,20 @@ def check(config: ConfigDict, topology: str, python: Path) -> None:
 
 
 def ask(
-    config: ConfigDict, vocab: Mapping[str, int], topology: str, python: Path, absent: Sequence[str] = ()
+    config: ConfigDict,
+    vocab: Mapping[str, int],
+    topology: str,
+    python: Path,
+    absent: Sequence[str] = (),
+    cached: Sequence[str] = (),
 ) -> dict[str, Any]:
     """`compile_step` in the child."""
     # libtpu looks for the machine's own TPUs, and for other users of them, unless it is told not to.
     env = dict(os.environ, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
     plain = json.loads(config.to_json_best_effort())
-    question = json.dumps({"config": plain, "vocab": vocab, "topology": topology, "absent": list(absent)})
+    more = {"absent": list(absent), "cached": list(cached)}
+    question = json.dumps({"config": plain, "vocab": vocab, "topology": topology, **more})
     line = [str(python), "-c", "from medm2g_jax import plan; plan.child()"]
     done = subprocess.run(line, input=question, env=env, text=True, capture_output=True)
     if done.returncode == 0:
@@ -368,14 +388,16 @@ def show(config: ConfigDict, workdir: str, topology: str = "", python: str = "")
         return
     where = Path(python or os.environ.get("MEDM2G_LIBTPU_PYTHON") or ROOT / ".venv-tpu" / "bin" / "python")
     check(config, topology, where)
-    vocab, source = vocabularies(config, root)
+    graph = results.graph_of(config, root)
+    cached = () if source is None else latents.chosen(config, root, graph, source)
+    vocab, whose = vocabularies(config, root)
     sizes = sharding.mesh_sizes(config.mesh, int(np.prod(parse_topology(topology)[1])))
     mesh = ", ".join(f"{a}={n}" for a, n in zip(sharding.AXES, sizes, strict=True))
     dtype = jnp.dtype(activation_dtype(config.dtype, "tpu")).name
     print(
         f"train step of {config.stage} on {topology}: mesh {mesh}; activations and frozen parameters {dtype}; remat "
-        f"{config.remat}; vocabularies {', '.join(f'{k} {n}' for k, n in vocab.items())} ({source})"
+        f"{config.remat}; vocabularies {', '.join(f'{k} {n}' for k, n in vocab.items())} ({whose})"
+        + (f"; latents of {', '.join(cached)} are read, not made" if cached else "")
     )
     print("asking the TPU compiler: a minute for tiny, ten and more for sd15", flush=True)
-    absent = results.graph_of(config, root).absent
-    print(report(config, topology, ask(config, vocab, topology, where, absent)))
+    print(report(config, topology, ask(config, vocab, topology, where, graph.absent, cached)))
