@@ -14,7 +14,7 @@ stage (not its name: stages that differ in the name alone are then one program t
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -74,20 +74,23 @@ def rows_of(config: ConfigDict, graph: rounds.Graph, cached: Sequence[str] = ())
     if stage.verb == "ldm":
         prompts, latents = graph.prompts(*stage.subjects), tuple(m for m in stage.subjects if m in cached)
         return Rows(require=stage.subjects, prompts=prompts, unprompted=config.unprompted, latents=latents)
-    contrasts, accelerate = stage.contrasts if config.others else (), accelerated(config)
-    partners = tuple(dict.fromkeys(e for earlier in stage.earlier.values() for e in earlier))
-    drawn = () if accelerate is None else accelerate[:1]  # undersampled anew each time
-    return Rows(
+    contrasts = stage.contrasts if config.others else ()
+    rows = Rows(
         require=stage.subjects,
         contrasts=contrasts,
         others=config.others if contrasts else 0,
         registered=tuple(stage.registered),
         earlier=tuple(stage.earlier.items()),
         rehearse=config.rehearse if stage.earlier else 0.0,
-        accelerate=accelerate,
+        accelerate=accelerated(config),
         identify=True,
-        latents=tuple(m for m in (*stage.subjects, *partners) if m in cached and m not in drawn),
-        pixels=(*(stage.subjects if len(stage.subjects) == 2 and config.drop_prompt < 1 else ()), *partners),
+    )
+    drawn = rows.accelerate[:1] if rows.accelerate else ()  # undersampled anew each time
+    prompting = stage.subjects if len(stage.subjects) == 2 and config.drop_prompt < 1 else ()
+    return replace(
+        rows,
+        latents=tuple(m for m in (*stage.subjects, *rows.partners) if m in cached and m not in drawn),
+        pixels=(*prompting, *rows.partners),
     )
 
 

@@ -2,7 +2,7 @@
 its batches. Of several processes each makes every so many-th part (`data.latents`)."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from medm2g_jax.data.source import Record, Source, ranges, steady
 from medm2g_jax.device import jit
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES
+from medm2g_jax.model import MedM2G
 from medm2g_jax.recipes import rows_of
 from medm2g_jax.train import data_record, sharding
 from medm2g_jax.train.log import Log, duration
@@ -75,35 +76,36 @@ def make(
     Raises:
       UserError: those in the run root are of another autoencoder or of other images.
     """
-    model, rows = setup.model, setup.recipe.rows
+    rows = setup.recipe.rows
     record = data_record.read(root)
     of_data = contents(source).fingerprint if record is None else record["fingerprint"]
     wanted = pipeline.used(source, rows, SPLITS)
     stores: dict[str, Store] = {}
-    programs: dict[str, Any] = {}
+    encode = {kind: _encoder(setup.model, kind, frozen, mesh) for kind in {MODALITIES[m].kind for m in rows.latents}}
     for m in rows.latents:
-        kind, shape = MODALITIES[m].kind, model.flows[m].family.latent_shape
-        if kind not in programs:
-            own = {n: x for n, x in frozen.items() if n.startswith(f"{kind}/vae/")}
-            program = jit(
-                lambda params, x, kind=kind: model.posterior(params, kind, x)[0].astype(DTYPE),
-                out_shardings=sharding.batch_sharding(mesh),
-            )
-            programs[kind] = lambda x, own=own, program=program: program(own, x)
+        kind = MODALITIES[m].kind
         origin = lineage[f"{kind}/vae"]  # one that nobody has trained is a function of the run root's seed and sizes
         about = {
             "autoencoder": origin["fingerprint"] if "fingerprint" in origin else "fresh",
             "data": of_data,
             "image_size": config.image_size,
+            "shape": setup.model.flows[m].family.latent_shape,
         }
         for stream in dict.fromkeys(s for i in wanted for s in _streams(source.records[i], m)):
-            range_ = {"range": ranges(source).get(stream)}
-            stores[stream] = one = store(Path(root), source, stream, {**about, **range_, "shape": shape})
+            one = store(Path(root), source, stream, about | {"range": ranges(source).get(stream)})
             on_first(one.hold)
-            _fill(one, stream, wanted, programs[kind], config, source, mesh)
+            _fill(one, stream, wanted, encode[kind], config, source, mesh)
+            stores[stream] = one
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("latents")
-    return Latents(stores, shape)
+    return Latents(stores)
+
+
+def _encoder(model: MedM2G, kind: str, frozen: Params, mesh: Mesh) -> Callable[[Any], jax.Array]:
+    own = {name: x for name, x in frozen.items() if name.startswith(f"{kind}/vae/")}
+    rows = sharding.batch_sharding(mesh)
+    mean = jit(lambda params, x: model.posterior(params, kind, x)[0].astype(DTYPE), out_shardings=rows)
+    return lambda x: mean(own, x)
 
 
 def _streams(record: Record, modality: str) -> list[str]:
@@ -111,7 +113,7 @@ def _streams(record: Record, modality: str) -> list[str]:
 
 
 def _fill(
-    one: Store, stream: str, wanted: np.ndarray, encode: Any, config: ConfigDict, source: Source, mesh: Mesh
+    one: Store, stream: str, wanted: np.ndarray, encode: Callable, config: ConfigDict, source: Source, mesh: Mesh
 ) -> None:
     """Encode what is missing of one stream, part by part."""
     host, hosts = jax.process_index(), jax.process_count()
