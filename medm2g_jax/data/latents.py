@@ -24,8 +24,8 @@ from jaxtyping import Bool, Float, Int
 from medm2g_jax.data.source import Source
 from medm2g_jax.errors import UserError
 
-# Rounding to float16 is 2e-4 of the latents' standard deviation, root mean square, and 9e-4 at most (measured at 64 px);
-# rounding is relative, so other scales change nothing. bfloat16 activations round eight times as much.
+# Rounding to float16 is 2e-4 of the latents' standard deviation, root mean square, 9e-4 at most (measured at 64 px); it
+# is relative, so other scales change nothing. bfloat16 activations round eight times as much.
 DTYPE = np.float16
 PART = 2048  # images; at 512 px 64 MB
 NAME = "latents.json"
