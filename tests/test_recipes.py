@@ -312,7 +312,7 @@ def test_f_starts_as_rows_of_the_prompt_encoders_tokens(data):
 
 
 def test_theta_c_starts_as_the_prompts_attention_but_for_what_it_says(data):
-    """Queries, keys, values and norm of every site; nothing of a known flow, and nothing where the config says fresh."""
+    """Queries, keys, values and norm of every site; nothing of a known flow, nothing where the config says fresh."""
     bench, site = Bench(data, "text_ct"), "unet/mid/attn_0"
     for leaf, of in (("q/kernel", ""), ("k/kernel", ""), ("v/kernel", ""), ("scale", "_norm"), ("bias", "_norm")):
         own = f"ct/{site}/guide/{'norm/' if of else ''}{leaf}"
