@@ -471,6 +471,8 @@ def get_config(target: str, words: str | None = "", listing: str | tuple[str, ..
     config.upstream_dirs = ()  # further run roots in which finished stages are looked for
     # Handed down to upstream stages, never compared.
     config.dtype = "auto"  # of activations: bfloat16 on accelerators, float32 on CPU
+    # Latents of images kept in RUN/latents, so that no step encodes: "on", "off", or "auto" (`train.latents.chosen`).
+    config.latents = "auto"
     config.mesh = dict(data=-1, fsdp=1, tensor=1)  # -1: all devices that the others leave
     # Sampling, and the unconditional half of guidance: "cond" leaves the guide out of it, "both" keeps it (CoDi).
     config.sample = dict(

@@ -4,7 +4,8 @@ Two classes with the same members, one a kind, in `FAMILIES`; nothing else asks 
 rest of the package has to know whether a modality can be looked at, it asks `Modality.is_image`.
 
 A value x of a modality in a batch is for images (b h w 1) in [-1, 1], for texts {"clip": (b n), "bert": (b m),
-"gpt2": (b k)} ids.
+"gpt2": (b k)} ids. An image that was encoded before (`data.latents`) is {"latent": (b h w c), "pixels": (b h w 1)}, the
+pixels there only if C reads them.
 """
 
 from collections.abc import Callable, Mapping
@@ -73,6 +74,10 @@ class TextFamily:
         """Which rows C_M cannot tell apart: those of the same words."""
         return jnp.all(x["clip"][:, None] == x["clip"][None, :], axis=-1)
 
+    def latent(self, x: Any) -> None:
+        """The posterior mean that a value brings along; texts bring none."""
+        del x
+
     def vae_input(self, x: Any) -> Array:
         """What the autoencoder encodes of a value."""
         return x["bert"]
@@ -138,7 +143,7 @@ class ImageFamily:
         return jax.ShapeDtypeStruct((batch, self.size, self.size, 1), jnp.float32)
 
     def clip_input(self, x: Any) -> Array:
-        return clip_pixels(x, self.net["clip_image"]["image"])
+        return clip_pixels(x["pixels"] if isinstance(x, Mapping) else x, self.net["clip_image"]["image"])
 
     def clip_example(self) -> Array:
         side = self.net["clip_image"]["image"]
@@ -146,7 +151,12 @@ class ImageFamily:
 
     def alike(self, x: Any) -> Bool[Array, "b b"]:
         """None: no two pictures are the same."""
-        return jnp.zeros((x.shape[0], x.shape[0]), bool)
+        rows = jax.tree.leaves(x)[0].shape[0]
+        return jnp.zeros((rows, rows), bool)
+
+    def latent(self, x: Any) -> Latent | None:
+        """The posterior mean that a value brings along, unscaled; None of pixels."""
+        return x["latent"] if isinstance(x, Mapping) else None
 
     def vae_input(self, x: Any) -> Array:
         return jnp.repeat(x, self.net["image_vae"]["colours"], axis=-1)

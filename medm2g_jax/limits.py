@@ -110,6 +110,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "dtype": ("auto", "float32", "bfloat16"),
     "freeze": ("auto", "paper", "partner_open"),
     "guide_init": ("prompt", "fresh"),
+    "latents": ("auto", "on", "off"),
     "open": ("auto", "flow", "guide"),
     "keep_lines": ("block", "density"),
     "optimizer": ("adamw", "adam"),

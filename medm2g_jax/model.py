@@ -234,9 +234,14 @@ class MedM2G:
     width: int
 
     def encode(self, params: Params, name: str, x: Any) -> Latent:
-        """z_0 of modality `name`: the posterior mean times the kind's scale. x: a batch's value of the modality."""
+        """z_0 of modality `name`: the posterior mean, which may have been computed before, times the kind's scale.
+
+        x: a batch's value of the modality.
+        """
         kind = self.flows[name].modality.kind
-        mean, _ = self.posterior(params, kind, x)
+        mean = self.families[kind].latent(x)
+        if mean is None:
+            mean, _ = self.posterior(params, kind, x)
         return mean.astype(jnp.float32) * self.scales[kind]
 
     def decode(self, params: Params, name: str, z: Latent, beams: int = 1) -> Array:

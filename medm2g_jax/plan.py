@@ -31,7 +31,7 @@ from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.device import activation_dtype
 from medm2g_jax.errors import UserError
 from medm2g_jax.nn import attention
-from medm2g_jax.train import loop, results, sharding
+from medm2g_jax.train import latents, loop, results, sharding
 from medm2g_jax.train.abstract import abstract_stage
 
 ROOT = Path(__file__).parents[1]
@@ -116,7 +116,7 @@ def vocabularies(config: ConfigDict, root: epath.Path) -> tuple[dict[str, int], 
 
 
 def compile_step(
-    config: ConfigDict, vocab: Mapping[str, int], topology: str, absent: Sequence[str] = ()
+    config: ConfigDict, vocab: Mapping[str, int], topology: str, absent: Sequence[str] = (), cached: Sequence[str] = ()
 ) -> dict[str, Any]:
     """What the TPU compiler says of the train step on a slice: bytes and FLOPs of one chip."""
     from jax.experimental import topologies
@@ -132,7 +132,7 @@ def compile_step(
         raise UserError(f"topology {topology}: {str(error).splitlines()[0]}") from error
     mesh = sharding.make_mesh(config.mesh, devices)
     began = time.time()
-    setup, arguments = abstract_stage(config, vocab, mesh, absent=absent)
+    setup, arguments = abstract_stage(config, vocab, mesh, absent=absent, cached=cached)
     # Frozen parameters that this step does not read (decoders) are in memory all the same: keep_unused counts them.
     step = jax.jit(setup.train_step, out_shardings=(setup.layout, None), donate_argnums=0, keep_unused=True)
     with attention.traced_for("tpu"):
@@ -204,14 +204,20 @@ def check(config: ConfigDict, topology: str, python: Path) -> None:
 
 
 def ask(
-    config: ConfigDict, vocab: Mapping[str, int], topology: str, python: Path, absent: Sequence[str] = ()
+    config: ConfigDict,
+    vocab: Mapping[str, int],
+    topology: str,
+    python: Path,
+    absent: Sequence[str] = (),
+    cached: Sequence[str] = (),
 ) -> dict[str, Any]:
     """`compile_step` in the child."""
     # libtpu looks for the machine's own TPUs, and for other users of them, unless it is told not to.
     env = dict(os.environ, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
     plain = json.loads(config.to_json_best_effort())
-    question = json.dumps({"config": plain, "vocab": vocab, "topology": topology, "absent": list(absent)})
+    more = {"absent": list(absent), "cached": list(cached)}
+    question = json.dumps({"config": plain, "vocab": vocab, "topology": topology, **more})
     line = [str(python), "-c", "from medm2g_jax import plan; plan.child()"]
     done = subprocess.run(line, input=question, env=env, text=True, capture_output=True)
     if done.returncode == 0:
@@ -284,14 +290,16 @@ def show(config: ConfigDict, workdir: str, topology: str = "", python: str = "")
         return
     where = Path(python or os.environ.get("MEDM2G_LIBTPU_PYTHON") or ROOT / ".venv-tpu" / "bin" / "python")
     check(config, topology, where)
-    vocab, source = vocabularies(config, root)
+    graph = results.graph_of(config, root)
+    cached = () if source is None else latents.chosen(config, root, graph, source)
+    vocab, whose = vocabularies(config, root)
     sizes = sharding.mesh_sizes(config.mesh, int(np.prod(parse_topology(topology)[1])))
     mesh = ", ".join(f"{a}={n}" for a, n in zip(sharding.AXES, sizes, strict=True))
     dtype = jnp.dtype(activation_dtype(config.dtype, "tpu")).name
     print(
         f"train step of {config.stage} on {topology}: mesh {mesh}; activations and frozen parameters {dtype}; remat "
-        f"{config.remat}; vocabularies {', '.join(f'{k} {n}' for k, n in vocab.items())} ({source})"
+        f"{config.remat}; vocabularies {', '.join(f'{k} {n}' for k, n in vocab.items())} ({whose})"
+        + (f"; latents of {', '.join(cached)} are read, not made" if cached else "")
     )
     print("asking the TPU compiler: a minute for tiny, ten and more for sd15", flush=True)
-    absent = results.graph_of(config, root).absent
-    print(report(config, topology, ask(config, vocab, topology, where, absent)))
+    print(report(config, topology, ask(config, vocab, topology, where, graph.absent, cached)))

@@ -14,8 +14,8 @@ stage (not its name: stages that differ in the name alone are then one program t
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -59,15 +59,16 @@ class Recipe:
     temporary: tuple[str, ...] = field(default=())  # prefixes of parameters that train and are then dropped
 
 
-def recipe(config: ConfigDict, model: MedM2G, graph: rounds.Graph) -> Recipe:
-    """The recipe of config.stage, in the run's own graph."""
+def recipe(config: ConfigDict, model: MedM2G, graph: rounds.Graph, cached: Sequence[str] = ()) -> Recipe:
+    """The recipe of config.stage, in the run's own graph. cached: see `rows_of`."""
     stage = graph.stage(config.stage)
     build = {"vae": _autoencoder, "align": _alignment, "ldm": _single_flow, "round": _round}[stage.verb]
-    return build(config, model, stage, rows_of(config, graph))
+    return build(config, model, stage, rows_of(config, graph, cached))
 
 
-def rows_of(config: ConfigDict, graph: rounds.Graph) -> Rows:
-    """What one training row of config.stage holds."""
+def rows_of(config: ConfigDict, graph: rounds.Graph, cached: Sequence[str] = ()) -> Rows:
+    """What one training row of config.stage holds. cached: modalities whose latents, where the stage encodes them, it
+    holds in place of pixels."""
     stage = graph.stage(config.stage)
     if stage.verb == "vae":
         (kind,) = stage.subjects
@@ -75,9 +76,10 @@ def rows_of(config: ConfigDict, graph: rounds.Graph) -> Rows:
     if stage.verb == "align":  # a single modality: two of its contrasts
         return Rows(require=stage.subjects, prompts=stage.subjects if len(stage.subjects) == 1 else (), identify=True)
     if stage.verb == "ldm":
-        return Rows(require=stage.subjects, prompts=graph.prompts(*stage.subjects), unprompted=config.unprompted)
+        prompts, latents = graph.prompts(*stage.subjects), tuple(m for m in stage.subjects if m in cached)
+        return Rows(require=stage.subjects, prompts=prompts, unprompted=config.unprompted, latents=latents)
     contrasts = stage.contrasts if config.others else ()
-    return Rows(
+    rows = Rows(
         require=stage.subjects,
         contrasts=contrasts,
         others=config.others if contrasts else 0,
@@ -86,6 +88,13 @@ def rows_of(config: ConfigDict, graph: rounds.Graph) -> Rows:
         rehearse=config.rehearse if stage.earlier else 0.0,
         accelerate=accelerated(config),
         identify=True,
+    )
+    drawn = rows.accelerate[:1] if rows.accelerate else ()  # undersampled anew each time
+    prompting = stage.subjects if len(stage.subjects) == 2 and config.drop_prompt < 1 else ()
+    return replace(
+        rows,
+        latents=tuple(m for m in (*stage.subjects, *rows.partners) if m in cached and m not in drawn),
+        pixels=(*prompting, *rows.partners),
     )
 
 
@@ -431,7 +440,7 @@ def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: Rows) -
             some = about["others"][m]
             flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
             each = lambda x: jnp.repeat(x, rows.others, axis=0)  # noqa: E731
-            z = model.encode(frozen, m, flat(some["x"]))
+            z = model.encode(frozen, m, jax.tree.map(flat, some["x"]))
             noise = flat(row_normal(keys, (rows.others, *z.shape[1:]), 100 + i))
             source_t = each(jnp.where(clean, 0, times))
             z = _where(each(clean), z, flows[m].process.add_noise(z, source_t, noise))

@@ -237,7 +237,7 @@ def _train(config: ConfigDict, root: epath.Path, source: Source, say: Callable[[
             rest = ratio * sum(guess[s] for s in list(configs)[i + 1 :])
             say(f"\n== {name} ({i + 1} of {len(configs)})")
             start = time.time()
-            ahead = functools.partial(beside.submit, compile_ahead, following[i], root, data.vocab)
+            ahead = functools.partial(beside.submit, compile_ahead, following[i], root, source, data.vocab)
             meanwhile = ahead if alone and following[i] is not None else None
             meta = loop.run_stage(stage, root, data, plan_eta=rest, show=show, ceiling=ceiling, meanwhile=meanwhile)
             spent[name] = time.time() - start

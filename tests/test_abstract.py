@@ -117,14 +117,14 @@ def test_what_is_compiled_ahead_is_what_the_stage_runs(data, tmp_path, monkeypat
     named = ("train", "eval")
     monkeypatch.setattr(setup.Setup, "programs", lambda *a: tuple(map(recording, named, programs(*a))))
     monkeypatch.setattr(results, "fresh_program", lambda *a: recording("fresh", fresh(*a)))
-    assert not abstract.compile_ahead(config, root, data.vocab) and not seen
+    assert not abstract.compile_ahead(config, root, data.source, data.vocab) and not seen
     whole = run.open_data(config, root)
     loop.run_stage(stage_config(config, "image_vae"), root, whole)
     seen.clear()
-    assert abstract.compile_ahead(config, root, whole.vocab)
+    assert abstract.compile_ahead(config, root, whole.source, whole.vocab)
     assert {name: len(texts) for name, texts in seen.items()} == {"fresh": 1, "train": 1, "eval": 1}
     loop.run_stage(config, root, whole)
     for name, (ahead, run_) in seen.items():
         assert ahead == run_, name
     config.remat = True  # a large network's compiler would take the memory that the stage before it uses
-    assert not abstract.compile_ahead(config, root, whole.vocab)
+    assert not abstract.compile_ahead(config, root, whole.source, whole.vocab)

@@ -142,6 +142,11 @@ class Manifest:
         """See `source.ranges`."""
         return self._examined.ranges
 
+    @property
+    def steady(self) -> tuple[str, ...]:
+        """See `source.steady`: all that is in files."""
+        return images_of({stream for record in self.records for stream in record.streams})
+
     def file(self, index: int, stream: str) -> Path | None:
         """The file that an image of a record is in; None of a text."""
         value = self._values[index][stream]

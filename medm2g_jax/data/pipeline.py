@@ -11,6 +11,8 @@ A batch:
 
     {"ct": (b size size 1) float32 in [-1, 1], ...,             an image modality that is required
      "text": {"clip": (b n), "bert": (b m), "gpt2": (b k)} int32 ids,
+     "ct": {"latent": (b h w c) float16,                         under `Rows.latents`, the posterior's mean, and, under
+            "pixels": (b size size 1)}                           `Rows.pixels` alone, the image beside it
      "image": (b size size 1)                                    under `Rows.merge`: one stream of any of several
      "about": {"stream": {modality: (b,) int32},                 which stream, for modalities that have several
                "prompt": {modality: as above}, "present": {modality: (b,) bool},
@@ -38,6 +40,7 @@ import numpy as np
 from jaxtyping import Int
 
 from medm2g_jax.data.kspace import undersampled
+from medm2g_jax.data.latents import Latents
 from medm2g_jax.data.source import Record, Source
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.errors import UserError
@@ -72,6 +75,9 @@ class Rows:
         `require` counts as absent.
       accelerate: (modality, factor, lines that are kept) of images as from a faster acquisition (`kspace`).
       identify: rows say which record they are of.
+      latents: modalities whose images come encoded (`data.latents`) where the autoencoder reads them: required, earlier
+        and other ones, not prompts.
+      pixels: modalities whose required and earlier images C reads as well.
     """
 
     require: tuple[str, ...] = ()
@@ -86,6 +92,8 @@ class Rows:
     rehearse: float = 0.0
     accelerate: tuple[str, int, str] | None = None
     identify: bool = False
+    latents: tuple[str, ...] = ()
+    pixels: tuple[str, ...] = ()
 
     @property
     def only_contrasts(self) -> bool:
@@ -151,6 +159,12 @@ def practising(source: Source, rows: Rows, split: str) -> dict[str, Int[np.ndarr
     return found
 
 
+def used(source: Source, rows: Rows, splits: Sequence[str]) -> Int[np.ndarray, "n"]:
+    """Indices of all records that a row may be of, in order."""
+    found = [(*fitting(source, rows, s), *practising(source, rows, s).values()) for s in splits]
+    return np.unique(np.concatenate([index for some in found for index in some]))
+
+
 def matching(source: Source, rows: Rows, split: str) -> Int[np.ndarray, "n"]:
     """Indices of the records of `split` that hold what `rows` asks for: those with a prompt, or all where none has one
     and `rows.unprompted` admits that.
@@ -192,8 +206,18 @@ def _draw(streams: list[str], rng: np.random.Generator) -> str:
 class _Reader:
     """Reads one row of one record; a pure function of (record index, rng)."""
 
-    def __init__(self, source: Source, rows: Rows, size: int, tokenizers: Tokenizers | None, lengths: Mapping | None):
-        self.source, self.rows = source, rows
+    def __init__(
+        self,
+        source: Source,
+        rows: Rows,
+        size: int,
+        tokenizers: Tokenizers | None,
+        lengths: Mapping | None,
+        latents: Latents | None = None,
+    ):
+        self.source, self.rows, self.latents = source, rows, latents
+        if rows.latents and latents is None:
+            raise ValueError(f"{rows} has latents, and there are none")
         used = {*rows.require, *rows.any_of, *rows.prompts, *rows.partners}
         self.encode: Callable[[str], dict] | None = None
         if not all(MODALITIES[m].is_image for m in used):
@@ -209,6 +233,20 @@ class _Reader:
         if self.rows.accelerate and self.rows.accelerate[0] == stream.partition(":")[0]:
             return undersampled(value, *self.rows.accelerate[1:], rng)
         return value
+
+    def _encoded(
+        self, index: int, modality: str, stream: str, rng: np.random.Generator, pixels: tuple[str, ...] = ()
+    ) -> Any:
+        """A value that the autoencoder reads: its latent where there is one, which draws nothing from `rng` either.
+
+        stream: "" where the record has no such modality. pixels: the modalities whose pixels are to stand beside it.
+        """
+        if modality in self.rows.latents:
+            out = {"latent": self.latents(index, stream) if stream else self.latents.blank}
+            if modality not in pixels:
+                return out
+            return out | {"pixels": self._value(index, stream, rng) if stream else self._nothing(modality)}
+        return self._value(index, stream, rng) if stream else self._nothing(modality)
 
     def _target(self, record: Record, modality: str, rng: np.random.Generator) -> str:
         rows = self.rows
@@ -231,11 +269,11 @@ class _Reader:
         drawn = {modality: self._target(record, modality, rng) for modality, has in there.items() if has}
         for modality in self.rows.require:
             if modality not in drawn:
-                row[modality] = self._nothing(modality)
+                row[modality] = self._encoded(index, modality, "", rng, self.rows.pixels)
                 if len(MODALITIES[modality].streams) > 1:
                     about.setdefault("stream", {})[modality] = np.int32(0)
         for modality, stream in drawn.items():
-            row[modality] = self._value(index, stream, rng)
+            row[modality] = self._encoded(index, modality, stream, rng, self.rows.pixels)
             if len(streams := MODALITIES[modality].streams) > 1:
                 about.setdefault("stream", {})[modality] = np.int32(streams.index(stream))
         if self.rows.merge:
@@ -259,7 +297,8 @@ class _Reader:
             about.setdefault("others", {})[modality] = self._others(index, modality, others, rng)
         for partner in self.rows.partners:
             streams = _streams(record, partner) if practises else []
-            value = self._value(index, _draw(streams, rng), rng) if streams else self._nothing(partner)
+            stream = _draw(streams, rng) if streams else ""
+            value = self._encoded(index, partner, stream, rng, self.rows.pixels)
             about.setdefault("earlier", {})[partner] = value
             for modality, partners in self.rows.earlier:
                 has = about.setdefault("practises", {}).setdefault(modality, {})
@@ -317,8 +356,11 @@ class _Reader:
         """Other contrasts of a modality, `Rows.others` places."""
         empty = self.rows.others - len(streams)
         places = MODALITIES[modality].streams
+        values = [self._encoded(index, modality, s, rng) for s in (*streams, *[""] * empty)]
         return {
-            "x": np.stack([self._value(index, s, rng) for s in streams] + [self.blank] * empty),
+            "x": {"latent": np.stack([v["latent"] for v in values])}
+            if modality in self.rows.latents
+            else np.stack(values),
             "stream": np.asarray([places.index(s) for s in streams] + [0] * empty, np.int32),
             "has": np.arange(self.rows.others) < len(streams),
         }
@@ -334,6 +376,7 @@ def batches(
     size: int,
     tokenizers: Tokenizers | None = None,
     lengths: Mapping[str, int] | None = None,
+    latents: Latents | None = None,
     start: int = 0,
     process: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
@@ -343,6 +386,7 @@ def batches(
       batch_size: rows of the global batch.
       size: side of the images.
       tokenizers, lengths: needed where rows have texts; `lengths` names the number of ids of each tokenizer.
+      latents: needed where rows have some.
       process: (this host, number of hosts).
 
     Raises:
@@ -357,7 +401,7 @@ def batches(
     told, untold = fitting(source, rows, split)
     untold = untold if len(told) else untold[:0]
     before = practising(source, rows, split)
-    read = _Reader(source, rows, size, tokenizers, lengths)
+    read = _Reader(source, rows, size, tokenizers, lengths, latents)
 
     # Not grain's own shuffle: it takes 30 ms / n an element of a set of n (measured; 8 ms where n is 3).
     @functools.lru_cache(maxsize=4)
@@ -379,8 +423,13 @@ def batches(
 
     blocks = grain.MapDataset.range(ENDLESS).map(read_row).batch(batch_size // hosts)
     mine = blocks[start * hosts + host :: hosts]
-    threads = min(8, os.cpu_count() or 1)  # one batch a thread; the same number waits, which bounds the memory
-    return iter(mine.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
+    return iter(mine.to_iter_dataset(reading()))
+
+
+def reading() -> grain.ReadOptions:
+    """One batch a thread; the same number waits, which bounds the memory."""
+    threads = min(8, os.cpu_count() or 1)
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
 
 
 def fixed(
@@ -393,6 +442,7 @@ def fixed(
     size: int,
     tokenizers: Tokenizers | None = None,
     lengths: Mapping[str, int] | None = None,
+    latents: Latents | None = None,
 ) -> Batch:
     """One evaluation batch of `count` rows, always the same; fewer where fewer records fit: none comes twice.
 
@@ -402,7 +452,7 @@ def fixed(
       UserError: no record fits.
     """
     index = matching(source, rows, split)
-    read = _Reader(source, rows, size, tokenizers, lengths)
+    read = _Reader(source, rows, size, tokenizers, lengths, latents)
     chosen = np.random.default_rng(seed).permutation(index)[:count]
     data = grain.MapDataset.source(chosen).map_with_index(
         lambda row, i: read(int(i), np.random.default_rng([seed, row]))

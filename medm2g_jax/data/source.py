@@ -85,6 +85,12 @@ def ranges(source: Source) -> dict[str, tuple[float, float]]:
     return dict(getattr(source, "ranges", {}))
 
 
+def steady(source: Source, stream: str) -> bool:
+    """Is an image of this stream the same whenever it is read, and does reading it draw nothing from `rng`?
+    `source.steady` names those streams; none where it does not say."""
+    return stream in getattr(source, "steady", ())
+
+
 def file_of(source: Source, index: int, stream: str) -> Any:
     """The file that an image of a record is in, `source.file`; None where it is in no file of its own."""
     own = getattr(source, "file", None)

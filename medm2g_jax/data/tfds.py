@@ -139,6 +139,11 @@ class Tfds:
         """See `source.ranges`."""
         return self._examined.ranges
 
+    @property
+    def steady(self) -> tuple[str, ...]:
+        """See `source.steady`: all images."""
+        return images_of({stream for record in self.records for stream in record.streams})
+
     def _items(self) -> Iterator[Item]:
         for index, record in enumerate(self.records):
             for stream in filter(_is_image, record.streams):

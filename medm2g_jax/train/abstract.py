@@ -1,5 +1,6 @@
 """A stage in shapes: what a plan compiles for machines that are not here, and a run ahead of the stage's turn."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,12 +11,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from medm2g_jax.config import stage_graph
+from medm2g_jax.data.latents import DTYPE
 from medm2g_jax.data.pipeline import Rows
+from medm2g_jax.data.source import Source
 from medm2g_jax.device import activation_dtype
 from medm2g_jax.family import text_lengths
 from medm2g_jax.modality import MODALITIES
 from medm2g_jax.model import MedM2G, init_group
-from medm2g_jax.train import results, sharding
+from medm2g_jax.train import latents, results, sharding
 from medm2g_jax.train.setup import Setup, assemble, frozen_dtype
 from medm2g_jax.train.state import State, create
 
@@ -23,13 +26,19 @@ from medm2g_jax.train.state import State, create
 def abstract_batch(rows: Rows, batch: int, model: MedM2G) -> dict[str, Any]:
     """Shapes of a global batch of `rows`, as data/pipeline.py makes it."""
 
-    def value(modality: str, count: int = batch) -> Any:
-        return model.flows[modality].family.shapes(count)
+    def value(modality: str) -> Any:
+        return model.flows[modality].family.shapes(batch)
+
+    def encoded(modality: str, pixels: Sequence[str] = ()) -> Any:
+        if modality not in rows.latents:
+            return value(modality)
+        latent = jax.ShapeDtypeStruct((batch, *model.flows[modality].family.latent_shape), DTYPE)
+        return {"latent": latent} | ({"pixels": value(modality)} if modality in pixels else {})
 
     def flags(*shape: int, dtype: Any = bool) -> Any:
         return jax.ShapeDtypeStruct((batch, *shape), dtype)
 
-    out = {m: value(m) for m in rows.require}
+    out = {m: encoded(m, rows.pixels) for m in rows.require}
     if rows.merge:
         out[rows.merge] = value(rows.any_of[0])
     several = [m for m in rows.require if len(MODALITIES[m].streams) > 1]
@@ -48,7 +57,7 @@ def abstract_batch(rows: Rows, batch: int, model: MedM2G) -> dict[str, Any]:
         split = lambda x: x.update(shape=(batch, rows.others, *x.shape[1:]))  # noqa: E731
         about["others"] = {
             m: {
-                "x": jax.tree.map(split, value(m)),
+                "x": jax.tree.map(split, encoded(m)),
                 "stream": flags(rows.others, dtype=jnp.int32),
                 "has": flags(rows.others),
             }
@@ -57,7 +66,7 @@ def abstract_batch(rows: Rows, batch: int, model: MedM2G) -> dict[str, Any]:
     if rows.beside:
         about["beside"] = {m: flags(rows.others) for m in rows.beside}
     for m, partners in rows.earlier:
-        about.setdefault("earlier", {}).update({p: value(p) for p in partners})
+        about.setdefault("earlier", {}).update({p: encoded(p, rows.pixels) for p in partners})
         about.setdefault("practises", {})[m] = {p: flags() for p in partners}
     for m in rows.registered:
         near = {"partner": flags()} if len(rows.require) > 1 else {}
@@ -74,6 +83,7 @@ def abstract_stage(
     backend: str = "tpu",
     absent: Sequence[str] = (),
     scales: Mapping[str, float] | None = None,
+    cached: Sequence[str] = (),
 ) -> tuple[Setup, tuple[State, dict, dict, Any]]:
     """(config.stage put together, the arguments (state, frozen, batch, key) of its train step as shapes placed on the
     mesh): what `loop.run_stage` has.
@@ -81,12 +91,13 @@ def abstract_stage(
     Args:
       absent: rounds that were never run (rounds.Graph).
       scales: of the latents, which are constants of the program; 1 where they do not matter.
+      cached: modalities whose images come as latents.
     """
     graph = stage_graph(config, tuple(absent))
     dtype = activation_dtype(config.dtype, backend)
     predict = results.predictions(config, tuple(graph.owners(config.stage)))
     slots = results.slots_of(graph, config.stage)
-    setup = assemble(config, graph, mesh, vocab, scales or {}, predict, slots, dtype)
+    setup = assemble(config, graph, mesh, vocab, scales or {}, predict, slots, dtype, cached)
     spec, model = setup.recipe, setup.model
 
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -96,7 +107,8 @@ def abstract_stage(
     extra: dict[str, Any] = {}
     if spec.start is not None:
         empty = {name: jax.ShapeDtypeStruct((1, n), jnp.int32) for name, n in text_lengths(config.net).items()}
-        _, extra = jax.eval_shape(lambda f, b, k, e: spec.start(f, [b], k, e), frozen, batch, key, empty)
+        plain = abstract_batch(dataclasses.replace(spec.rows, latents=()), config.batch, model)
+        _, extra = jax.eval_shape(lambda f, b, k, e: spec.start(f, [b], k, e), frozen, plain, key, empty)
 
     at = lambda tree, where: jax.tree.map(lambda x: x.update(sharding=where), tree)  # noqa: E731
     state = jax.tree.map(
@@ -109,7 +121,7 @@ def abstract_stage(
     return setup, (state, frozen, at(batch, sharding.batch_sharding(mesh)), at(key, sharding.replicated(mesh)))
 
 
-def compile_ahead(config: ConfigDict, root: epath.Path, vocab: Mapping[str, int]) -> bool:
+def compile_ahead(config: ConfigDict, root: epath.Path, source: Source, vocab: Mapping[str, int]) -> bool:
     """Compile the programs of a stage whose turn comes next into the run's compilation cache, where it will find them:
     its first parameters, its train step and its held-out loss. On a CPU a stage begins with as much compiling as a
     minute of it takes, on one core of those that a small model leaves idle.
@@ -122,7 +134,10 @@ def compile_ahead(config: ConfigDict, root: epath.Path, vocab: Mapping[str, int]
     if scales is None or config.remat or config.weights:
         return False
     mesh = sharding.make_mesh(config.mesh)
-    setup, (state, frozen, batch, _) = abstract_stage(config, vocab, mesh, jax.default_backend(), graph.absent, scales)
+    cached = latents.chosen(config, root, graph, source)
+    setup, (state, frozen, batch, _) = abstract_stage(
+        config, vocab, mesh, jax.default_backend(), graph.absent, scales, cached
+    )
     key, t = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
     before = {group for group in graph.owners(config.stage) if group in setup.stage.trains}
     fresh = {n: at for n, at in setup.placed.items() if not results.in_groups(before, n)}

@@ -38,7 +38,8 @@ _NOISY = ("absl", "jax", "orbax", "grain", "tensorboardX")
 class Log:
     """The log of one stage in `folder`. Nothing is touched before `open_at`."""
 
-    def __init__(self, folder: epath.PathLike, stage: str, total_steps: int, open_data: bool):
+    def __init__(self, folder: epath.PathLike, stage: str, total_steps: int, open_data: bool, unit: str = "steps"):
+        self._unit = unit  # of what is counted
         self.folder = epath.Path(folder)
         self._stage, self._total, self._open_data = stage, total_steps, open_data
         self._writes = jax.process_index() == 0
@@ -111,7 +112,7 @@ class Log:
         if steps > 0 and seconds > 0:
             left = (self._total - step) * seconds / steps
             after = self._plan_eta if plan_eta is None else plan_eta
-            parts += [f"{steps / seconds:.3g} steps/s", f"{duration(left)} left"]
+            parts += [f"{steps / seconds:.3g} {self._unit}/s", f"{duration(left)} left"]
             parts += [f"{duration(left + after)} for the whole plan"] if after else []
         self.say("  ".join(parts))
 

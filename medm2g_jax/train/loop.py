@@ -4,6 +4,7 @@ A run root holds one folder a stage, and what the stages share:
 
     runs/phantom-tiny/
       tokenizers/                     trained once on all training texts
+      latents/                        of images, where `config.latents` has them kept (`data.latents`)
       image_vae/ text_vae/ align_text_xray/ ... text_ct/
         config.json versions.json     what this stage ran with
         checkpoints/STEP              trainable, EMA, optimizer, step
@@ -38,13 +39,14 @@ from medm2g_jax import rounds
 from medm2g_jax.arrays import Params
 from medm2g_jax.config import stage_config
 from medm2g_jax.data import pipeline
+from medm2g_jax.data.latents import Latents
 from medm2g_jax.data.source import Source
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.device import activation_dtype, jit
 from medm2g_jax.errors import UserError
 from medm2g_jax.keys import salt
 from medm2g_jax.recipes import Recipe
-from medm2g_jax.train import checkpoint, results, sharding
+from medm2g_jax.train import checkpoint, latents, results, sharding
 from medm2g_jax.train.log import SLOW, Log, memory, versions
 from medm2g_jax.train.setup import Setup, assemble, frozen_dtype
 from medm2g_jax.train.state import State, create
@@ -66,6 +68,7 @@ FREE = (
     "preset_reason",
     "data_reason",
     "remat",
+    "latents",
 )
 FINISH_BATCHES = 8
 
@@ -78,6 +81,7 @@ class Data:
     tokenizers: Tokenizers | None
     lengths: dict[str, int]
     size: int
+    latents: Latents | None = None  # of images, for rows that have some
 
     def batches(self, rows: pipeline.Rows, split: str, batch: int, seed: int, start: int = 0, process=(0, 1)):
         return pipeline.batches(
@@ -89,6 +93,7 @@ class Data:
             size=self.size,
             tokenizers=self.tokenizers,
             lengths=self.lengths,
+            latents=self.latents,
             start=start,
             process=process,
         )
@@ -101,7 +106,15 @@ class Data:
             )
             split = "train"
         return pipeline.fixed(
-            self.source, rows, split, count, seed, size=self.size, tokenizers=self.tokenizers, lengths=self.lengths
+            self.source,
+            rows,
+            split,
+            count,
+            seed,
+            size=self.size,
+            tokenizers=self.tokenizers,
+            lengths=self.lengths,
+            latents=self.latents,
         )
 
     def streams(self, names: Sequence[str], split: str, count: int, seed: int = 0) -> dict[str, Any]:
@@ -199,8 +212,10 @@ def run_stage(
     place = lambda name, shape: sharding.param_sharding(name, shape, mesh)  # noqa: E731
     upstream = results.load_upstream(config, root, graph, place, frozen_dtype(dtype), data.vocab)
     results.record_lineage(config, folder, graph.stage(config.stage).trains, upstream)
-    setup = assemble(config, graph, mesh, data.vocab, upstream.scales, upstream.predict, upstream.slots, dtype)
+    cached = latents.chosen(config, root, graph, data.source)
+    setup = assemble(config, graph, mesh, data.vocab, upstream.scales, upstream.predict, upstream.slots, dtype, cached)
     spec = setup.recipe
+    plain = dataclasses.replace(spec.rows, latents=())  # of the pixels themselves
     few = data.holds(spec.rows, "train")
     if few < config.batch and jax.process_index() == 0:
         print(f"  {config.stage}: a batch of {config.batch} rows from {few} training records: rows repeat", flush=True)
@@ -208,11 +223,19 @@ def run_stage(
     seed = (config.seed + salt(config.stage)) % 2**31
     host = (jax.process_index(), jax.process_count())
 
-    def loader(start: int):
-        return data.batches(spec.rows, "train", config.batch, seed, start, host)
+    def loader(start: int, rows: pipeline.Rows = plain):
+        return data.batches(rows, "train", config.batch, seed, start, host)
 
     key = jax.random.fold_in(jax.random.key(config.seed), salt(config.stage))
     trainable, frozen = _parameters(config, setup, upstream, data, loader, key, mesh)
+    if (cached or config.latents == "on") and jax.process_index() == 0:
+        print(
+            f"  {config.stage}: latents of {', '.join(cached) or 'nothing'} are read from {root / 'latents'}",
+            flush=True,
+        )
+    if cached:
+        made = latents.make(config, root, setup, data.source, upstream.lineage, frozen, mesh)
+        data = dataclasses.replace(data, latents=made)
     state_shardings = setup.layout
     state = jit(lambda p: create(p, setup.tx), out_shardings=state_shardings)(trainable)
     del trainable
@@ -253,7 +276,7 @@ def run_stage(
             first = evaluate(state)
             saves.save(0, _as_dict(state), metric=first)
             log.say(f"  held-out loss before the first step: {first:.4g}")
-        batches = iter(loader(step)) if step < total else iter(())
+        batches = iter(loader(step, spec.rows)) if step < total else iter(())
         stopping, begun = False, None
         while step < total:
             try:

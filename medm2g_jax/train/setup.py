@@ -60,12 +60,14 @@ def assemble(
     predict: Mapping[str, str],
     slots: Mapping[str, Sequence[str]],
     dtype: Any,
+    cached: Sequence[str] = (),
 ) -> Setup:
     """config.stage in the run's graph.
 
     Args:
       vocab, scales, predict, slots: of tokenizers, of latents, and of the flows that were trained before.
       dtype: of activations.
+      cached: modalities whose images come as latents (`latents.chosen`).
 
     Raises:
       UserError: the batch does not divide over the mesh, or a field holds what there is not.
@@ -76,7 +78,7 @@ def assemble(
     predict = {**predict, **results.predictions(config, first)}
     slots = {**slots, **{m: graph.slots(m) for m in stage.registered}}
     model = results.build_model(config, vocab, scales, dtype, predict, slots)
-    spec = recipe(config, model, graph)
+    spec = recipe(config, model, graph, cached)
     shapes = jax.eval_shape(spec.init, jax.eval_shape(lambda: jax.random.key(0)))
     placed = {name: sharding.param_sharding(name, x.shape, mesh) for name, x in shapes.items()}
     tx = optim.make(config, shapes)

@@ -212,6 +212,11 @@ class Phantom:
         """What its records hold: a function of these numbers."""
         return [repr(self._args)]
 
+    @property
+    def steady(self) -> tuple[str, ...]:
+        """See `source.steady`: of an image whose contrast is not stated `rng` draws it."""
+        return tuple(s for m in RENDERERS for s in MODALITIES[m].streams if ":" in s or not MODALITIES[m].contrasts)
+
     def labels(self, index: int) -> Findings:
         """What there is to find in subject `index`."""
         return findings(subject(self.seed, index))
