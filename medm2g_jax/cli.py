@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from medm2g_jax.errors import UserError
 
-MODEL = "a run root, one stage's folder in it, or the name of a model in the box: phantom"
+MODEL = "a run root, one stage's folder in it, or an exported folder"
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
