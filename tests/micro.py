@@ -69,6 +69,12 @@ def micro(target: str, words: str = "tiny", steps: int = 4, listing="default", *
     return config
 
 
+def micro_stage(stage: str, **own):
+    """`micro` of a stage by its own name: "ldm_ct"."""
+    target, _, subject = stage.partition("_") if stage.startswith(("align_", "ldm_")) else (stage, "", "")
+    return micro(target, f"{subject},tiny" if subject else "tiny", **own)
+
+
 def unmeasured(config):
     """The config with nothing held out of its upstream stages, which saves a program each."""
     for stage in config.stages.values():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from micro import micro
+from micro import micro, micro_stage
 
 from medm2g_jax import rounds, run
 from medm2g_jax.config import get_config, stage_config, stage_graph
@@ -15,20 +15,14 @@ from medm2g_jax.train import abstract, loop, results, setup, sharding
 STAGES = list(rounds.graph(rounds.LISTINGS["default"]).stages)
 
 
-def of(stage: str, **own):
-    subject = stage.split("_", 1)[1] if stage.startswith(("align_", "ldm_")) else ""
-    target = stage.split("_")[0] if subject else stage
-    return micro(target, f"{subject},tiny" if subject else "tiny", **own)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return run.open_data(of("ct_mri"), epath.Path(tmp_path_factory.mktemp("data")))
+    return run.open_data(micro_stage("ct_mri"), epath.Path(tmp_path_factory.mktemp("data")))
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_abstract_batch_is_the_pipelines(stage, data):
-    config = of(stage)
+    config = micro_stage(stage)
     model = results.build_model(config, data.tokenizers.sizes, {})
     rows = rows_of(config, stage_graph(config))
     real = next(data.batches(rows, "train", 4, seed=0))
@@ -41,7 +35,7 @@ def test_an_abstract_batch_is_the_pipelines(stage, data):
 @pytest.mark.parametrize("stage", ["image_vae", "align_text_ct", "ldm_mri", "text_ct", "ct_mri"])
 def test_the_abstract_step_is_placed_on_the_mesh(stage, data):
     """Every argument has a sharding, rows are split, the step gives back the state it took."""
-    config = of(stage)
+    config = micro_stage(stage)
     config.mesh.fsdp = 2
     mesh = sharding.make_mesh(config.mesh)
     made, arguments = abstract.abstract_stage(config, data.tokenizers.sizes, mesh)

@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from etils import epath
-from micro import micro
+from micro import micro_stage
 
-from medm2g_jax import cli, plan, rounds, run
+from medm2g_jax import cli, plan, rounds
 from medm2g_jax.config import get_config
 from medm2g_jax.errors import UserError
 from medm2g_jax.main import read_config
@@ -18,17 +17,6 @@ from medm2g_jax.train import results
 HERE = Path(__file__).parent
 LIBTPU = Path(os.environ.get("MEDM2G_LIBTPU_PYTHON") or plan.ROOT / ".venv-tpu" / "bin" / "python")
 STAGES = list(rounds.graph(rounds.LISTINGS["default"]).stages)
-
-
-def of(stage: str, **own):
-    subject = stage.split("_", 1)[1] if stage.startswith(("align_", "ldm_")) else ""
-    target = stage.split("_")[0] if subject else stage
-    return micro(target, f"{subject},tiny" if subject else "tiny", **own)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return run.open_data(of("ct_mri"), epath.Path(tmp_path_factory.mktemp("data")))
 
 
 @pytest.mark.parametrize(
@@ -99,14 +87,14 @@ def test_a_refusal_of_the_compiler_is_read(message, total, room):
 
 @pytest.mark.skipif(not LIBTPU.exists(), reason="no environment with libtpu: make plan-env")
 def test_the_tpu_compiler_compiles_a_test_size_stage():
-    config = of("image_vae", batch=8)
+    config = micro_stage("image_vae", batch=8)
     answer = plan.ask(config, dict(clip=700, bert=300, gpt2=450), "v5e:2x4", LIBTPU)
     assert answer["device"] == "TPU v5 lite" and answer["fits"] and answer["flops"] > 1e6
     state = 4 * 4 * answer["trained"]  # parameters, EMA and two moments in float32, on every chip
     assert state < answer["arguments"] < 40 * state
     assert answer["total"] < plan.GIB
     with pytest.raises(UserError, match=r"topology v5e:3x5.*not divisible"):
-        plan.ask(of("image_vae", batch=15), dict(clip=700, bert=300, gpt2=450), "v5e:3x5", LIBTPU)
+        plan.ask(micro_stage("image_vae", batch=15), dict(clip=700, bert=300, gpt2=450), "v5e:3x5", LIBTPU)
 
 
 @pytest.mark.full

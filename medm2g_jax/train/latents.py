@@ -58,9 +58,11 @@ def chosen(config: ConfigDict, root: epath.Path, graph: rounds.Graph, source: So
         )
     if config.latents == "on" or not rows.latents:
         return rows.latents
+    if config.net.image_vae.patch > 1 or remote:
+        return ()
     images = sum(len(_streams(source.records[i], m)) for i in pipeline.used(source, rows, SPLITS) for m in rows.latents)
     encoded = config.steps * config.accumulate * config.batch * len(rows.latents)
-    return rows.latents if config.net.image_vae.patch == 1 and encoded >= images and not remote else ()
+    return rows.latents if encoded >= images else ()
 
 
 def make(

@@ -456,12 +456,11 @@ def fresh_params(init: Callable, key: Any, placed: Mapping[str, Any], dtype: Any
 
     Accelerators are handed what the host has drawn: their generators would each give other values for one seed.
     """
-    program, key = fresh_program(init, placed, dtype), fresh_key(key)
-    host = host_device()
+    key, host = fresh_key(key), host_device()
     if jax.default_backend() == "cpu" or host is None:
-        return program(key)
+        return fresh_program(init, placed, dtype)(key)
     with jax.default_device(host), traced_for("cpu"):
-        made = program(jax.device_put(key, host))
+        made = jax.jit(_drawn(init, placed, dtype))(jax.device_put(key, host))
     return {
         name: jax.make_array_from_callback(made[name].shape, at, np.asarray(made.pop(name)).__getitem__)
         for name, at in placed.items()
@@ -474,13 +473,16 @@ def fresh_key(key: Any) -> Any:
 
 
 def fresh_program(init: Callable, placed: Mapping[str, Any], dtype: Any = jnp.float32) -> Callable:
-    """`fresh_params` of a `fresh_key`, jitted: in their places on CPU, elsewhere for the host to draw."""
+    """What `fresh_params` runs where the device that draws is the one that trains: jitted, of a `fresh_key`."""
+    return jit(_drawn(init, placed, dtype), out_shardings=dict(placed))
 
+
+def _drawn(init: Callable, placed: Mapping[str, Any], dtype: Any) -> Callable:
     def some(k):
         made = init(k)
         return {name: made[name].astype(dtype) for name in placed}
 
-    return jit(some, out_shardings=dict(placed)) if jax.default_backend() == "cpu" else jax.jit(some)
+    return some
 
 
 def converted_params(

@@ -27,7 +27,6 @@ DAMAGED = (
     AttributeError,
     AssertionError,
     RuntimeError,
-    NotImplementedError,
     MemoryError,
     struct.error,
     zlib.error,

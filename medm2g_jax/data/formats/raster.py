@@ -16,6 +16,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
+from medm2g_jax.data.formats.content import DAMAGED, unreadable
 from medm2g_jax.data.picture import Picture
 from medm2g_jax.errors import UserError
 
@@ -27,24 +28,6 @@ _KINDS = {
     b"MM\0*": TiffImageFile,
 }
 
-# What PIL's decoders raise for damaged files: a byte that differs ends anywhere in them.
-_DAMAGED = (
-    OSError,
-    SyntaxError,
-    EOFError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    AssertionError,
-    RuntimeError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-)
-
-
 def read(path: epath.PathLike, most_pixels: int) -> Picture:
     """The picture in a file.
 
@@ -54,8 +37,7 @@ def read(path: epath.PathLike, most_pixels: int) -> Picture:
     try:
         content = epath.Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        why = getattr(error, "strerror", None) or type(error).__name__
-        raise UserError(f"{str(path)!a}: cannot be read ({why})") from error
+        raise unreadable(path, error) from error
     return decode(content, str(path), most_pixels)
 
 
@@ -86,7 +68,7 @@ def decode(content: bytes, name: str, most_pixels: int) -> Picture:
             deep = file.mode.startswith("I")
             upright = ImageOps.exif_transpose(file)
             pixels = np.asarray(upright if deep else upright.convert("L"))
-    except _DAMAGED as error:
+    except DAMAGED as error:
         what = " ".join(str(error).split()) or "nothing more is known"
         raise UserError(f"{name}: not a whole {kind.format} file ({type(error).__name__}: {what})") from error
     pixels = pixels.astype(np.uint16 if deep else np.uint8)  # "I;16B" is big-endian
