@@ -1,6 +1,7 @@
 """The verbs beside training: parse, call, print; no logic. Console script `medm2g`, or `python -m medm2g_jax VERB`."""
 
 import argparse
+import dataclasses
 import runpy
 import shlex
 import sys
@@ -199,6 +200,65 @@ def _plan(args: argparse.Namespace) -> None:
         plan.show(config, workdir, args.topology, args.libtpu_python)
 
 
+def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("set", nargs="?", metavar="SET", help="which; without it the list of sets")
+    parser.add_argument("--root", metavar="DIR", help="the set as it was downloaded")
+    parser.add_argument("--out", metavar="DIR", help="folder for the prepared set")
+    parser.add_argument(
+        "--files",
+        action="append",
+        default=[],
+        metavar="STREAM=PATTERN",
+        help="of folder:nifti, where files are: mri:t1='{subject}/t1.nii.gz'; repeat for more streams",
+    )
+    parser.add_argument("--size", type=int, help="the longer side of a stored image at most; default 512")
+    parser.add_argument("--plane", help="of slices: axial (default), coronal, sagittal")
+    parser.add_argument("--first", type=int, help="first slice of a volume that is taken")
+    parser.add_argument("--last", type=int, help="the slice after the last")
+    parser.add_argument("--every", type=int, help="every so many-th slice")
+    parser.add_argument("--share", type=float, help="slices of which at least this part is no background")
+    parser.add_argument("--square", type=float, metavar="MM", help="side of a volume's pixels; 0: the finer it has")
+    parser.add_argument("--register", help="volumes of a case on different grids: none, grid, rigid or affine")
+    parser.add_argument("--clean", help="reports: none, mimic-sections or r2gen")
+    parser.add_argument("--preset", help="which values of an MRI are -1 and +1: mr.zero, mr.maisi, mr.minmax")
+    parser.add_argument("--range", metavar="STREAM=LOW:HIGH", help="values that are -1 and +1 where no unit says it")
+    parser.add_argument("--split", metavar="A,B,C", help="train, val, test where the set has no split: 0.8,0.1,0.1")
+    parser.add_argument("--seed", type=int, help="of that split")
+    parser.add_argument("--limit", type=int, help="cases, for a first try")
+    parser.add_argument("--pack", type=int, metavar="MB", help="write shards of so many MB, not a file an image")
+    parser.add_argument("--keep-ids", action="store_true", default=None, help="also where the licence is not open")
+    parser.add_argument("--workers", type=int, help="processes; default one a core")
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    from medm2g_jax import prepare
+    from medm2g_jax.data.adapters import ADAPTERS, adapter_of
+
+    if args.set is None:
+        for adapter in ADAPTERS.values():
+            print(f"{adapter.name:18s} {adapter.title} ({', '.join(adapter.streams)}; {adapter.licence})")
+        return
+    adapter = adapter_of(args.set)
+    for name in ("root", "out"):
+        if getattr(args, name) is None:
+            raise UserError(f"medm2g prepare {args.set}: name --root DIR, the set as downloaded, and --out DIR")
+    asked = {f.name: getattr(args, f.name) for f in dataclasses.fields(prepare.Order)}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if "split" in asked:
+        try:
+            asked["split"] = tuple(float(part) for part in args.split.split(","))
+        except ValueError:
+            raise UserError(f"--split {args.split}: expected three parts, as in 0.8,0.1,0.1") from None
+    asked["pack"] = asked.get("pack", 0) * 10**6
+    patterns = {}
+    for item in args.files:
+        stream, equals, pattern = item.partition("=")
+        if not (equals and pattern):
+            raise UserError(f"--files {item!r}: expected STREAM=PATTERN, as in ct='{{subject}}/ct.nii.gz'")
+        patterns[stream] = pattern
+    prepare.prepare(adapter, args.root, args.out, prepare.Order(**asked), patterns)
+
+
 class Verb(NamedTuple):
     """A row of VERBS: help in one line, its arguments, what it does with them, and what it is in more words."""
 
@@ -219,6 +279,12 @@ VERBS = {
         "Local files only. sd15, clip, vd, optimus, bert-gpt2: published weights -> DIR/<folder>, which "
         "MEDM2G_SD_WEIGHTS=DIR then names. prompt_in: fit what lets SD-1.5 read shared prompts (sd15 and clip do it as "
         "soon as both are there). export: a converted folder or a trained run -> other tools' formats.",
+    ),
+    "prepare": Verb(
+        "data sets as downloaded -> what the trainer reads",
+        _prepare_arguments,
+        _prepare,
+        "Without arguments: the sets that are known. Run again, the same command does what is left to do.",
     ),
     "plan": Verb(
         "the stages of a config; does its step fit a TPU slice",

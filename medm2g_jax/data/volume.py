@@ -274,6 +274,24 @@ def resample(volume: Volume, spacing: float | tuple[float, float, float]) -> Vol
     return dataclasses.replace(volume, values=values, affine=affine)
 
 
+def square_pixels(volume: Volume, plane: str = "axial", mm: float = 0.0) -> Volume:
+    """The volume with square pixels in the plane of its slices, whose number and places stay.
+
+    Args:
+      mm: their side; 0 for the finer of both sides that it has.
+
+    Raises:
+      UserError: no such plane; see `resample`.
+    """
+    spacing = list(volume.spacing)
+    rows, columns = _turn(volume.affine, plane)[0][1:]
+    side = mm or min(spacing[rows], spacing[columns])
+    if all(abs(spacing[n] - side) <= 0.01 * side for n in (rows, columns)):
+        return volume
+    spacing[rows] = spacing[columns] = side
+    return resample(volume, tuple(spacing))
+
+
 def _weights(old: int, new: int, step: float) -> Float[np.ndarray, "new old"]:
     """How much each old sample counts for each new one: a tent as wide as the coarser of both grids."""
     at = (np.arange(new) - (new - 1) / 2) * step + (old - 1) / 2

@@ -33,19 +33,21 @@ def grid(
     captions: Sequence[str] = (),
     title: str = "",
     side: int = 128,
+    foot: str = SYNTHETIC,
 ) -> None:
     """Write a PNG: one labelled row of images after the other, a caption under each column.
 
     Args:
       rows: (label, images (h w 1) in [-1, 1]); one None leaves its place empty.
       captions: of the columns, wrapped.
+      foot: what stands below.
     """
     font, small = ImageFont.load_default(14), ImageFont.load_default(11)
     columns = max(len(images) for _, images in rows)
     margin, gap, head = 120, 4, 26 if title else 6
     wrapped = [_wrap(c, small, side) for c in captions]
-    foot = 16 + 13 * max((len(w) for w in wrapped), default=0)
-    size = (margin + columns * (side + gap), head + len(rows) * (side + gap) + foot + 4)
+    below = 16 + 13 * max((len(w) for w in wrapped), default=0)
+    size = (margin + columns * (side + gap), head + len(rows) * (side + gap) + below + 4)
     sheet = Image.new("L", size, _PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((6, 5), title, fill=_INK, font=font)
@@ -61,7 +63,7 @@ def grid(
             draw.text(
                 (margin + j * (side + gap), head + len(rows) * (side + gap) + 13 * k), line, fill=_INK, font=small
             )
-    draw.text((6, size[1] - 16), SYNTHETIC, fill=_GREY, font=small)
+    draw.text((6, size[1] - 16), foot, fill=_GREY, font=small)
     with path.open("wb") as f:
         sheet.save(f, format="PNG")
 

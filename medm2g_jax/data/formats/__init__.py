@@ -97,6 +97,15 @@ def read(path: epath.PathLike, most_pixels: int, modality: Modality | None = Non
     return image
 
 
+def read_any(path: epath.PathLike, most: int = MOST_VOXELS) -> Picture | Volume:
+    """What is in a file, or in a folder of DICOM: a picture, or a volume where it says where it lies.
+
+    Raises:
+      UserError: of no known format, missing, broken, or of more than `most` pixels or voxels; names the file.
+    """
+    return _format(path).read(path, most)
+
+
 def read_volume(path: epath.PathLike, most_voxels: int = MOST_VOXELS) -> Volume:
     """The volume in a file.
 

@@ -51,12 +51,16 @@ class Series(NamedTuple):
       shape: rows and columns.
       files: in no order.
       notes: what was passed over in looking for it.
+      uid: its SeriesInstanceUID, "/2" after that of a second grid of the same.
+      frame: its frame of reference; "" where it has none.
     """
 
     modality: str
     shape: tuple[int, int]
     files: tuple[Path, ...]
     notes: tuple[str, ...]
+    uid: str = ""
+    frame: str = ""
 
     def __str__(self) -> str:
         count, (rows, columns) = len(self.files), self.shape
@@ -116,9 +120,15 @@ def series(folder: epath.PathLike, most_pixels: int) -> list[Series]:
             else:
                 groups.setdefault(group, []).append(path)
                 seen.add(uid)
+    times: dict[str, int] = {}
     notes = (f"{out} links that lead out of the folder were passed over",) if out else ()
     notes += (f"{again} files that hold the same image as another were passed over",) if again else ()
-    return [Series(*key[2:4], tuple(groups[key]), notes) for key in sorted(groups)]
+    found = []
+    for key in sorted(groups):
+        times[key[1]] = times.get(key[1], 0) + 1
+        uid = key[1] if times[key[1]] == 1 else f"{key[1]}/{times[key[1]]}"
+        found.append(Series(*key[2:4], tuple(groups[key]), notes, uid, key[5]))
+    return found
 
 
 def _is_image(name: str, header: Any) -> bool:

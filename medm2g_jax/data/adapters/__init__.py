@@ -1,0 +1,21 @@
+"""Data sets that are read as they are downloaded: one table, one file a set (or a family of them). A new set is one
+file here and one row."""
+
+from medm2g_jax.data.adapters import folder, synthrad
+from medm2g_jax.data.case import Adapter
+from medm2g_jax.errors import UserError
+
+ADAPTERS: dict[str, Adapter] = {
+    adapter.name: adapter for module in (folder, synthrad) for adapter in module.ADAPTERS
+}  # fmt: skip
+
+
+def adapter_of(name: str) -> Adapter:
+    """The adapter of a set.
+
+    Raises:
+      UserError: no such set; lists those there are.
+    """
+    if name not in ADAPTERS:
+        raise UserError(f"data set {name!r}: expected one of {', '.join(ADAPTERS)}")
+    return ADAPTERS[name]

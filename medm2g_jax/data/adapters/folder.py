@@ -1,0 +1,187 @@
+"""What people have on their disks without a name: folders of NIfTI (by BIDS's names, or by patterns), of DICOM, and of
+pictures with a table.
+
+A pattern is a path below the root with {subject}, and {session} or another word where one subject has several studies:
+ct={subject}/ct.nii.gz. Files whose words agree belong together.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+
+from medm2g_jax.data.case import Adapter, Case, Image, Left, Root, glob_of, matched
+from medm2g_jax.data.formats import FORMATS, dicom, format_of
+from medm2g_jax.data.source import SPLITS, stream_of
+from medm2g_jax.data.volume import MOST_VOXELS
+from medm2g_jax.errors import UserError
+from medm2g_jax.modality import MODALITIES, split_stream
+
+_VOLUMES = tuple(suffix for suffix, kind in FORMATS.items() if kind.name in ("NIfTI", "MGH", "MetaImage", "NRRD"))
+# BIDS's suffixes (MR data types) -> streams; and what else people write into names of files.
+_BIDS = {"T1w": "mri:t1", "T2w": "mri:t2", "PDw": "mri:pd", "FLAIR": "mri:flair", "ct": "ct"}
+_WORDS = {
+    "t1": "mri:t1", "t1w": "mri:t1", "t1n": "mri:t1", "t2": "mri:t2", "t2w": "mri:t2", "pd": "mri:pd", "pdw": "mri:pd",
+    "flair": "mri:flair", "fla": "mri:flair", "t2f": "mri:flair", "t1ce": "mri:t1ce", "t1c": "mri:t1ce",
+    "t1gd": "mri:t1ce", "ct": "ct", "mr": "mri", "mri": "mri",
+}  # fmt: skip
+
+
+def _nifti(root: Root) -> Iterator[Case | Left]:
+    yield from _by_pattern(root) if root.patterns else _by_name(root)
+
+
+def _by_pattern(root: Root) -> Iterator[Case | Left]:
+    """Files whose {words} agree are one case; {subject} alone says whose it is."""
+    cases: dict[tuple, dict[str, str]] = {}
+    whose: dict[tuple, str] = {}
+    for stream, pattern in root.patterns.items():
+        split_stream(stream)
+        if "{subject}" not in pattern:
+            raise UserError(f"--files {stream}={pattern}: no {{subject}} in it; splits are by subject")
+        for name in root.files(glob_of(pattern)):
+            words = matched(pattern, name)
+            if words is None:
+                continue
+            key = tuple(sorted(words.items()))
+            if stream in cases.setdefault(key, {}):
+                yield Left(name, f"a second file of {stream} for one case")
+            else:
+                cases[key][stream], whose[key] = name, words["subject"]
+    for stream, pattern in root.patterns.items():
+        if not any(stream in files for files in cases.values()):
+            raise UserError(f"--files {stream}={pattern}: fits no file below {root.path}")
+    for key, files in sorted(cases.items()):
+        words = dict(key)
+        name = "_".join([words.pop("subject"), *words.values()])
+        yield Case(name, whose[key], {stream: Image(files[stream]) for stream in root.patterns if stream in files})
+
+
+def _by_name(root: Root) -> Iterator[Case | Left]:
+    """BIDS, or words in the names of files; files of one folder (of one session) that agree but for that word."""
+    cases: dict[tuple[str, str], dict[str, str]] = {}
+    for name in root.files("**/*"):
+        if not name.lower().endswith(_VOLUMES) or (root.path / name).is_dir():
+            continue
+        if name.startswith("derivatives/"):
+            yield Left(name, "derived (BIDS derivatives)")
+            continue
+        stem = re.sub(r"(\.nii|\.mg[hz]|\.mh[ad]|\.n(r|h)?rrd)?(\.gz)?$", "", name.rpartition("/")[2], flags=re.I)
+        found = _stream(stem)
+        if found is None:
+            yield Left(name, "its name says no modality (--files STREAM=PATTERN does)")
+            continue
+        stream, rest = found
+        folder = name.rpartition("/")[0]
+        if bids := re.search(r"(?:^|/)(sub-[A-Za-z0-9]+)", name):
+            session = re.search(r"ses-[A-Za-z0-9]+", name)
+            key = (bids[1], f"{bids[1]}_{session[0]}" if session else bids[1])
+        elif folder:
+            key = (folder.split("/")[0], folder.replace("/", "_"))
+        else:
+            key = (rest, rest)
+        if stream in cases.setdefault(key, {}):
+            yield Left(name, f"a second {stream} for one study")
+        else:
+            cases[key][stream] = name
+    order = [s for m in MODALITIES.values() for s in m.streams]
+    for (subject, study), files in sorted(cases.items()):
+        yield Case(study, subject, {s: Image(files[s]) for s in sorted(files, key=order.index)})
+
+
+def _stream(stem: str) -> tuple[str, str] | None:
+    """(stream that the name of a file says, the name without that word)."""
+    suffix = stem.rpartition("_")[2]
+    if stem.startswith("sub-"):
+        contrast = suffix == "T1w" and re.search(r"_ce-(?!none)", stem)
+        stream = "mri:t1ce" if contrast else _BIDS.get(suffix)
+        return (stream, "") if stream else None
+    words = re.split(r"[-_. ]", stem)
+    fits = [n for n, word in enumerate(words) if word.lower() in _WORDS]
+    if not fits:
+        return None
+    rest = "_".join(word for n, word in enumerate(words) if n != fits[-1])
+    return _WORDS[words[fits[-1]].lower()], rest or stem
+
+
+def _dicom(root: Root) -> Iterator[Case | Left]:
+    """A folder in the root is a subject; each series in it a case, CT and MR of one frame of reference together."""
+    folders = [name for name in root.files("*") if (root.path / name).is_dir()]
+    if not folders:
+        raise UserError(f"{root.path}: expected a folder for each subject, with its DICOM files in it")
+    for subject in folders:
+        try:
+            found = dicom.series(root.path / subject, MOST_VOXELS)
+        except UserError:
+            yield Left(subject, "a damaged DICOM file in its folder")
+            continue
+        frames: dict[str, dict[str, dicom.Series]] = {}
+        for number, series in enumerate(found):
+            stream = next((m.name for m in MODALITIES.values() if m.dicom and m.dicom == series.modality), None)
+            stream = "xray" if series.modality in ("CR", "DX") else stream
+            if stream is None:
+                yield Left(f"{subject}/{number}", f"series of modality {series.modality or 'unknown'}")
+                continue
+            together = frames.setdefault(series.frame or str(number), {})
+            key = stream if stream not in together else f"{stream} {number}"
+            together[key] = series
+        for n, together in enumerate(frames.values()):
+            for key, series in together.items():
+                stream, _, number = key.partition(" ")
+                if number:
+                    yield Case(f"{subject}-{stream}-{number}", subject, {stream: _series(root, subject, series)})
+            images = {k: _series(root, subject, s) for k, s in together.items() if " " not in k}
+            yield Case(subject if len(frames) == 1 else f"{subject}-{n}", subject, images)
+
+
+def _series(root: Root, subject: str, series: dicom.Series) -> Image:
+    if len(series.files) == 1:
+        return Image(series.files[0].relative_to(root.path).as_posix())
+    return Image(subject, series.uid)
+
+
+def _images(root: Root) -> Iterator[Case | Left]:
+    """`metadata.csv` or `.jsonl` beside pictures, as Hugging Face's image folders have it: file_name, text, and, where
+    there are, modality (or image_modality), subject (or patient_id), split. MINIM's path, Text, modality as well."""
+    if root.has("metadata.jsonl"):
+        rows = []
+        for number, line in enumerate(root.text("metadata.jsonl").splitlines(), 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError as error:
+                raise UserError(f"{root.path}/metadata.jsonl:{number}: not JSON ({error.msg})") from None
+    else:
+        rows = list(root.table("metadata.csv", "metadata.tsv", "*.csv"))
+    for number, row in enumerate(rows, 1):
+        lower = {str(k).lower(): v for k, v in row.items()}
+        file = str(lower.get("file_name") or lower.get("path") or lower.get("image") or "")
+        if not file or format_of(file) is None:
+            yield Left(f"row {number}", "no file of a known format named (file_name)")
+            continue
+        if not root.has(file):
+            yield Left(file, "its file is missing")
+            continue
+        said = str(lower.get("modality") or lower.get("image_modality") or next(iter(root.patterns), ""))
+        stream = stream_of(said.lower().replace("-", "").replace("chest ", "").replace(" ", "_"))
+        if stream is None:
+            yield Left(file, "of no modality that is known (a column `modality`, or --files STREAM=*)")
+            continue
+        subject = str(lower.get("subject") or lower.get("patient_id") or lower.get("subject_id") or file)
+        split = {"validation": "val", "validate": "val"}.get(str(lower.get("split", "")), str(lower.get("split") or ""))
+        text = str(lower.get("text") or lower.get("caption") or lower.get("report") or "")
+        yield Case(
+            file.rpartition(".")[0], subject, {stream: Image(file)}, split if split in SPLITS else "", text, "caption"
+        )
+
+
+_YOURS = "Your own files: what may be done with them is yours to know; they are treated as not open."
+
+
+def _own(name: str, title: str, find, streams: tuple[str, ...]) -> Adapter:
+    return Adapter(name, title, "not stated", _YOURS, find, streams)
+
+
+ADAPTERS = (
+    _own("folder:nifti", "A folder of NIfTI, MGH, MetaImage or NRRD volumes", _nifti, ("ct", "mri")),
+    _own("folder:dicom", "A folder of DICOM, a folder a subject", _dicom, ("ct", "mri", "xray")),
+    _own("folder:images", "A folder of pictures with metadata.csv or .jsonl", _images, ("ct", "mri", "xray", "text")),
+)

@@ -1,0 +1,235 @@
+"""What an adapter finds in a downloaded data set: cases, each the images and the text that belong together.
+
+An adapter (`data.adapters`, one file a set) knows where a set's files lie, which belong together, whose they are, what
+its official split is and under which licence it stands. It opens lists and tables, never an image: reading, checking,
+cutting and writing is the same for all sets (`prepare`).
+"""
+
+import csv
+import dataclasses
+import gzip
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from medm2g_jax.data.picture import Span
+from medm2g_jax.data.source import is_open
+from medm2g_jax.errors import UserError
+
+_LARGEST = 2**31  # bytes of a table or a text that are read
+
+
+class Image(NamedTuple):
+    """Where one image of a case is.
+
+    Attributes:
+      path: a file, or a folder of DICOM, below the root, "/" between its words.
+      which: of a folder of several series its SeriesInstanceUID; of an array of several images (n h w) the number.
+      span: the values that count as -1 and +1, where the set says so and the file does not.
+    """
+
+    path: str
+    which: str = ""
+    span: Span | None = None
+
+
+class Case(NamedTuple):
+    """Images that belong together, and what is written about them.
+
+    Attributes:
+      id: unique in the set.
+      subject: whose they are: splits are by subject.
+      images: stream -> image; pictures, or volumes that are cut into slices. The first is the one whose grid counts.
+      split: train, val or test where the set has an official split, else "".
+      text: the report or caption as it is found.
+      origin: of the text: "report", "caption", or "template" for what the adapter wrote from labels.
+      mask: a volume on the first image's grid that is above 0 where it matters; "" for none.
+      licence: its own, where it differs from the set's.
+      info: what else is known of it, for people (view, labels, spacing of the scanner ...).
+    """
+
+    id: str
+    subject: str
+    images: Mapping[str, Image]
+    split: str = ""
+    text: str = ""
+    origin: str = "report"
+    mask: str = ""
+    licence: str = ""
+    info: Mapping[str, Any] = {}
+
+
+class Left(NamedTuple):
+    """What an adapter leaves out, and why, in words that can be counted: the same for all of a kind."""
+
+    id: str
+    reason: str
+
+
+class Root:
+    """A downloaded set's folder. Nothing outside of it is read, whatever a table in it or a link says."""
+
+    def __init__(self, path: str | Path, patterns: Mapping[str, str] | None = None):
+        """patterns: stream -> pattern, what a user said of folders that no set describes.
+
+        Raises:
+          UserError: there is no such folder.
+        """
+        self.path = Path(path).expanduser()
+        self.patterns = dict(patterns or {})
+        if not self.path.is_dir():
+            found = "a file" if self.path.exists() else "nothing"
+            raise UserError(f"--root {path}: expected the folder of a downloaded set, found {found}")
+        self._real = self.path.resolve()
+
+    def files(self, pattern: str) -> list[str]:
+        """Files, and folders, whose path below the root fits a glob pattern, sorted, "/" between their words."""
+        found = (path for path in self.path.glob(pattern) if path.resolve().is_relative_to(self._real))
+        return sorted(path.relative_to(self.path).as_posix() for path in found)
+
+    def has(self, name: str) -> bool:
+        """Is there such a file or folder, truly below the root?"""
+        try:
+            path = (self.path / name).resolve()
+            return path.is_relative_to(self._real) and path.exists()
+        except (OSError, ValueError, RuntimeError):  # names that no file can have, links to themselves
+            return False
+
+    def file(self, name: str) -> Path:
+        """The path of a file below the root.
+
+        Raises:
+          UserError: it is missing, or lies outside.
+        """
+        if not self.has(name):
+            raise UserError(f"{self.path}: no {name} in it")
+        return self.path / name
+
+    def one(self, *names: str) -> str:
+        """The first of several names, or patterns, that is there.
+
+        Raises:
+          UserError: none is; lists them.
+        """
+        for name in names:
+            if found := self.files(name):
+                return found[0]
+        raise UserError(f"{self.path}: expected {' or '.join(names)} in it, found {_listing(self.path)}")
+
+    def text(self, name: str) -> str:
+        """A text file, through gzip where it is packed; bytes that are no UTF-8 are taken as Latin-1.
+
+        Raises:
+          UserError: it is missing, damaged, or larger than 2 GiB.
+        """
+        content = self._bytes(name)
+        try:
+            return content.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            return content.decode("latin-1")
+
+    def _bytes(self, name: str) -> bytes:
+        path = self.file(name)
+        try:
+            with path.open("rb") as file:
+                packed = file.read(2) == b"\x1f\x8b"
+                file.seek(0)
+                content = (gzip.GzipFile(fileobj=file) if packed else file).read(_LARGEST + 1)
+        except (OSError, EOFError) as error:
+            raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        if len(content) > _LARGEST:
+            raise UserError(f"{path}: more than {_LARGEST} bytes, more than a table or a text has")
+        return content
+
+    def table(self, *names: str, columns: tuple[str, ...] = ()) -> Iterator[dict[str, str]]:
+        """Rows of the first of several tables that is there: comma-separated (.csv), tab-separated (.tsv), each also
+        packed (.csv.gz). Names of columns and values lose blanks at both ends.
+
+        Args:
+          columns: of which there must be all.
+
+        Raises:
+          UserError: no such table, or a column is missing.
+        """
+        name = self.one(*(n for name in names for n in (name, f"{name}.gz")))
+        lines = io.StringIO(self.text(name), newline="")
+        tabs = name.removesuffix(".gz").endswith(".tsv")
+        rows = csv.reader(lines, delimiter="\t" if tabs else ",")
+        try:
+            head = [word.strip() for word in next(rows, [])]
+            if missing := [column for column in columns if column not in head]:
+                raise UserError(f"{self.path / name}: no column {missing[0]!r}; its columns are {', '.join(head)}")
+            for row in rows:
+                if row:
+                    yield dict(zip(head, (value.strip() for value in row), strict=False))
+        except csv.Error as error:
+            raise UserError(f"{self.path / name}: line {rows.line_num}: not comma-separated ({error})") from error
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A data set as people download it.
+
+    Attributes:
+      name: what one types.
+      title: its name, and whose it is.
+      licence: under which it stands, as a manifest has it.
+      access: how one comes by it, and what one may do with it: printed before anything is read.
+      find: gives its cases, and what it leaves out.
+      clean: how its reports are cleaned, see `data.clean`.
+      share: slices of volumes are kept of which at least this part is no background (or lies in the mask).
+      every: of those, every so many-th.
+      register: what is done where the images of a case lie on different grids, see `data.registration`.
+      streams: what it holds, for the list of sets.
+      preset: of `volume.PRESETS`: which values of an MRI count as -1 and +1.
+      square: to what its volumes' pixels are resampled in the plane, mm; 0 for the finer of both sides.
+    """
+
+    name: str
+    title: str
+    licence: str
+    access: str
+    find: Callable[[Root], Iterator[Case | Left]]
+    streams: tuple[str, ...]
+    clean: str = "none"
+    share: float = 0.1
+    every: int = 1
+    register: str = "none"
+    preset: str = "mr.zero"
+    square: float = 0.0
+
+    @property
+    def open(self) -> bool:
+        """May its images, texts and ids be shown in logs and pictures?"""
+        return is_open(self.licence)
+
+
+def matched(pattern: str, name: str) -> dict[str, str] | None:
+    """What the {words} of a pattern stand for in a path, as in "{subject}/anat/{subject}_T1w.nii.gz"; None where it
+    does not fit. "*" fits what is in one folder's name, a word the same wherever it stands."""
+    parts = re.split(r"(\{\w+\}|\*)", pattern)
+    seen: set[str] = set()
+    expression = ""
+    for part in parts:
+        if part == "*":
+            expression += "[^/]*"
+        elif re.fullmatch(r"\{\w+\}", part):
+            word = part[1:-1]
+            expression += f"(?P={word})" if word in seen else f"(?P<{word}>[^/]+?)"
+            seen.add(word)
+        else:
+            expression += re.escape(part)
+    found = re.fullmatch(expression, name)
+    return found.groupdict() if found else None
+
+
+def glob_of(pattern: str) -> str:
+    """The glob pattern that a pattern with {words} is."""
+    return re.sub(r"\{\w+\}", "*", pattern)

@@ -1,0 +1,344 @@
+"""One case of a data set made into rows of a manifest: read, checked, brought onto one grid, cut, written as PNG.
+
+Runs in processes of its own, one case at a time; nothing in it knows another case. Values are kept: HU and whole
+numbers exactly, the rest to a 65535th of their range; "scale" and "span" in the row say what they mean.
+"""
+
+import dataclasses
+import hashlib
+import io
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from jaxtyping import Num
+from PIL import Image as Pillow
+
+from medm2g_jax.data import checks, formats
+from medm2g_jax.data.case import Case, Image
+from medm2g_jax.data.clean import clean
+from medm2g_jax.data.formats import dicom
+from medm2g_jax.data.formats.content import DAMAGED
+from medm2g_jax.data.picture import MOST_PIXELS, Picture, Span
+from medm2g_jax.data.registration import on_one_grid, register
+from medm2g_jax.data.volume import MOST_VOXELS, Volume, ranged, select, slices, square_pixels, stack
+from medm2g_jax.errors import UserError
+from medm2g_jax.modality import MODALITIES, Modality, split_stream
+
+_SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cutting:
+    """How cases are cut; what of it is a set's own default stands in its `Adapter`.
+
+    Attributes:
+      root, out: the downloaded set, and where the prepared one goes.
+      size: the longer side of a stored image has at most so many pixels.
+      plane, first, last, every, share: which slices of volumes, see `volume.select`.
+      square: mm of a volume's pixels in the plane; 0 for the finer of its own.
+      register: see `registration.register`.
+      preset: see `volume.PRESETS`.
+      clean: see `clean.CLEANINGS`.
+      ranges: (stream or modality, values that count as -1 and +1) of files whose values are in no unit.
+      salt: what ids are hashed with; "" keeps them.
+    """
+
+    root: str
+    out: str
+    size: int = 512
+    plane: str = "axial"
+    first: int = 0
+    last: int | None = None
+    every: int = 1
+    share: float = 0.1
+    square: float = 0.0
+    register: str = "none"
+    preset: str = "mr.zero"
+    clean: str = "none"
+    ranges: tuple[tuple[str, Span], ...] = ()
+    salt: str = ""
+
+    def named(self, name: str) -> str:
+        """An id as the prepared set has it: hashed with the salt, or itself, made a file's name where it is none."""
+        if self.salt:
+            return hashlib.sha256(f"{self.salt}/{name}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        if _SAFE.fullmatch(name) and ".." not in name:
+            return name
+        mark = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+        return f"{re.sub(r'[^A-Za-z0-9_-]+', '-', name).strip('-')[:60]}-{mark}".lstrip("-_.")
+
+
+class Outcome(NamedTuple):
+    """What became of a case.
+
+    Attributes:
+      rows: of the manifest; each with "_prints", stream -> (exact, likeness) of its stored pixels, for the whole set.
+      rejected: (id, stream or "text" or "", reason).
+      registered: (stream, mutual information before, after, mm moved).
+    """
+
+    rows: list[dict[str, Any]]
+    rejected: list[tuple[str, str, str]]
+    registered: list[tuple[str, float, float, float]]
+
+
+def cut(case: Case, how: Cutting) -> Outcome:
+    """Make a case into rows; whatever is wrong with it is in the outcome, never raised."""
+    name, rejected = how.named(case.id), []
+    images: dict[str, Picture | Volume] = {}
+    for stream, image in case.images.items():
+        modality = MODALITIES[split_stream(stream)[0]]
+        try:
+            span = dict(how.ranges).get(stream, dict(how.ranges).get(modality.name, image.span))
+            images[stream] = _read(Path(how.root), image._replace(span=span), modality, how.preset)
+        except UserError as error:
+            rejected.append((name, stream, _said(error, how)))
+        except DAMAGED as error:  # of a library that was given what it does not expect
+            rejected.append((name, stream, f"unreadable ({type(error).__name__})"))
+    text = clean(case.text, how.clean)
+    if case.text.strip() and not text:
+        rejected.append((name, "text", f"report empty after cleaning ({how.clean})"))
+    work = _Case(case, how, name, text, rejected)
+    pictures = {s: i for s, i in images.items() if isinstance(i, Picture)}
+    volumes = {s: i for s, i in images.items() if isinstance(i, Volume)}
+    if pictures:
+        work.row(name, pictures)
+    if volumes:
+        try:
+            work.volumes(volumes)
+        except UserError as error:
+            rejected.append((name, "", _said(error, how)))
+        except DAMAGED as error:
+            rejected.append((name, "", f"cannot be cut ({type(error).__name__})"))
+    if text and not case.images:
+        work.row(name, {})
+    return Outcome(work.rows, rejected, work.registered)
+
+
+class _Case:
+    """The rows of one case as they are made."""
+
+    def __init__(self, case: Case, how: Cutting, name: str, text: str, rejected: list):
+        self.case, self.how, self.name, self.text, self.rejected = case, how, name, text, rejected
+        self.rows: list[dict[str, Any]] = []
+        self.registered: list[tuple[str, float, float, float]] = []
+
+    def volumes(self, volumes: dict[str, Volume]) -> None:
+        """Slices of volumes: rows of several streams where these share a grid, else of one each."""
+        for stream in list(volumes):
+            unit = MODALITIES[split_stream(stream)[0]].unit
+            if unit == "HU" and volumes[stream].span is None and (wrong := checks.hounsfield(volumes[stream])):
+                self.rejected.append((self.name, stream, wrong))
+                del volumes[stream]
+        if not volumes:
+            return
+        first, *others = volumes
+        together, apart = {first: volumes[first]}, {}
+        for stream in others:
+            (together if self._grid(stream, volumes, first) else apart)[stream] = volumes[stream]
+        self._slices(together, self.name)
+        for stream, volume in apart.items():
+            self._slices({stream: volume}, f"{self.name}-{stream.replace(':', '-')}")
+
+    def _grid(self, stream: str, volumes: dict[str, Volume], first: str) -> bool:
+        """Does a volume lie on the first one's grid, or can it be brought there? Then it is, in its place."""
+        if on_one_grid(volumes[stream], volumes[first]):
+            return True
+        if self.how.register == "none":
+            self.rejected.append((self.name, "", "a pair that is not on one grid is cut apart (see --register)"))
+            return False
+        try:
+            done = register(volumes[stream], volumes[first], self.how.register)
+        except UserError as error:
+            self.rejected.append((self.name, "", f"a pair that is cut apart: {_said(error, self.how)}"))
+            return False
+        volumes[stream] = done.volume
+        self.registered.append((stream, *(round(x, 4) for x in (*done.information, done.moved))))
+        return True
+
+    def _slices(self, volumes: Mapping[str, Volume], name: str) -> None:
+        how, (first, *others) = self.how, volumes
+        last = how.last if how.last is None else min(how.last, len(stack(volumes[first], how.plane)))
+        chosen = select(volumes[first], how.plane, share=0, first=how.first, last=last)
+        mask = self._mask(volumes[first])
+        if mask is not None:
+            whole = stack(mask, how.plane)
+            chosen = [n for n in chosen if (whole[n] > 0).any()]
+        else:
+            worth = set(select(volumes[first], how.plane, share=how.share))
+            chosen = [n for n in chosen if n in worth]
+        chosen = chosen[:: how.every]
+        if not chosen:
+            self.rejected.append((name, first, "no slice is worth keeping (--share, --first, --last)"))
+            return
+        kept = {first: volumes[first]}
+        looked = chosen[:: max(1, len(chosen) // 16)]
+        for stream in others:
+            if wrong := checks.pair(*(stack(volumes[s], how.plane)[looked] for s in (first, stream)), how.plane):
+                self.rejected.append((name, stream, wrong))
+            else:
+                kept[stream] = volumes[stream]
+        cuts = {s: slices(square_pixels(v, how.plane, how.square), how.plane, chosen) for s, v in kept.items()}
+        digits = max(3, len(str(chosen[-1])))
+        for i, n in enumerate(chosen):
+            alone = len(chosen) == 1 and min(volumes[first].values.shape) == 1
+            self.row(name if alone else f"{name}-{n:0{digits}d}", {s: c[i] for s, c in cuts.items()}, len(cuts) > 1)
+
+    def _mask(self, first: Volume) -> Volume | None:
+        if not self.case.mask:
+            return None
+        mask = formats.read_volume(_inside(Path(self.how.root), self.case.mask))
+        if not on_one_grid(mask, first):
+            raise UserError(f"{mask.path}: a mask that is not on the grid of its image")
+        return mask
+
+    def row(self, name: str, pictures: Mapping[str, Picture], grid: bool = False) -> None:
+        """Write the images of one row and keep it, if anything is left of it."""
+        row: dict[str, Any] = {"id": name, "subject": self.how.named(self.case.subject), "split": self.case.split}
+        fields: dict[str, dict] = {k: {} for k in ("images", "scale", "span", "spacing", "orientation", "_prints")}
+        for stream, picture in pictures.items():
+            if wrong := checks.blank(picture.pixels):
+                self.rejected.append((name, stream, wrong))
+                continue
+            key = stream.replace(":", "_")
+            found = stored(picture, MODALITIES[split_stream(stream)[0]], self.how.size)
+            place = f"images/{key}/{hashlib.sha256(name.encode()).hexdigest()[:2]}/{name}.png"
+            _write(Path(self.how.out) / place, found.pixels)
+            fields["images"][key] = place
+            for field in ("scale", "span", "spacing", "orientation"):
+                if value := getattr(found, field):
+                    fields[field][key] = value
+            fields["_prints"][key] = (checks.fingerprint(found.pixels), checks.likeness(found.pixels))
+        if not (fields["images"] or self.text):
+            return
+        row |= {k: v for k, v in fields.items() if v}
+        if self.text:
+            row |= {"text": self.text, "text_origin": self.case.origin}
+        if grid and len(fields["images"]) > 1:
+            row["registered"] = True
+        if self.case.licence:
+            row["license"] = self.case.licence
+        if self.case.info:
+            row["info"] = dict(self.case.info)
+        self.rows.append(row)
+
+
+class Stored(NamedTuple):
+    """A picture as it is stored: value = scale[0] * pixel + scale[1], () where they are the pixels; span as in
+    `Picture`, () where it is in the modality's unit or the set's own to find."""
+
+    pixels: Num[np.ndarray, "h w"]
+    scale: tuple[float, ...]
+    span: tuple[float, ...]
+    spacing: tuple[float, ...]
+    orientation: str
+
+
+def stored(picture: Picture, modality: Modality, size: int) -> Stored:
+    """A picture as 8 or 16 bits, its longer side at most `size`; nothing is stretched, cut off or made larger."""
+    values, spacing = picture.pixels, picture.spacing
+    plain = values.dtype in (np.uint8, np.uint16)
+    rate = size / max(values.shape)
+    if rate < 1:
+        shape = [max(1, round(n * rate)) for n in values.shape]
+        low, high = values.min(), values.max()
+        small = Pillow.fromarray(values.astype(np.float32)).resize(shape[::-1], Pillow.Resampling.BICUBIC)
+        values = np.clip(np.asarray(small), low, high)
+        values = np.round(values).astype(picture.pixels.dtype) if plain else values
+        spacing = spacing and tuple(mm / rate for mm in spacing)
+    mm = () if spacing is None else tuple(round(float(x), 4) for x in spacing)
+    if plain and picture.span is not None and tuple(picture.span) in ((0, 255), _bits(values, picture)):
+        return Stored(values, (), (), mm, picture.orientation)
+    span = () if picture.span is None else tuple(float(x) for x in picture.span)
+    if plain:
+        return Stored(values, (1.0, 0.0), span, mm, picture.orientation)
+    hounsfield = modality.unit == "HU"
+    pixels, scale = _sixteen(values, hounsfield or picture.pixels.dtype.kind in "iu", -1024 if hounsfield else 0)
+    return Stored(pixels, scale, span, mm, picture.orientation)
+
+
+def _bits(values: np.ndarray, picture: Picture) -> tuple[int, int]:
+    """The whole range of as many bits as the picture counts over, whose use is the set's to find."""
+    return (0, 2 ** max(8, int(picture.span[1]).bit_length()) - 1) if values.dtype == np.uint16 else (0, 255)
+
+
+def _sixteen(values: np.ndarray, whole: bool, zero: int) -> tuple[np.ndarray, tuple[float, float]]:
+    """(uint16 pixels, (slope, intercept)): whole numbers exactly where 16 bits hold them, pixel 0 being `zero` where
+    nothing is lower."""
+    values = values.astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    if whole and round(high) - min(zero, round(low)) <= 65535:
+        low = min(zero, round(low))
+        return np.round(values - low).astype(np.uint16), (1.0, float(low))
+    slope = (high - low) / 65535 or 1.0
+    return np.round((values - low) / slope).astype(np.uint16), (slope, low)
+
+
+def _inside(root: Path, name: str) -> Path:
+    path = root / name
+    try:
+        if path.resolve().is_relative_to(root.resolve()):
+            return path
+    except (OSError, ValueError, RuntimeError):
+        pass
+    raise UserError(f"{path}: leads out of {root}; nothing there is read")
+
+
+def _read(root: Path, image: Image, modality: Modality, preset: str) -> Picture | Volume:
+    path = _inside(root, image.path)
+    if image.which and path.suffix == ".npy":
+        found = _of_stack(path, int(image.which))
+    elif image.which:
+        series = [s for s in dicom.series(path, MOST_VOXELS) if s.uid == image.which]
+        if not series:
+            raise UserError(f"{path}: the series is no longer in it")
+        found = dicom.read_series(series[0], MOST_VOXELS)
+    else:
+        found = formats.read_any(epath.Path(path))
+    if image.span is not None:
+        return dataclasses.replace(found, span=image.span)
+    if isinstance(found, Volume):
+        return ranged(found, modality, preset)
+    if found.modality == "CT" and found.span is None and (wrong := _no_volume(found)):
+        raise UserError(f"{path}: {wrong}")
+    return found
+
+
+def _no_volume(picture: Picture) -> str:
+    return checks.hounsfield(Volume(picture.pixels[..., None], np.eye(4), "HU"))
+
+
+def _of_stack(path: Path, number: int) -> Picture:
+    """Image number `number` of an array (n h w), of which no more is read."""
+    try:
+        whole = np.load(path, mmap_mode="r", allow_pickle=False)
+        pixels = np.asarray(whole[number])
+    except DAMAGED as error:
+        raise UserError(f"{path}: not a whole array of images ({type(error).__name__} in reading it)") from error
+    if pixels.ndim != 2 or pixels.size > MOST_PIXELS or not np.isfinite(pixels).all():
+        raise UserError(f"{path}: expected an array (n h w) of finite values")
+    return Picture(pixels, None, path=str(path))
+
+
+def _said(error: UserError, how: Cutting) -> str:
+    """An error's words, without what stands before them where names are hidden: paths hold patients' ids."""
+    text = str(error)
+    if how.salt:
+        return re.sub(re.escape(how.root) + r".*?(: |$)", "", text).strip() or "cannot be used"
+    return text.replace(how.root.rstrip("/") + "/", "")
+
+
+def _write(path: Path, pixels: Num[np.ndarray, "h w"]) -> None:
+    """A PNG, whole or not at all, the same bytes whenever it is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    Pillow.fromarray(pixels).save(content, format="PNG", compress_level=4)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_bytes(content.getvalue())
+    part.replace(path)
+

@@ -1,0 +1,394 @@
+"""`medm2g prepare`: a data set as it was downloaded made into a manifest folder that the trainer reads.
+
+OUT/manifest.jsonl      rows as `data.manifest` has them, images beside it as PNG of 8 or 16 bits (or shards, `pack`)
+OUT/rejected.jsonl      what was left out and why, one line each
+OUT/splits/train.txt    ids of the cases of each split
+OUT/statistics.json     counts, sizes, values, after which filter how many were left
+OUT/preview.png         a look at it
+OUT/README.md           the data card: licence, access, counts, how it was made
+OUT/.prepare/           what makes a run go on where it stopped, and the salt that ids are hashed with
+
+A set whose licence is not open keeps its people's ids to itself: they are hashed with a salt of this folder, which only
+its owner may enter (mode 0700), and no text, id or file name of it is printed. Run again, the same command does what is
+left to do and writes the same bytes.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from medm2g_jax.data.case import Adapter, Case, Left, Root
+from medm2g_jax.data.check import parse_ranges
+from medm2g_jax.data.clean import CLEANINGS
+from medm2g_jax.data.cut import Cutting, Outcome, cut
+from medm2g_jax.data.registration import HOW
+from medm2g_jax.data.source import SPLITS
+from medm2g_jax.data.volume import PLANES, PRESETS
+from medm2g_jax.errors import UserError
+from medm2g_jax.evaluate import card
+from medm2g_jax.train.log import duration
+
+EVERY = 5.0  # seconds between two lines of progress
+_WAITING = 4  # cases a process that are handed out ahead
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What a user asks for beside the set itself; None for the set's own default (`Adapter`).
+
+    Attributes:
+      size, plane, first, last, every, share, square, register, clean: see `data.cut.Cutting`.
+      range: of files whose values are in no unit, as `data.check.parse_ranges` takes it: "ct=0:255".
+      split: shares of subjects for train, val and test where the set has no official split.
+      seed: of that split.
+      limit: cases that are taken, of the beginning; None for all.
+      keep_ids: also of a set that is not open.
+      pack: bytes of a shard (`data.packed_images`); 0 for a file an image.
+      workers: processes; None for one a core.
+    """
+
+    size: int = 512
+    plane: str = "axial"
+    first: int = 0
+    last: int | None = None
+    every: int | None = None
+    share: float | None = None
+    square: float | None = None
+    register: str | None = None
+    clean: str | None = None
+    preset: str | None = None
+    range: str = ""
+    split: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    seed: int = 0
+    limit: int | None = None
+    keep_ids: bool = False
+    pack: int = 0
+    workers: int | None = None
+
+    def check(self) -> None:
+        """Raises UserError where a value is none that it can have; names it as it is typed."""
+        for name, low in (("size", 16), ("every", 1), ("limit", 1), ("workers", 1), ("first", 0), ("pack", 0)):
+            if (value := getattr(self, name)) is not None and value < low:
+                raise UserError(f"--{name} {value}: expected at least {low}")
+        known = {"plane": PLANES, "register": HOW, "clean": CLEANINGS, "preset": PRESETS}
+        for name, values in known.items():
+            if (value := getattr(self, name)) is not None and value not in values:
+                raise UserError(f"--{name} {value}: expected one of {', '.join(values)}")
+        if self.share is not None and not 0 <= self.share <= 1:
+            raise UserError(f"--share {self.share}: expected a part, from 0 to 1")
+        if self.square is not None and not 0 <= self.square < 1000:
+            raise UserError(f"--square {self.square}: expected millimetres, or 0 for the image's own")
+        if len(self.split) != 3 or min(self.split) < 0 or not self.split[0] or abs(sum(self.split) - 1) > 1e-6:
+            found = ",".join(map(str, self.split))
+            raise UserError(f"--split {found}: expected three parts that sum to 1, as in 0.8,0.1,0.1")
+
+
+def prepare(
+    adapter: Adapter,
+    root: str | Path,
+    out: str | Path,
+    order: Order = Order(),
+    patterns: Mapping[str, str] | None = None,
+    say: Callable[[str], Any] = print,
+) -> Path:
+    """Prepare a set; returns the manifest.
+
+    Args:
+      patterns: of sets that a user describes: stream -> where its files are.
+
+    Raises:
+      UserError: the set is not as its adapter expects, `out` was begun with other settings or cannot be written, or
+        nothing is left after all filters. What one file is wrong with is in rejected.jsonl, never raised.
+    """
+    order.check()
+    source, out = Root(root, patterns), Path(out).expanduser()
+    if out.resolve() == source.path.resolve() or source.path.resolve().is_relative_to(out.resolve()):
+        raise UserError(f"--out {out}: the downloaded set is in it; name another folder")
+    say(f"{adapter.title}\n  licence: {adapter.licence}\n  {adapter.access}")
+    folder = _Folder(out, adapter, order, source)
+    cases, left = _found(adapter, source, order, say)
+    cases, moved = _split(cases, order)
+    left += moved
+    outcomes = _cut_all(cases, folder, order, say)
+    return _finish(adapter, source, folder, order, cases, left, outcomes, say)
+
+
+def _found(adapter: Adapter, source: Root, order: Order, say: Callable[[str], Any]) -> tuple[list[Case], list[Left]]:
+    cases: dict[str, Case] = {}
+    left: list[Left] = []
+    began = time.monotonic()
+    for one in adapter.find(source):
+        if isinstance(one, Left):
+            left.append(one)
+        elif one.id in cases:
+            left.append(Left(one.id, "the same id as another case"))
+        elif not (one.images or one.text.strip()):
+            left.append(Left(one.id, "neither image nor text"))
+        else:
+            cases[one.id] = one
+        if order.limit is not None and len(cases) >= order.limit:
+            break
+    say(f"{len(cases)} cases found, {len(left)} left out, in {time.monotonic() - began:.1f} s")
+    if not cases:
+        why = ", ".join(f"{n} {reason}" for reason, n in Counter(one.reason for one in left).most_common(5))
+        raise UserError(f"{source.path}: no case of {adapter.name} in it (left out: {why or 'nothing'})")
+    return [cases[name] for name in sorted(cases)], left
+
+
+def _split(cases: list[Case], order: Order) -> tuple[list[Case], list[Left]]:
+    """Cases with their splits, each subject in one: the official one; where there is none, one by the order of hashes
+    of seed and subject, which adding a subject hardly changes; where it has no val, that much of train's subjects."""
+    rank = {split: n for n, split in enumerate(SPLITS)}
+    own: dict[str, str] = {}
+    for case in cases:
+        if case.split and rank[case.split] > rank.get(own.get(case.subject, ""), -1):
+            own[case.subject] = case.split
+    left = [
+        Left(case.id, f"its subject is in {own[case.subject]} as well")
+        for case in cases
+        if case.split and case.split != own[case.subject]
+    ]
+    gone = {one.id for one in left}
+    cases = [case for case in cases if case.id not in gone]
+    free = sorted({c.subject for c in cases} - own.keys(), key=lambda s: _hash(order.seed, s))
+    own |= _declared(free, order.split)
+    if "val" not in own.values() and order.split[1] > 0:
+        train = sorted((s for s, split in own.items() if split == "train"), key=lambda s: _hash(order.seed, s))
+        if len(train) > 1:
+            part = order.split[1] / (order.split[0] + order.split[1])
+            own |= dict.fromkeys(train[: max(1, round(part * len(train)))], "val")
+    return [case._replace(split=own[case.subject]) for case in cases], left
+
+
+def _declared(subjects: list[str], parts: tuple[float, float, float]) -> dict[str, str]:
+    """The first subjects to test, the next to val, the rest to train; one each where there are three or more."""
+    wanted = [p > 0 for p in parts]
+    count = {s: round(p * len(subjects)) for s, p in zip(SPLITS, parts, strict=True)}
+    if len(subjects) >= sum(wanted):
+        for split, some in zip(SPLITS, wanted, strict=True):
+            count[split] = max(count[split], int(some))
+    test, val = count["test"], count["val"]
+    names = ["test"] * test + ["val"] * val + ["train"] * len(subjects)
+    if subjects and test + val >= len(subjects):  # train comes first
+        names = ["train"] + names
+    return dict(zip(subjects, names, strict=False))
+
+
+def _hash(seed: int, subject: str) -> str:
+    return hashlib.sha256(f"{seed}/{subject}".encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class _Folder:
+    """The folder that is made: its settings, its salt, and what is done so far."""
+
+    def __init__(self, out: Path, adapter: Adapter, order: Order, source: Root):
+        self.out, self.own = out, out / ".prepare"
+        self.hidden = not (adapter.open or order.keep_ids)
+        try:
+            self.own.mkdir(parents=True, exist_ok=True)
+            if not adapter.open:
+                out.chmod(0o700)
+            salt = self._salt() if self.hidden else ""
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another folder") from error
+        ranges = tuple(parse_ranges(order.range).items())
+        cutting = {f.name: getattr(order, f.name) for f in dataclasses.fields(Cutting) if hasattr(order, f.name)}
+        own = {k: getattr(adapter, k) for k, v in cutting.items() if v is None and hasattr(adapter, k)}
+        self.how = Cutting(str(source.path), str(out), **(cutting | own), ranges=ranges, salt=salt)
+        self.journal = self.own / "journal.jsonl"
+        self._check_settings(adapter, order, source)
+
+    def _salt(self) -> str:
+        file = self.own / "salt"
+        if not file.exists():
+            file.touch(0o600)
+            file.write_text(secrets.token_hex(16))
+        return file.read_text().strip()
+
+    def _check_settings(self, adapter: Adapter, order: Order, source: Root) -> None:
+        """What decides the content; a folder begun with other settings is an error."""
+        asked = dataclasses.asdict(self.how) | {"set": adapter.name, "patterns": source.patterns, "hidden": self.hidden}
+        asked |= {"split": list(order.split), "seed": order.seed, "limit": order.limit, "pack": order.pack}
+        asked = {k: v for k, v in sorted(asked.items()) if k not in ("salt", "root", "out")}
+        file = self.own / "settings.json"
+        if not file.exists():
+            if strange := sorted(p.name for p in self.out.iterdir() if p != self.own):
+                raise UserError(f"--out {self.out}: holds {strange[0]} and was not made here; name an empty folder")
+            file.write_text(json.dumps(asked, indent=1))
+            return
+        before = json.loads(file.read_text())
+        if changed := [k for k in asked if before.get(k) != json.loads(json.dumps(asked[k]))]:
+            k = changed[0]
+            raise UserError(
+                f"--out {self.out}: was begun with {k} {before.get(k)!r}, now it is {asked[k]!r}; name another folder, "
+                "or delete this one"
+            )
+
+    def done(self) -> dict[str, Outcome]:
+        """Cases that are cut already, by their stamp; half a last line is passed over."""
+        found: dict[str, Outcome] = {}
+        if self.journal.exists():
+            for line in self.journal.read_text().splitlines():
+                try:
+                    one = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                found[one["stamp"]] = Outcome(one["rows"], [tuple(r) for r in one["rejected"]], one["registered"])
+        return found
+
+    def stamp(self, case: Case) -> str:
+        """What a case is cut from: its fields, and size and time of its files; one-way."""
+        digest = hashlib.sha256(repr((case, self.how.salt)).encode("utf-8", "surrogatepass"))
+        for name in (*(image.path for image in case.images.values()), *filter(None, [case.mask])):
+            path = Path(self.how.root) / name
+            try:
+                about = path.stat()
+                digest.update(f"{about.st_size} {about.st_mtime_ns}".encode())
+            except OSError:
+                digest.update(b"missing")
+        return digest.hexdigest()[:32]
+
+
+def _cut_all(cases: list[Case], folder: _Folder, order: Order, say: Callable[[str], Any]) -> list[Outcome]:
+    """The outcomes of all cases, in their order; those of an earlier run are taken from its journal."""
+    known = folder.done()
+    stamps = [folder.stamp(case) for case in cases]
+    todo = [(case, stamp) for case, stamp in zip(cases, stamps, strict=True) if stamp not in known]
+    if len(todo) < len(cases):
+        say(f"{len(cases) - len(todo)} cases were cut by an earlier run; {len(todo)} are left")
+    began = said = time.monotonic()
+    if todo:
+        with folder.journal.open("a") as journal:
+            for number, (stamp, outcome) in enumerate(_in_processes(todo, folder.how, order.workers), 1):
+                known[stamp] = outcome
+                journal.write(json.dumps({"stamp": stamp, **outcome._asdict()}) + "\n")
+                journal.flush()
+                if (now := time.monotonic()) - said > EVERY:
+                    rate = number / (now - began)
+                    left = duration((len(todo) - number) / rate)
+                    say(f"{number} of {len(todo)} cases  {rate:.3g} cases/s  {left} left")
+                    said = now
+    return [known[stamp] for stamp in stamps]
+
+
+def _in_processes(todo: list[tuple[Case, str]], how: Cutting, workers: int | None) -> Iterator[tuple[str, Outcome]]:
+    """Outcomes in the order of cases, whatever the number of processes. A case that kills its process (memory) is
+    rejected; the others go on in a new pool."""
+    count = min(workers or os.cpu_count() or 1, len(todo))
+    if count == 1:
+        yield from ((stamp, cut(case, how)) for case, stamp in todo)
+        return
+    waiting, ahead = deque(todo), count * _WAITING
+    while waiting:
+        running: deque[tuple[Case, str, Future]] = deque()
+        with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+            try:
+                while waiting or running:
+                    while waiting and len(running) < ahead:
+                        case, stamp = waiting[0]
+                        running.append((case, stamp, pool.submit(cut, case, how)))
+                        waiting.popleft()
+                    yield running[0][1], running[0][2].result()
+                    running.popleft()
+                continue
+            except BrokenProcessPool:
+                pass
+        # Which of those at work it was nobody knows: each is tried alone, in a process of its own.
+        for case, stamp, _ in running:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
+                try:
+                    yield stamp, alone.submit(cut, case, how).result()
+                except BrokenProcessPool:
+                    yield stamp, Outcome([], [(how.named(case.id), "", "its process died (memory?)")], [])
+
+
+def _finish(
+    adapter: Adapter,
+    source: Root,
+    folder: _Folder,
+    order: Order,
+    cases: list[Case],
+    left: list[Left],
+    outcomes: list[Outcome],
+    say: Callable[[str], Any],
+) -> Path:
+    """Look at the set as a whole, and write what describes it."""
+    how, out = folder.how, folder.out
+    rejected = [(how.named(one.id), "", one.reason) for one in left]
+    rejected += [tuple(r) for outcome in outcomes for r in outcome.rejected]
+    rows, twice, alike = _unique(row for outcome in outcomes for row in outcome.rows)
+    rejected += twice
+    if not rows:
+        why = ", ".join(f"{n} {reason}" for reason, n in Counter(r[2] for r in rejected).most_common(5))
+        raise UserError(f"{source.path}: nothing is left of {len(cases)} cases (rejected: {why})")
+    for row in rows:
+        row.setdefault("license", adapter.licence)
+    if order.pack:
+        from medm2g_jax.data.packed_images import pack
+
+        rows = pack(rows, out, order.pack)
+    _write_lines(out / "rejected.jsonl", ({"id": i, "stream": s, "reason": r} for i, s, r in rejected))
+    _write_lines(out / "manifest.jsonl", rows)
+    (out / "splits").mkdir(exist_ok=True)
+    for split in SPLITS:
+        names = sorted({how.named(case.id) for case in cases if case.split == split})
+        _write(out / "splits" / f"{split}.txt", "".join(f"{name}\n" for name in names))
+    moves = [tuple(move) for outcome in outcomes for move in outcome.registered]
+    stats = card.statistics(rows, len(cases), len(left), [r[1:] for r in rejected], moves, alike)
+    _write(out / "statistics.json", json.dumps(stats, indent=1) + "\n")
+    _write(out / "README.md", card.markdown(adapter, card.command(how, order), stats))
+    card.preview(out, out / "preview.png", adapter.open)
+    for line in card.lines(stats):
+        say(line)
+    say(f"{out / 'manifest.jsonl'}: train with --config.data.source=manifest:{out}; look at {out / 'preview.png'}")
+    return out / "manifest.jsonl"
+
+
+def _unique(rows: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[tuple[str, str, str]], int]:
+    """(rows without images that another holds already, which those are, how many across splits look alike)."""
+    seen: dict[tuple[str, str], str] = {}
+    looks: dict[tuple[str, str], set[str]] = {}
+    kept, rejected = [], []
+    for row in rows:
+        row = dict(row)
+        prints = row.pop("_prints", {})
+        for key, (exact, likeness) in prints.items():
+            stream = key.replace("_", ":", 1)
+            if (key, exact) in seen:
+                rejected.append((row["id"], stream, "the same pixels as another image"))
+                row = _without(row, key)
+            else:
+                seen[key, exact] = row["id"]
+                looks.setdefault((key, likeness), set()).add(row["split"])
+        if row.get("images") or row.get("text"):
+            kept.append(row)
+    return kept, rejected, sum(len(splits) > 1 for splits in looks.values())
+
+
+def _without(row: dict[str, Any], key: str) -> dict[str, Any]:
+    fields = ("images", "scale", "span", "spacing", "orientation")
+    cleared = {f: {k: v for k, v in row[f].items() if k != key} for f in fields if f in row}
+    row = {k: v for k, v in (row | cleared).items() if v or k not in fields}
+    if len(row.get("images", ())) < 2:
+        row.pop("registered", None)
+    return row
+
+
+def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(text.encode("utf-8", "replace"))  # JSON can spell half a character, no file can hold it
+    part.replace(path)
