@@ -28,7 +28,7 @@ from medm2g_jax.data import formats
 from medm2g_jax.data.contents import contents
 from medm2g_jax.data.open import source_of
 from medm2g_jax.data.picture import Picture, normalised
-from medm2g_jax.data.source import SPLITS, Record, Source, check, file_of, images_of, picture_of
+from medm2g_jax.data.source import SPLITS, Record, Source, check, entry_of, images_of, picture_of
 from medm2g_jax.data.write import NOTE, alone_in, shown
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.pictures import SYNTHETIC, grid
@@ -275,14 +275,13 @@ def _batches(
 def _value(model: Model, source: Source, index: int, stream: str) -> Any:
     """What is given of a record: the file's picture where it has one, so that what is made comes on its grid. A 16-bit
     file counts as those of its stream did in training, else over what its own set needs."""
-    path = file_of(source, index, stream)
-    if path is not None and stream in model.meta["ranges"]:
-        return model.opened(stream, [path])[0]
-    value = source.read(index, stream, _draw(index)) if path is None else picture_of(source, index, stream)
-    if isinstance(value, np.ndarray):
-        value = Picture(value[..., 0], span=(-1, 1))
-    elif isinstance(value, Picture):
-        value = dataclasses.replace(value, path="")
+    value = picture_of(source, index, stream)
+    if value is None:
+        value = source.read(index, stream, _draw(index))
+        value = Picture(value[..., 0], span=(-1, 1)) if isinstance(value, np.ndarray) else value
+    else:
+        deep = value.span is not None and value.pixels.dtype == np.uint16 and stream in model.meta["ranges"]
+        value = dataclasses.replace(value, path="", span=tuple(model.meta["ranges"][stream]) if deep else value.span)
     return model.opened(stream, [value])[0]
 
 
@@ -328,9 +327,11 @@ def _own(folder: Path, source: Source, index: int, streams: Sequence[str]) -> di
     if record.licence:
         row["license"] = record.licence
     for stream in streams:
-        path = file_of(source, index, stream)
-        if path is not None:
-            row["images"][_key(stream)] = os.path.relpath(Path(path).resolve(), folder)
+        entry = entry_of(source, index, stream)
+        if entry is not None:
+            for field, value in entry.items():
+                row.setdefault(field, {})[_key(stream)] = value
+            row["images"][_key(stream)] = os.path.relpath(Path(entry["images"]).resolve(), folder)
             continue
         value = source.read(index, stream, _draw(index))
         if isinstance(value, str):

@@ -15,11 +15,12 @@ from medm2g_jax.modality import MODALITIES
 SPLITS = ("train", "val", "test")
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can spell one, and no encoding can write it
+_PLAIN = re.compile(r"[\w/-]+", re.ASCII)  # of which nothing can be written in another way
 _WHOLE = re.compile(r"([+-]?\d+)\.0*")
 _OPEN = re.compile(r"(cc[ -]by|cc[ -]?0|apache|mit|bsd|public domain|synthetic)\b", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be millions
 class Record:
     """One study: what there is to read of it. Splits are by subject.
 
@@ -91,15 +92,16 @@ def steady(source: Source, stream: str) -> bool:
     return stream in getattr(source, "steady", ())
 
 
-def file_of(source: Source, index: int, stream: str) -> Any:
-    """The file that an image of a record is in, `source.file`; None where it is in no file of its own."""
-    own = getattr(source, "file", None)
+def entry_of(source: Source, index: int, stream: str) -> Any:
+    """How a row of a manifest has an image of a record, `source.entry`: {"images": its file, from the root, "scale":
+    what else is said of it, ...}; None where it is in no file."""
+    own = getattr(source, "entry", None)
     return None if own is None else own(index, stream)
 
 
 def picture_of(source: Source, index: int, stream: str) -> Any:
     """An image as it is in its file, with the range that the source's files of the stream have, `source.picture`; None
-    where it is in no file of its own."""
+    where it is in no file."""
     own = getattr(source, "picture", None)
     return None if own is None else own(index, stream)
 
@@ -115,6 +117,8 @@ def identity(value: Any) -> str:
     Raises:
       UserError: it is no string and no whole number, or empty; says what it is, not its value.
     """
+    if type(value) is str and _PLAIN.fullmatch(value):
+        return value
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, bytes):
@@ -143,19 +147,42 @@ def is_open(licence: str) -> bool:
     return bool(_OPEN.match(licence.strip()))
 
 
-def check_subjects(name: str, places: Iterable[tuple[str, str, str]]) -> None:
+class Subjects:
+    """Holds each subject to one split."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, tuple[str, str, Any]] = {}
+        self._several: dict[str, dict[str, Any]] = {}
+
+    def add(self, subject: str, split: str, where: Any) -> str:
+        """Take note of a subject; where: what says, as a string, where it stands. Returns the subject as it was when it
+        was first met, so that its rows can share one string."""
+        first, its_split, its_place = self._first.setdefault(subject, (subject, split, where))
+        if its_split != split:
+            self._several.setdefault(subject, {its_split: its_place}).setdefault(split, where)
+        return first
+
+    def check(self, name: str) -> None:
+        """Raises:
+        UserError: subjects are in several splits; says how many and where the first is, not who.
+        """
+        if self._several:
+            # The one that was met first, and not the one that was first met again.
+            places = next(self._several[subject] for subject in self._first if subject in self._several)
+            first = " and ".join(f"{split} at {where}" for split, where in places.items())
+            raise UserError(
+                f"{name}: {len(self._several)} subjects are in more than one split (the first: {first}); a subject "
+                "belongs to one split, else results are measured on patients seen in training"
+            )
+
+
+def check_subjects(name: str, places: Iterable[tuple[str, str, Any]]) -> None:
     """Hold each subject to one split; `places` are (subject, split, where it stands).
 
     Raises:
-      UserError: subjects are in several; says how many and where the first is, not who.
+      UserError: see `Subjects.check`.
     """
-    seen: dict[str, dict[str, str]] = {}
-    for subject, split, where in places:
-        seen.setdefault(subject, {}).setdefault(split, where)
-    split_up = [splits for splits in seen.values() if len(splits) > 1]
-    if split_up:
-        first = " and ".join(f"{split} at {where}" for split, where in split_up[0].items())
-        raise UserError(
-            f"{name}: {len(split_up)} subjects are in more than one split (the first: {first}); a subject belongs to "
-            "one split, else results are measured on patients seen in training"
-        )
+    subjects = Subjects()
+    for place in places:
+        subjects.add(*place)
+    subjects.check(name)

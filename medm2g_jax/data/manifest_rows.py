@@ -1,0 +1,181 @@
+"""Lines of a `manifest.jsonl`, one at a time, each held to its form. `data.manifest` says what the form is.
+
+There may be millions: what most rows are (ASCII names, no half characters) is asked first, and cheaply.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from medm2g_jax.data import formats, said
+from medm2g_jax.data.formats import raster
+from medm2g_jax.data.said import Said
+from medm2g_jax.data.shards import split_name
+from medm2g_jax.data.source import SPLITS, SURROGATE, identity
+from medm2g_jax.errors import UserError
+
+NAME = "manifest.jsonl"
+
+
+class Place(NamedTuple):
+    """Where a row stands; messages print it."""
+
+    file: Path
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+class Row(NamedTuple):
+    """One line.
+
+    Attributes:
+      images: image key -> the name of its file, as it stands in the line.
+      registered: image keys, or all or none of them; None: not said.
+      synthetic: keys of what a model made.
+      said: image key -> what is said of it.
+    """
+
+    where: Place
+    id: str
+    subject: str
+    split: str
+    images: Mapping[str, str]
+    text: str
+    origin: str
+    licence: str
+    registered: bool | tuple[str, ...] | None
+    synthetic: tuple[str, ...]
+    said: Mapping[str, Said]
+
+
+def folders(path: Path) -> list[Path]:
+    """`path`, or those in it, that hold a manifest.
+
+    Raises:
+      UserError: none does.
+    """
+    if (path / NAME).is_file():
+        return [path]
+    found = sorted(file.parent for file in path.glob(f"*/{NAME}"))
+    if not found:
+        raise UserError(f"{path}: no {NAME} there, nor in a folder in it")
+    return found
+
+
+def read(folder: Path) -> Iterator[Row]:
+    """The rows of a folder's manifest.
+
+    Raises:
+      UserError: a line that is not of the form, an id that is there twice, or no line at all; names file and line.
+    """
+    file, lines = folder / NAME, {}
+    try:
+        with open(file, encoding="utf-8-sig") as content:
+            for number, line in enumerate(content, 1):
+                if line.isspace():
+                    continue
+                where = Place(file, number)
+                row = _row(where, _json(where, line))
+                if (first := lines.setdefault(row.id, number)) != number:
+                    raise UserError(f"{where}: id {row.id!r} is taken by line {first}; ids are unique in a manifest")
+                yield row
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: not UTF-8 ({_not_utf8(file)})") from None
+    if not lines:
+        raise UserError(f"{file}: empty; expected one JSON object a line")
+
+
+def _not_utf8(file: Path) -> str:
+    """What is wrong, and where in the whole file: a decoder of a stream counts from where it stands."""
+    try:
+        file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return f"{error.reason} at byte {error.start}"
+    return "it changed while it was read"
+
+
+def _json(where: Place, line: str) -> Any:
+    try:
+        return json.loads(line.rstrip("\n"))  # columns are counted in this line
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise UserError(f"{where}: not JSON that can be read ({type(error).__name__})") from None
+
+
+def _row(where: Place, row: Any) -> Row:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    for field in ("id", "subject", "split"):
+        if row.get(field) in (None, ""):
+            raise UserError(f"{where}: no {field!r}; a row needs id, subject, split, and images or text or both")
+    names = {}
+    for field in ("id", "subject"):
+        try:
+            names[field] = identity(row[field])
+        except UserError as error:
+            raise UserError(f"{where}: {field!r}: {error}") from None
+    if row["split"] not in SPLITS:
+        raise UserError(f"{where}: split {row['split']!r}; expected one of {', '.join(SPLITS)}")
+    files, text = row.get("images") or {}, row.get("text") or ""
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise UserError(f"{where}: 'images' must map stream keys to file names")
+    if any(not name.isascii() and SURROGATE.search(name) for name in (*files, *files.values())):
+        raise UserError(f"{where}: 'images' holds half a character (a lone surrogate), which no file name can")
+    if not isinstance(text, str):
+        raise UserError(f"{where}: 'text' must be a string, found {type(text).__name__}")
+    registered = row.get("registered")
+    if isinstance(registered, list):
+        unknown = [key for key in registered if not isinstance(key, str) or key not in files]
+        if unknown:
+            found = repr(unknown[0]) if isinstance(unknown[0], str) else f"a {type(unknown[0]).__name__}"
+            raise UserError(f"{where}: 'registered' names {found}, which is no key of 'images'")
+        registered = tuple(registered)
+    elif registered is not None and not isinstance(registered, bool):
+        raise UserError(
+            f"{where}: 'registered' must be true, false or a list of keys of 'images', found "
+            f"{type(registered).__name__}"
+        )
+    synthetic = row.get("synthetic") or []
+    if not isinstance(synthetic, list) or not all(isinstance(key, str) for key in synthetic):
+        raise UserError(f"{where}: 'synthetic' must be a list of keys of 'images', and \"text\"")
+    if not isinstance(row.get("info") or {}, dict):
+        raise UserError(f"{where}: 'info' must be a JSON object, found {type(row['info']).__name__}")
+    origin, licence = _whole(str(row.get("text_origin") or "")), _whole(str(row.get("license") or ""))
+    return Row(
+        where,
+        names["id"],
+        names["subject"],
+        row["split"],
+        files,
+        text.strip(),
+        origin,
+        licence,
+        registered,
+        tuple(synthetic),
+        _said(where, row, files),
+    )
+
+
+def _said(where: Place, row: Mapping[str, Any], files: Mapping[str, str]) -> Mapping[str, Said]:
+    try:
+        found = said.parse(row, files)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    for key, about in found.items():
+        name = files[key]
+        format = formats.format_of(name) if about.scale is not None and split_name(name) is None else None
+        if format is not None and format.read is not raster.read:
+            raise UserError(
+                f"{where}: 'scale' of {key!r}: {format.name} files say themselves what their values are; it is for "
+                "PNG, JPEG and TIFF"
+            )
+    return found
+
+
+def _whole(text: str) -> str:
+    """Half characters become U+FFFD."""
+    return text if text.isascii() else SURROGATE.sub("\ufffd", text)

@@ -1,0 +1,184 @@
+"""What the rows of manifests hold together, laid out so that millions fit: what many rows share is kept once.
+
+2,000,000 rows of a prepared set are a few hundred bytes each. No path is made and no file is asked for before it is
+read: which names are there is known from one listing a folder, and how many records a shard holds from the shard.
+"""
+
+import dataclasses
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from medm2g_jax.data import formats, manifest_rows
+from medm2g_jax.data.manifest_rows import Row
+from medm2g_jax.data.said import Said
+from medm2g_jax.data.shards import Shards, split_name
+from medm2g_jax.data.source import SURROGATE, Record, Subjects, images_of, stream_of
+from medm2g_jax.errors import UserError
+from medm2g_jax.modality import MODALITIES
+
+
+class Table:
+    """Columns, a place a record; and what there is to say of them all.
+
+    Attributes:
+      records: what the rest of the package sees.
+      values: names of files and the text, in the order of the record's streams.
+      said: what is said of each, likewise; () where nothing is of any.
+      folders: the folder that a record's names are in.
+      rows: how many there were, those that hold nothing included.
+      left_out: what was left out -> how often.
+      missing: what is not there, in words.
+      halves: half characters in texts.
+      made, tested: records that hold what a model made, and those of them that are held out.
+    """
+
+    def __init__(self, shards: Shards, template_text: bool, registered: bool):
+        """template_text, registered: see `data.manifest.Manifest`."""
+        self.records: list[Record] = []
+        self.values: list[tuple[str, ...]] = []
+        self.said: list[tuple[Said | None, ...]] = []
+        self.folders: list[Path] = []
+        self.rows = self.halves = self.made = self.tested = 0
+        self.left_out: Counter[str] = Counter()
+        self.missing: list[str] = []
+        self.subjects = Subjects()
+        self._shards, self._template_text, self._registered = shards, template_text, registered
+        self._shared: dict[Any, Any] = {}
+        self._streams: dict[str, str | None] = {}
+
+    def read(self, path: Path) -> None:
+        """Take all rows of the folder `path`, or of the manifest folders in it.
+
+        Raises:
+          UserError: see `manifest_rows.folders` and `manifest_rows.read`; or a row has two images of one stream.
+        """
+        folders = manifest_rows.folders(path)
+        for folder in folders:
+            files = _Files(folder, self._shards)
+            for row in manifest_rows.read(folder):
+                self._add(row, folder, files)
+        if len(folders) > 1:  # ids are unique in a folder
+            times = Counter(record.id for record in self.records)
+            for i, (record, folder) in enumerate(zip(self.records, self.folders, strict=True)):
+                if times[record.id] > 1:
+                    self.records[i] = dataclasses.replace(record, id=f"{folder.name}/{record.id}")
+
+    def _add(self, row: Row, folder: Path, files: "_Files") -> None:
+        self.rows += 1
+        subject = self.subjects.add(row.subject, row.split, row.where)
+        value, said = self._value(row, files)
+        if not value:
+            return
+        streams = self._one(tuple(value))
+        made = tuple(s for s in streams if s in map(stream_of, row.synthetic)) if row.synthetic else ()
+        self.made += bool(row.synthetic)
+        self.tested += bool(row.synthetic) and row.split != "train"
+        record = Record(
+            row.id,
+            subject,
+            self._one(row.split),
+            streams,
+            self._one(row.licence),
+            self._one(self._grid(row, streams)),
+            self._one(made),
+        )
+        self.records.append(record)
+        self.values.append(tuple(value.values()))
+        self.said.append(self._one(tuple(self._one(said.get(s)) for s in streams) if said else ()))
+        self.folders.append(folder)
+
+    def _value(self, row: Row, files: "_Files") -> tuple[dict[str, str], dict[str, Said]]:
+        """Stream -> its file or text, of what can be used; and what is said of them."""
+        values: dict[str, str] = {}
+        said: dict[str, Said] = {}
+        for key, name in row.images.items():
+            stream = self._stream(key)
+            if stream is None:
+                self.left_out[f"of unknown key {key!r}"] += 1
+            elif split_name(name) is None and formats.format_of(name) is None:
+                self.left_out[f"images not {formats.NAMES}"] += 1
+            elif stream in values:
+                raise UserError(f"{row.where}: row {row.id!r} has two images for stream {stream!r}")
+            elif wrong := files.wrong(name):
+                self.missing.append(f"{row.where}: row {row.id!r}: {wrong}")
+            else:
+                values[stream] = name
+                if key in row.said:
+                    said[stream] = row.said[key]
+        if row.text and row.origin == "template" and not self._template_text:
+            self.left_out["template texts (they are no reports)"] += 1
+        elif row.text:
+            values["text"] = row.text
+            if not row.text.isascii() and (halves := len(SURROGATE.findall(row.text))):
+                self.halves += halves
+                values["text"] = SURROGATE.sub("\ufffd", row.text)
+        return values, said
+
+    def _stream(self, key: str) -> str | None:
+        """The image stream that a key means."""
+        if key not in self._streams:
+            stream = stream_of(key)
+            image = stream is not None and MODALITIES[stream.partition(":")[0]].is_image
+            self._streams[key] = stream if image else None
+        return self._streams[key]
+
+    def _grid(self, row: Row, streams: tuple[str, ...]) -> tuple[str, ...]:
+        """The streams of a row that share a grid."""
+        said = self._registered if row.registered is None else row.registered
+        if isinstance(said, bool):
+            return images_of(streams) if said else ()
+        named = {stream_of(key) for key in said}
+        return tuple(stream for stream in streams if stream in named)
+
+    def _one(self, value: Any) -> Any:
+        """The same value, kept once."""
+        return self._shared.setdefault(value, value)
+
+
+class _Files:
+    """What is in a folder. A listing a folder costs less than asking for each of its files: a thousand times so where
+    the disk is another machine's."""
+
+    def __init__(self, folder: Path, shards: Shards):
+        self._folder, self._shards = folder, shards
+        self._listed: dict[str, frozenset[str]] = {}
+        self._counts: dict[str, int | str] = {}  # of a shard's records, or what is wrong with it
+
+    def wrong(self, name: str) -> str:
+        """Why there is no such image, in words; "" where there is."""
+        if (packed := split_name(name)) is None:
+            there = self._there(name)
+            return "" if there else f"no file {self._folder / name}"
+        shard, number = packed
+        if shard not in self._counts:
+            self._counts[shard] = self._count(shard)
+        count = self._counts[shard]
+        if isinstance(count, str):
+            return count
+        return "" if number < count else f"{self._folder / shard}: no record {number}; it holds {count}, from 0"
+
+    def _count(self, shard: str) -> int | str:
+        if not self._there(shard):
+            return f"no file {self._folder / shard}"
+        try:
+            return self._shards.count(self._folder / shard)
+        except UserError as error:
+            return str(error)
+
+    def _there(self, name: str) -> bool:
+        parent, slash, own = name.rpartition("/")
+        if parent + slash not in self._listed:
+            self._listed[parent + slash] = _listing(self._folder / (parent + slash))
+        # What a listing spells in another way (a link, another case, other accents) the system may know all the same.
+        return own in self._listed[parent + slash] or os.path.isfile(self._folder / name)
+
+
+def _listing(folder: Path) -> frozenset[str]:
+    """Names of the plain files in a folder; none where it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return frozenset(entry.name for entry in entries if entry.is_file(follow_symlinks=False))
+    except (OSError, ValueError):  # ValueError: a name that no folder can have
+        return frozenset()
