@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,6 +28,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from medm2g_jax.data import shards
 from medm2g_jax.data.case import Adapter, Case, Left, Root
 from medm2g_jax.data.check import parse_ranges
 from medm2g_jax.data.clean import CLEANINGS
@@ -39,6 +41,7 @@ from medm2g_jax.evaluate import card
 from medm2g_jax.train.log import duration
 
 EVERY = 5.0  # seconds between two lines of progress
+MANIFEST = "manifest.jsonl"
 _WAITING = 4  # cases a process that are handed out ahead
 
 
@@ -53,7 +56,7 @@ class Order:
       seed: of that split.
       limit: cases that are taken, of the beginning; None for all.
       keep_ids: also of a set that is not open.
-      pack: bytes of a shard (`data.packed_images`); 0 for a file an image.
+      pack: bytes of a shard (`data.shards`); 0 for a file an image.
       workers: processes; None for one a core.
     """
 
@@ -119,8 +122,14 @@ def prepare(
     cases, left = _found(adapter, source, order, say)
     cases, moved = _split(cases, order)
     left += moved
-    outcomes = _cut_all(cases, folder, order, say)
-    return _finish(adapter, source, folder, order, cases, left, outcomes, say)
+    stamps = [folder.stamp(case) for case in cases]
+    if folder.finished(stamps):  # images that went into shards are not cut again
+        say(f"{folder.out / MANIFEST}: finished by an earlier run, nothing is left to do")
+        return folder.out / MANIFEST
+    outcomes = _cut_all(cases, stamps, folder, order, say)
+    manifest = _finish(adapter, source, folder, order, cases, left, outcomes, say)
+    folder.finish(stamps)
+    return manifest
 
 
 def _found(adapter: Adapter, source: Root, order: Order, say: Callable[[str], Any]) -> tuple[list[Case], list[Left]]:
@@ -246,6 +255,20 @@ class _Folder:
                 found[one["stamp"]] = Outcome(one["rows"], [tuple(r) for r in one["rejected"]], one["registered"])
         return found
 
+    def holds(self, outcome: Outcome) -> bool:
+        """Are the images of a case still there? Those that went into shards are not."""
+        return all((self.out / name).is_file() for row in outcome.rows for name in row.get("images", {}).values())
+
+    def finished(self, stamps: list[str]) -> bool:
+        """Did an earlier run make all of these cases into shards?"""
+        file = self.own / "packed"
+        return (self.out / MANIFEST).exists() and file.exists() and file.read_text() == _digest(stamps)
+
+    def finish(self, stamps: list[str]) -> None:
+        """Remember that all of these are made."""
+        if (self.out / "shards").exists():
+            (self.own / "packed").write_text(_digest(stamps))
+
     def stamp(self, case: Case) -> str:
         """What a case is cut from: its fields, and size and time of its files; one-way."""
         digest = hashlib.sha256(repr((case, self.how.salt)).encode("utf-8", "surrogatepass"))
@@ -259,11 +282,16 @@ class _Folder:
         return digest.hexdigest()[:32]
 
 
-def _cut_all(cases: list[Case], folder: _Folder, order: Order, say: Callable[[str], Any]) -> list[Outcome]:
+def _digest(stamps: list[str]) -> str:
+    return hashlib.sha256("\n".join(stamps).encode()).hexdigest()
+
+
+def _cut_all(
+    cases: list[Case], stamps: list[str], folder: _Folder, order: Order, say: Callable[[str], Any]
+) -> list[Outcome]:
     """The outcomes of all cases, in their order; those of an earlier run are taken from its journal."""
     known = folder.done()
-    stamps = [folder.stamp(case) for case in cases]
-    todo = [(case, stamp) for case, stamp in zip(cases, stamps, strict=True) if stamp not in known]
+    todo = [(c, s) for c, s in zip(cases, stamps, strict=True) if s not in known or not folder.holds(known[s])]
     if len(todo) < len(cases):
         say(f"{len(cases) - len(todo)} cases were cut by an earlier run; {len(todo)} are left")
     began = said = time.monotonic()
@@ -334,11 +362,9 @@ def _finish(
     for row in rows:
         row.setdefault("license", adapter.licence)
     if order.pack:
-        from medm2g_jax.data.packed_images import pack
-
-        rows = pack(rows, out, order.pack)
+        rows = _packed(rows, out, order.pack)
     _write_lines(out / "rejected.jsonl", ({"id": i, "stream": s, "reason": r} for i, s, r in rejected))
-    _write_lines(out / "manifest.jsonl", rows)
+    _write_lines(out / MANIFEST, rows)
     (out / "splits").mkdir(exist_ok=True)
     for split in SPLITS:
         names = sorted({how.named(case.id) for case in cases if case.split == split})
@@ -350,8 +376,22 @@ def _finish(
     card.preview(out, out / "preview.png", adapter.open)
     for line in card.lines(stats):
         say(line)
-    say(f"{out / 'manifest.jsonl'}: train with --config.data.source=manifest:{out}; look at {out / 'preview.png'}")
-    return out / "manifest.jsonl"
+    say(f"{out / MANIFEST}: train with --config.data.source=manifest:{out}; look at {out / 'preview.png'}")
+    return out / MANIFEST
+
+
+def _packed(rows: list[dict[str, Any]], out: Path, most: int) -> list[dict[str, Any]]:
+    """The rows with their images in shards, a split after the other; the files they were in are deleted."""
+    shutil.rmtree(out / "shards", ignore_errors=True)
+    named: dict[str, str] = {}
+    for split in SPLITS:
+        with shards.Writer(out, split, most) as writer:
+            for name in (n for row in rows if row["split"] == split for n in row.get("images", {}).values()):
+                named[name] = writer.add((out / name).read_bytes())
+    shutil.rmtree(out / "images", ignore_errors=True)
+    for row in rows:
+        row["images"] = {key: named[name] for key, name in row.get("images", {}).items()}
+    return rows
 
 
 def _unique(rows: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[tuple[str, str, str]], int]:
