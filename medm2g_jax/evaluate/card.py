@@ -139,8 +139,11 @@ def preview(folder: Path, path: Path, shown: bool) -> None:
         (stream, [source.read(i, stream, rng) if stream in source.records[i].streams else None for i in chosen])
         for stream in streams
     ]
-    texts = {i for i in chosen if shown and "text" in source.records[i].streams}
-    captions = [source.read(i, "text", rng)[:160] if i in texts else source.records[i].split for i in chosen]
+    captions = []
+    for i in chosen:
+        record = source.records[i]
+        texts = [stream for stream in record.streams if stream not in images_of(record.streams)]
+        captions.append(source.read(i, texts[0], rng)[:160] if shown and texts else record.split)
     foot = "real data, see README.md; not for clinical use"
     pictures.grid(epath.Path(path), rows, captions, source.name, _SIDE, foot)
 
