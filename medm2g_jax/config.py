@@ -147,7 +147,7 @@ def _shared(preset: str, variant: str, listing: tuple[str, ...]) -> ConfigDict:
                 # Take all images of one row as on one grid, where the row does not say ("registered" in a manifest).
                 registered=False,
                 # The phantom's subjects. Train and validation are shared out among the listing's pairs.
-                train=6000 if tiny else 60000,
+                train=6000 if tiny and variant != "long" else 60000,
                 val=384,
                 test=1000,
             ),
@@ -229,7 +229,7 @@ _LONG: dict[str, dict[str, Any]] = dict(
     image_vae=dict(steps=6000),
     text_vae=dict(steps=2500),
     align=dict(steps=2000, batch=96),
-    ldm=dict(steps=5000),
+    ldm=dict(steps=6000),
     ldm_text=dict(steps=6000),
     round=dict(steps=2400),
 )
