@@ -100,18 +100,20 @@ def prepare(
     order: Order = Order(),
     patterns: Mapping[str, str] | None = None,
     say: Callable[[str], Any] = print,
+    options: Mapping[str, str] | None = None,
 ) -> Path:
     """Prepare a set; returns the manifest.
 
     Args:
       patterns: of sets that a user describes: stream -> where its files are.
+      options: of the set's own, see `Adapter.options`.
 
     Raises:
       UserError: the set is not as its adapter expects, `out` was begun with other settings or cannot be written, or
         nothing is left after all filters. What one file is wrong with is in rejected.jsonl, never raised.
     """
     order.check()
-    source, out = Root(root, patterns), Path(out).expanduser()
+    source, out = Root(root, patterns, adapter.chosen(options or {})), Path(out).expanduser()
     if out.resolve() == source.path.resolve() or source.path.resolve().is_relative_to(out.resolve()):
         raise UserError(f"--out {out}: the downloaded set is in it; name another folder")
     say(f"{adapter.title}\n  licence: {adapter.licence}\n  {adapter.access}")
@@ -126,8 +128,11 @@ def prepare(
 def _found(adapter: Adapter, source: Root, order: Order, say: Callable[[str], Any]) -> tuple[list[Case], list[Left]]:
     cases: dict[str, Case] = {}
     left: list[Left] = []
-    began = time.monotonic()
+    began = said = time.monotonic()
     for one in adapter.find(source):
+        if (now := time.monotonic()) - said > EVERY:
+            said = now
+            say(f"{len(cases)} cases found so far, {len(left)} left out")
         if isinstance(one, Left):
             left.append(one)
         elif one.id in cases:
@@ -192,7 +197,7 @@ class _Folder:
     """The folder that is made: its settings, its salt, and what is done so far."""
 
     def __init__(self, out: Path, adapter: Adapter, order: Order, source: Root):
-        self.out, self.own = out, out / ".prepare"
+        self.out, self.own, self.packed = out, out / ".prepare", order.pack > 0
         self.hidden = not (adapter.open or order.keep_ids)
         try:
             self.own.mkdir(parents=True, exist_ok=True)
@@ -219,6 +224,7 @@ class _Folder:
         """What decides the content; a folder begun with other settings is an error."""
         asked = dataclasses.asdict(self.how) | {"set": adapter.name, "patterns": source.patterns, "hidden": self.hidden}
         asked |= {"split": list(order.split), "seed": order.seed, "limit": order.limit, "pack": order.pack}
+        asked |= {f"option {name}": value for name, value in source.options.items()}
         asked = {k: v for k, v in sorted(asked.items()) if k not in ("salt", "root", "out")}
         file = self.own / "settings.json"
         if not file.exists():
@@ -235,15 +241,21 @@ class _Folder:
             )
 
     def done(self) -> dict[str, Outcome]:
-        """Cases that are cut already, by their stamp; half a last line is passed over."""
+        """Cases that are cut already and whose images are there, by their stamp; half a last line, of a run that was
+        killed, is passed over and ended, so that what is added stands in lines of its own."""
         found: dict[str, Outcome] = {}
         if self.journal.exists():
-            for line in self.journal.read_text().splitlines():
+            content = self.journal.read_text()
+            if content and not content.endswith("\n"):
+                with self.journal.open("a") as journal:
+                    journal.write("\n")
+            for line in content.splitlines():
                 try:
                     one = json.loads(line)
                 except json.JSONDecodeError:
                     continue
-                found[one["stamp"]] = Outcome(one["rows"], [tuple(r) for r in one["rejected"]], one["registered"])
+                if self.packed or all((self.out / name).is_file() for row in one["rows"] for name in _images(row)):
+                    found[one["stamp"]] = Outcome(one["rows"], [tuple(r) for r in one["rejected"]], one["registered"])
         return found
 
     def stamp(self, case: Case) -> str:
@@ -257,6 +269,10 @@ class _Folder:
             except OSError:
                 digest.update(b"missing")
         return digest.hexdigest()[:32]
+
+
+def _images(row: Mapping[str, Any]) -> Iterable[str]:
+    return row.get("images", {}).values()
 
 
 def _cut_all(cases: list[Case], folder: _Folder, order: Order, say: Callable[[str], Any]) -> list[Outcome]:
@@ -346,7 +362,8 @@ def _finish(
     moves = [tuple(move) for outcome in outcomes for move in outcome.registered]
     stats = card.statistics(rows, len(cases), len(left), [r[1:] for r in rejected], moves, alike)
     _write(out / "statistics.json", json.dumps(stats, indent=1) + "\n")
-    _write(out / "README.md", card.markdown(adapter, card.command(how, order), stats))
+    made = card.command(how, order) | {f"option {name}": value for name, value in source.options.items()}
+    _write(out / "README.md", card.markdown(adapter, made, stats))
     card.preview(out, out / "preview.png", adapter.open)
     for line in card.lines(stats):
         say(line)
@@ -367,6 +384,8 @@ def _unique(rows: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
             if (key, exact) in seen:
                 rejected.append((row["id"], stream, "the same pixels as another image"))
                 row = _without(row, key)
+                if not row.get("images"):
+                    row = {}  # its text is with the other image
             else:
                 seen[key, exact] = row["id"]
                 looks.setdefault((key, likeness), set()).add(row["split"])
