@@ -132,7 +132,7 @@ def _found(adapter: Adapter, source: Root, order: Order, say: Callable[[str], An
     for one in adapter.find(source):
         if (now := time.monotonic()) - said > EVERY:
             said = now
-            say(f"{len(cases)} cases found so far, {len(left)} left out")
+            say(f"{len(cases)} cases found so far, {_whole(left)} left out")
         if isinstance(one, Left):
             left.append(one)
         elif one.id in cases:
@@ -143,11 +143,15 @@ def _found(adapter: Adapter, source: Root, order: Order, say: Callable[[str], An
             cases[one.id] = one
         if order.limit is not None and len(cases) >= order.limit:
             break
-    say(f"{len(cases)} cases found, {len(left)} left out, in {time.monotonic() - began:.1f} s")
+    say(f"{len(cases)} cases found, {_whole(left)} left out, in {time.monotonic() - began:.1f} s")
     if not cases:
         why = ", ".join(f"{n} {reason}" for reason, n in Counter(one.reason for one in left).most_common(5))
         raise UserError(f"{source.path}: no case of {adapter.name} in it (left out: {why or 'nothing'})")
     return [cases[name] for name in sorted(cases)], left
+
+
+def _whole(left: list[Left]) -> int:
+    return sum(not one.part for one in left)
 
 
 def _split(cases: list[Case], order: Order) -> tuple[list[Case], list[Left]]:
@@ -244,18 +248,18 @@ class _Folder:
         """Cases that are cut already and whose images are there, by their stamp; half a last line, of a run that was
         killed, is passed over and ended, so that what is added stands in lines of its own."""
         found: dict[str, Outcome] = {}
-        if self.journal.exists():
-            content = self.journal.read_text()
-            if content and not content.endswith("\n"):
-                with self.journal.open("a") as journal:
-                    journal.write("\n")
-            for line in content.splitlines():
+        with self.journal.open("a+") as journal:
+            journal.seek(0)
+            line = "\n"
+            for line in journal:
                 try:
                     one = json.loads(line)
                 except json.JSONDecodeError:
                     continue
                 if self.packed or all((self.out / name).is_file() for row in one["rows"] for name in _images(row)):
                     found[one["stamp"]] = Outcome(one["rows"], [tuple(r) for r in one["rejected"]], one["registered"])
+            if not line.endswith("\n"):
+                journal.write("\n")
         return found
 
     def stamp(self, case: Case) -> str:
@@ -340,7 +344,7 @@ def _finish(
 ) -> Path:
     """Look at the set as a whole, and write what describes it."""
     how, out = folder.how, folder.out
-    rejected = [(how.named(one.id), "", one.reason) for one in left]
+    rejected = [(how.named(one.id), one.part, one.reason) for one in left]
     rejected += [tuple(r) for outcome in outcomes for r in outcome.rejected]
     rows, twice, alike = _unique(row for outcome in outcomes for row in outcome.rows)
     rejected += twice
@@ -360,7 +364,7 @@ def _finish(
         names = sorted({how.named(case.id) for case in cases if case.split == split})
         _write(out / "splits" / f"{split}.txt", "".join(f"{name}\n" for name in names))
     moves = [tuple(move) for outcome in outcomes for move in outcome.registered]
-    stats = card.statistics(rows, len(cases), len(left), [r[1:] for r in rejected], moves, alike)
+    stats = card.statistics(rows, len(cases), _whole(left), [r[1:] for r in rejected], moves, alike)
     _write(out / "statistics.json", json.dumps(stats, indent=1) + "\n")
     made = card.command(how, order) | {f"option {name}": value for name, value in source.options.items()}
     _write(out / "README.md", card.markdown(adapter, made, stats))

@@ -76,7 +76,7 @@ def test_mimic(tmp_path, packed, apart):
         "a lateral view": 2,
         "a view that is neither PA, AP nor lateral": 1,
         "its image is missing": 1,
-        "its report is missing; the image is kept": 1,
+        "its report is missing": 1,
     }
     texts = {n: made.rows[mimic_id(n)].get("text") for n in (0, 1, 2, 3, 4, 7)}
     assert texts == {
@@ -92,6 +92,8 @@ def test_mimic(tmp_path, packed, apart):
     file = root / f"files/p10/p10000032/s50414260/{FIRST}.jpg"
     np.testing.assert_array_equal(made.pixels(FIRST), np.asarray(Image.open(file)))
     assert made.statistics["rows"] == {"train": 4, "val": 1, "test": 1}
+    assert made.statistics["cases"] == {"found": 6, "left_out_before": 4}  # the report that is missing takes no image
+    assert made.statistics["rejected"]["text: its report is missing"] == 1
     assert made.statistics["texts"]["rows"] == {"train": 4, "val": 0, "test": 1}
     assert len(made.source.records) == 6 and not made.source.open
 
@@ -159,13 +161,14 @@ def test_what_leads_out_of_the_root_is_never_read(tmp_path):
     made = Made("mimic_cxr", root, tmp_path / "out")
     assert made.reasons["its row has no ids as MIMIC-CXR has them"] == 3
     assert made.reasons["its image lies outside of the root (a link, or a path with ..)"] == 1
-    assert made.reasons["its report is missing; the image is kept"] == 2
+    assert made.reasons["its report is missing"] == 2
     assert sum(n for reason, n in made.reasons.items() if reason.startswith("not a whole JPEG file")) == 1
     assert len(made.rows) == 6 and "secret" not in (made.out / "manifest.jsonl").read_text()
 
 
-def test_nothing_of_a_patient_shows(tmp_path, capsys):
-    root = look_alikes.mimic_cxr(tmp_path / "root", packed=False)
+@pytest.mark.parametrize("ending", [".jpg", ".dcm"])
+def test_nothing_of_a_patient_shows(tmp_path, capsys, ending):
+    root = look_alikes.mimic_cxr(tmp_path / "root", packed=False, ending=ending)
     hostile(root, tmp_path)
     arguments = ["mimic_cxr", "--root", str(root), "--out", str(tmp_path / "out"), "--workers", "1"]
     assert cli.main(["prepare", *arguments]) in (None, 0)

@@ -66,10 +66,15 @@ class Case(NamedTuple):
 
 
 class Left(NamedTuple):
-    """What an adapter leaves out, and why, in words that can be counted: the same for all of a kind."""
+    """What an adapter leaves out, and why, in words that can be counted: the same for all of a kind.
+
+    Attributes:
+      part: what of the case it is, "text" or a stream; "" for all of it.
+    """
 
     id: str
     reason: str
+    part: str = ""
 
 
 class Root:

@@ -59,9 +59,9 @@ def _find(root: Root) -> Iterator[Case | Left]:
             try:
                 text = root.text(report, REPORT) if report else ""
             except UserError:
-                yield Left(f"s{number}", "its report cannot be read; the image is kept")
+                yield Left(f"s{number}", "its report cannot be read", "text")
             if not report:
-                yield Left(f"s{number}", "its report is missing; the image is kept")
+                yield Left(f"s{number}", "its report is missing", "text")
         info = {"view": view} | ({"labels": labels[number]} if number in labels else {})
         yield Case(image, f"p{subject}", {"xray": Image(file)}, _SPLITS.get(row.get("split"), ""), text, info=info)
 
