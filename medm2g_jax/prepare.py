@@ -135,6 +135,8 @@ def _found(adapter: Adapter, source: Root, order: Order, say: Callable[[str], An
             say(f"{len(cases)} cases found so far, {_whole(left)} left out")
         if isinstance(one, Left):
             left.append(one)
+        elif not (one.id.strip() and one.subject.strip()):
+            left.append(Left(one.id, "without an id, or nobody's"))
         elif one.id in cases:
             left.append(Left(one.id, "the same id as another case"))
         elif not (one.images or one.text.strip()):

@@ -16,6 +16,7 @@ from PIL import Image
 from medm2g_jax import cli, prepare
 from medm2g_jax.data.adapters import adapter_of
 from medm2g_jax.data.adapters.openi import _parsed
+from medm2g_jax.data.case import Left, Root
 from medm2g_jax.data.manifest import Manifest
 from medm2g_jax.errors import UserError
 
@@ -400,3 +401,60 @@ def test_an_empty_folder_is_said_in_one_line(tmp_path, name):
     (tmp_path / "root").mkdir()
     with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / 'root'))}: [^\n]*$"):
         Made(name, tmp_path / "root", tmp_path / "out")
+
+
+WRITERS = {
+    "mimic_cxr": look_alikes.mimic_cxr,
+    "medicat": look_alikes.medicat,
+    "openi": look_alikes.openi_nlm,
+    "openi kaggle": look_alikes.openi_kaggle,
+    "openi r2gen": look_alikes.openi_r2gen,
+    "chestxray14": look_alikes.chestxray14,
+    "chexpert": look_alikes.chexpert,
+    "siim": look_alikes.siim,
+    "rsna": look_alikes.rsna,
+}
+
+
+def damaged(content: bytes, how: int, rng: np.random.Generator) -> bytes:
+    if how == 0:
+        return content[: rng.integers(len(content))]
+    if how == 1:
+        out = bytearray(content)
+        for at in rng.integers(len(out), size=20):
+            out[at] = rng.integers(256)
+        return bytes(out)
+    if how == 2:
+        return content.replace(b"\n", b"\0\n").replace(b",", b",,", 3)
+    if how == 3:
+        return b'"' * 200_000 + content
+    return (b"", rng.bytes(500), b"[" * 100_000, b"\x1f\x8b" + content)[rng.integers(4)]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_damaged_tables_are_an_error_of_one_line_or_rows_that_are_left_out(tmp_path, name):
+    root, rng = WRITERS[name](tmp_path / "root"), np.random.default_rng(len(name))
+    adapter = adapter_of(name.split()[0])
+    kinds = (".csv", ".gz", ".jsonl", ".json", ".txt", ".xml")
+    tables = sorted((p for p in root.rglob("*") if p.suffix in kinds), key=lambda p: (len(p.parts), p))
+    errors = 0
+    for path in tables[:4]:
+        whole = path.read_bytes()
+        for how in range(5):
+            for _ in range(2):
+                path.write_bytes(damaged(whole, how, rng))
+                try:
+                    for one in adapter.find(Root(root, options=adapter.chosen({}))):
+                        assert isinstance(one, Left) or isinstance(one.text, str)
+                except UserError as error:
+                    errors += 1
+                    assert "\n" not in str(error) and str(root) in str(error)
+        path.unlink()
+        path.mkdir()  # a folder of that name
+        try:
+            list(adapter.find(Root(root, options=adapter.chosen({}))))
+        except UserError as error:
+            assert "\n" not in str(error)
+        path.rmdir()
+        path.write_bytes(whole)
+    assert errors or name in ("medicat", "openi")  # a line, or a report, is left out
