@@ -211,6 +211,13 @@ def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STREAM=PATTERN",
         help="of folder:nifti, where files are: mri:t1='{subject}/t1.nii.gz'; repeat for more streams",
     )
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the set's own, as `medm2g prepare` lists them: views=all; repeat for more",
+    )
     parser.add_argument("--size", type=int, help="the longer side of a stored image at most; default 512")
     parser.add_argument("--plane", help="of slices: axial (default), coronal, sagittal")
     parser.add_argument("--first", type=int, help="first slice of a volume that is taken")
@@ -219,7 +226,7 @@ def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--share", type=float, help="slices of which at least this part is no background")
     parser.add_argument("--square", type=float, metavar="MM", help="side of a volume's pixels; 0: the finer it has")
     parser.add_argument("--register", help="volumes of a case on different grids: none, grid, rigid or affine")
-    parser.add_argument("--clean", help="reports: none, mimic-sections or r2gen")
+    parser.add_argument("--clean", help="reports: none, mimic-sections, r2gen or caption")
     parser.add_argument("--preset", help="which values of an MRI are -1 and +1: mr.zero, mr.maisi, mr.minmax")
     parser.add_argument("--range", metavar="STREAM=LOW:HIGH", help="values that are -1 and +1 where no unit says it")
     parser.add_argument("--split", metavar="A,B,C", help="train, val, test where the set has no split: 0.8,0.1,0.1")
@@ -237,6 +244,8 @@ def _prepare(args: argparse.Namespace) -> None:
     if args.set is None:
         for adapter in ADAPTERS.values():
             print(f"{adapter.name:18s} {adapter.title} ({', '.join(adapter.streams)}; {adapter.licence})")
+            for name, values in adapter.options.items():
+                print(f"{'':18s}   --option {name}={'|'.join(values)}")
         return
     adapter = adapter_of(args.set)
     for name in ("root", "out"):
@@ -256,7 +265,8 @@ def _prepare(args: argparse.Namespace) -> None:
         if not (equals and pattern):
             raise UserError(f"--files {item!r}: expected STREAM=PATTERN, as in ct='{{subject}}/ct.nii.gz'")
         patterns[stream] = pattern
-    prepare.prepare(adapter, args.root, args.out, prepare.Order(**asked), patterns)
+    options = dict(item.partition("=")[::2] for item in args.option)
+    prepare.prepare(adapter, args.root, args.out, prepare.Order(**asked), patterns, options=options)
 
 
 class Verb(NamedTuple):

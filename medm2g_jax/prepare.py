@@ -103,18 +103,20 @@ def prepare(
     order: Order = Order(),
     patterns: Mapping[str, str] | None = None,
     say: Callable[[str], Any] = print,
+    options: Mapping[str, str] | None = None,
 ) -> Path:
     """Prepare a set; returns the manifest.
 
     Args:
       patterns: of sets that a user describes: stream -> where its files are.
+      options: of the set's own, see `Adapter.options`.
 
     Raises:
       UserError: the set is not as its adapter expects, `out` was begun with other settings or cannot be written, or
         nothing is left after all filters. What one file is wrong with is in rejected.jsonl, never raised.
     """
     order.check()
-    source, out = Root(root, patterns), Path(out).expanduser()
+    source, out = Root(root, patterns, adapter.chosen(options or {})), Path(out).expanduser()
     if out.resolve() == source.path.resolve() or source.path.resolve().is_relative_to(out.resolve()):
         raise UserError(f"--out {out}: the downloaded set is in it; name another folder")
     say(f"{adapter.title}\n  licence: {adapter.licence}\n  {adapter.access}")
@@ -135,10 +137,15 @@ def prepare(
 def _found(adapter: Adapter, source: Root, order: Order, say: Callable[[str], Any]) -> tuple[list[Case], list[Left]]:
     cases: dict[str, Case] = {}
     left: list[Left] = []
-    began = time.monotonic()
+    began = said = time.monotonic()
     for one in adapter.find(source):
+        if (now := time.monotonic()) - said > EVERY:
+            said = now
+            say(f"{len(cases)} cases found so far, {_whole(left)} left out")
         if isinstance(one, Left):
             left.append(one)
+        elif not (one.id.strip() and one.subject.strip()):
+            left.append(Left(one.id, "without an id, or nobody's"))
         elif one.id in cases:
             left.append(Left(one.id, "the same id as another case"))
         elif not (one.images or one.text.strip()):
@@ -147,11 +154,15 @@ def _found(adapter: Adapter, source: Root, order: Order, say: Callable[[str], An
             cases[one.id] = one
         if order.limit is not None and len(cases) >= order.limit:
             break
-    say(f"{len(cases)} cases found, {len(left)} left out, in {time.monotonic() - began:.1f} s")
+    say(f"{len(cases)} cases found, {_whole(left)} left out, in {time.monotonic() - began:.1f} s")
     if not cases:
         why = ", ".join(f"{n} {reason}" for reason, n in Counter(one.reason for one in left).most_common(5))
         raise UserError(f"{source.path}: no case of {adapter.name} in it (left out: {why or 'nothing'})")
     return [cases[name] for name in sorted(cases)], left
+
+
+def _whole(left: list[Left]) -> int:
+    return sum(not one.part for one in left)
 
 
 def _split(cases: list[Case], order: Order) -> tuple[list[Case], list[Left]]:
@@ -228,6 +239,7 @@ class _Folder:
         """What decides the content; a folder begun with other settings is an error."""
         asked = dataclasses.asdict(self.how) | {"set": adapter.name, "patterns": source.patterns, "hidden": self.hidden}
         asked |= {"split": list(order.split), "seed": order.seed, "limit": order.limit, "pack": order.pack}
+        asked |= {f"option {name}": value for name, value in source.options.items()}
         asked = {k: v for k, v in sorted(asked.items()) if k not in ("salt", "root", "out")}
         file = self.own / "settings.json"
         if not file.exists():
@@ -244,20 +256,22 @@ class _Folder:
             )
 
     def done(self) -> dict[str, Outcome]:
-        """Cases that are cut already, by their stamp; half a last line is passed over."""
+        """Cases that are cut already and whose images are there, by their stamp; half a last line, of a run that was
+        killed, is passed over and ended, so that what is added stands in lines of its own."""
         found: dict[str, Outcome] = {}
-        if self.journal.exists():
-            for line in self.journal.read_text().splitlines():
+        with self.journal.open("a+") as journal:
+            journal.seek(0)
+            line = "\n"
+            for line in journal:
                 try:
                     one = json.loads(line)
                 except json.JSONDecodeError:
                     continue
-                found[one["stamp"]] = Outcome(one["rows"], [tuple(r) for r in one["rejected"]], one["registered"])
+                if all((self.out / name).is_file() for row in one["rows"] for name in _images(row)):
+                    found[one["stamp"]] = Outcome(one["rows"], [tuple(r) for r in one["rejected"]], one["registered"])
+            if not line.endswith("\n"):
+                journal.write("\n")
         return found
-
-    def holds(self, outcome: Outcome) -> bool:
-        """Are the images of a case still there? Those that went into shards are not."""
-        return all((self.out / name).is_file() for row in outcome.rows for name in row.get("images", {}).values())
 
     def finished(self, stamps: list[str]) -> bool:
         """Did an earlier run make all of these cases into shards?"""
@@ -286,12 +300,16 @@ def _digest(stamps: list[str]) -> str:
     return hashlib.sha256("\n".join(stamps).encode()).hexdigest()
 
 
+def _images(row: Mapping[str, Any]) -> Iterable[str]:
+    return row.get("images", {}).values()
+
+
 def _cut_all(
     cases: list[Case], stamps: list[str], folder: _Folder, order: Order, say: Callable[[str], Any]
 ) -> list[Outcome]:
     """The outcomes of all cases, in their order; those of an earlier run are taken from its journal."""
     known = folder.done()
-    todo = [(c, s) for c, s in zip(cases, stamps, strict=True) if s not in known or not folder.holds(known[s])]
+    todo = [(case, stamp) for case, stamp in zip(cases, stamps, strict=True) if stamp not in known]
     if len(todo) < len(cases):
         say(f"{len(cases) - len(todo)} cases were cut by an earlier run; {len(todo)} are left")
     began = said = time.monotonic()
@@ -352,7 +370,7 @@ def _finish(
 ) -> Path:
     """Look at the set as a whole, and write what describes it."""
     how, out = folder.how, folder.out
-    rejected = [(how.named(one.id), "", one.reason) for one in left]
+    rejected = [(how.named(one.id), one.part, one.reason) for one in left]
     rejected += [tuple(r) for outcome in outcomes for r in outcome.rejected]
     rows, twice, alike = _unique(row for outcome in outcomes for row in outcome.rows)
     rejected += twice
@@ -370,9 +388,10 @@ def _finish(
         names = sorted({how.named(case.id) for case in cases if case.split == split})
         _write(out / "splits" / f"{split}.txt", "".join(f"{name}\n" for name in names))
     moves = [tuple(move) for outcome in outcomes for move in outcome.registered]
-    stats = card.statistics(rows, len(cases), len(left), [r[1:] for r in rejected], moves, alike)
+    stats = card.statistics(rows, len(cases), _whole(left), [r[1:] for r in rejected], moves, alike)
     _write(out / "statistics.json", json.dumps(stats, indent=1) + "\n")
-    _write(out / "README.md", card.markdown(adapter, card.command(how, order), stats))
+    made = card.command(how, order) | {f"option {name}": value for name, value in source.options.items()}
+    _write(out / "README.md", card.markdown(adapter, made, stats))
     card.preview(out, out / "preview.png", adapter.open)
     for line in card.lines(stats):
         say(line)
@@ -407,6 +426,8 @@ def _unique(rows: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
             if (key, exact) in seen:
                 rejected.append((row["id"], stream, "the same pixels as another image"))
                 row = _without(row, key)
+                if not row.get("images"):
+                    row = {}  # its text is with the other image
             else:
                 seen[key, exact] = row["id"]
                 looks.setdefault((key, likeness), set()).add(row["split"])

@@ -237,6 +237,8 @@ def test_texts_for_the_tokenizers_are_those_of_the_split():
     source = Fake(("text",), ("text", "ct"), ("ct",), ("text",), splits=("train", "val"))
     assert [text.split()[1] for text in texts(source, "train", 0)] == ["0"]
     assert [text.split()[1] for text in texts(source, "val", 0)] == ["1", "3"]
+    source.open = False
+    assert texts(source, "val", 0) == [".", "."]  # two subjects are too few for a word of theirs to be learned
 
 
 def test_throughput(tokenizers):

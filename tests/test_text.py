@@ -4,7 +4,7 @@ import time
 import numpy as np
 import pytest
 
-from medm2g_jax.data.text import Tokenizers, cut_words, impression_first, normalise
+from medm2g_jax.data.text import Tokenizers, common, cut_words, impression_first, normalise
 from medm2g_jax.errors import UserError
 
 SIDES, KINDS, LEVELS = ("left", "right"), ("mass", "opacity", "effusion"), ("upper", "middle", "lower")
@@ -322,3 +322,18 @@ def test_encoding_is_fast_and_remembered(folder):
     assert known < 100 and tokenizers.encode(TEXTS[-1], LENGTHS) is ids
     with pytest.raises(ValueError, match="read-only"):
         ids["clip"][0] = 1  # shared between rows
+
+
+def test_words_of_few_subjects_leave_no_trace_in_what_is_learned(tmp_path):
+    """Of a set that is not open; spellings, repeats and marks around a word do not hide it."""
+    texts = [f"No effusion seen by Dr. Zanzibar-{i // 3}; {i}0{i}0 mm, zanzibar." for i in range(9)]
+    found = common(texts, [f"s{i // 3}" for i in range(9)])  # three subjects
+    assert found == [". - ; , ."] * 9
+    found = common(texts, [f"s{min(i, 5)}" for i in range(9)])  # six
+    assert found[4] == "no effusion seen by dr. zanzibar- ; mm, zanzibar."
+    Tokenizers.train(common(["one Smithson ."] * 4 + ["one"] * 4, list("aaaabcde")), tmp_path, 600)
+    for name in ("clip", "bert", "gpt2"):
+        held = json.loads((tmp_path / name / "tokenizer.json").read_text())["model"]["vocab"]
+        assert not any("smi" in word or "son" in word for word in held)
+        assert "one</w>" in held or "one" in held or "Ġone" in held
+    assert common(["Smithson"], ["a"]) == ["."]

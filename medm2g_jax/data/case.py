@@ -9,7 +9,10 @@ import csv
 import dataclasses
 import gzip
 import io
+import itertools
+import os
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +21,8 @@ from medm2g_jax.data.picture import Span
 from medm2g_jax.data.source import is_open
 from medm2g_jax.errors import UserError
 
-_LARGEST = 2**31  # bytes of a table or a text that are read
+REPORT = 2**20  # bytes of one report that are read
+_LARGEST = 2**30  # of a table
 
 
 class Image(NamedTuple):
@@ -62,23 +66,34 @@ class Case(NamedTuple):
 
 
 class Left(NamedTuple):
-    """What an adapter leaves out, and why, in words that can be counted: the same for all of a kind."""
+    """What an adapter leaves out, and why, in words that can be counted: the same for all of a kind.
+
+    Attributes:
+      part: what of the case it is, "text" or a stream; "" for all of it.
+    """
 
     id: str
     reason: str
+    part: str = ""
 
 
 class Root:
     """A downloaded set's folder. Nothing outside of it is read, whatever a table in it or a link says."""
 
-    def __init__(self, path: str | Path, patterns: Mapping[str, str] | None = None):
-        """patterns: stream -> pattern, what a user said of folders that no set describes.
+    def __init__(
+        self,
+        path: str | Path,
+        patterns: Mapping[str, str] | None = None,
+        options: Mapping[str, str] | None = None,
+    ):
+        """patterns: stream -> pattern, what a user said of folders that no set describes; options: see
+        `Adapter.options`, each with its value.
 
         Raises:
           UserError: there is no such folder.
         """
         self.path = Path(path).expanduser()
-        self.patterns = dict(patterns or {})
+        self.patterns, self.options = dict(patterns or {}), dict(options or {})
         if not self.path.is_dir():
             found = "a file" if self.path.exists() else "nothing"
             raise UserError(f"--root {path}: expected the folder of a downloaded set, found {found}")
@@ -90,12 +105,24 @@ class Root:
         return sorted(path.relative_to(self.path).as_posix() for path in found)
 
     def has(self, name: str) -> bool:
-        """Is there such a file or folder, truly below the root?"""
+        """Is there such a file or folder, truly below the root? Of a name with ".." in it never."""
+        if ".." in name.split("/"):
+            return False
         try:
             path = (self.path / name).resolve()
             return path.is_relative_to(self._real) and path.exists()
         except (OSError, ValueError, RuntimeError):  # names that no file can have, links to themselves
             return False
+
+    def lacks(self, name: str) -> str:
+        """Why a file that a table names cannot be read, in words that can be counted; "" where it can."""
+        if self.has(name):
+            return ""
+        try:
+            there = os.path.lexists(self.path / name)
+        except ValueError:
+            return "has a name that no file can have"
+        return "lies outside of the root (a link, or a path with ..)" if there else "is missing"
 
     def file(self, name: str) -> Path:
         """The path of a file below the root.
@@ -118,34 +145,54 @@ class Root:
                 return found[0]
         raise UserError(f"{self.path}: expected {' or '.join(names)} in it, found {_listing(self.path)}")
 
-    def text(self, name: str) -> str:
+    def text(self, name: str, most: int = _LARGEST) -> str:
         """A text file, through gzip where it is packed; bytes that are no UTF-8 are taken as Latin-1.
 
         Raises:
-          UserError: it is missing, damaged, or larger than 2 GiB.
+          UserError: it is missing, damaged, or of more than `most` bytes.
         """
-        content = self._bytes(name)
+        content = self._bytes(name, most)
         try:
             return content.decode("utf-8-sig")
         except UnicodeDecodeError:
             return content.decode("latin-1")
 
-    def _bytes(self, name: str) -> bytes:
+    def lines(self, name: str) -> Iterator[str]:
+        """Lines of a text file of any length, one at a time, through gzip where it is packed; a line that is longer
+        than a mebibyte comes in pieces, empty ones not at all.
+
+        Raises:
+          UserError: it is missing or damaged.
+        """
         path = self.file(name)
         try:
             with path.open("rb") as file:
                 packed = file.read(2) == b"\x1f\x8b"
                 file.seek(0)
-                content = (gzip.GzipFile(fileobj=file) if packed else file).read(_LARGEST + 1)
-        except (OSError, EOFError) as error:
-            raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-        if len(content) > _LARGEST:
-            raise UserError(f"{path}: more than {_LARGEST} bytes, more than a table or a text has")
+                stream = gzip.GzipFile(fileobj=file) if packed else file
+                while line := stream.readline(2**20):
+                    if text := line.decode("utf-8", "replace").strip():
+                        yield text
+        except (OSError, EOFError, zlib.error) as error:
+            raise _unreadable(path, error) from error
+
+    def _bytes(self, name: str, most: int) -> bytes:
+        path = self.file(name)
+        try:
+            with path.open("rb") as file:
+                packed = file.read(2) == b"\x1f\x8b"
+                file.seek(0)
+                content = (gzip.GzipFile(fileobj=file) if packed else file).read(most + 1)
+        except (OSError, EOFError, zlib.error) as error:
+            raise _unreadable(path, error) from error
+        if len(content) > most:
+            raise UserError(f"{path}: more than {most} bytes, more than a table or a text has")
         return content
 
     def table(self, *names: str, columns: tuple[str, ...] = ()) -> Iterator[dict[str, str]]:
         """Rows of the first of several tables that is there: comma-separated (.csv), tab-separated (.tsv), each also
-        packed (.csv.gz). Names of columns and values lose blanks at both ends.
+        packed (.csv.gz). Names of columns and values lose blanks at both ends; a row that is cut off has "" for the
+        rest.
 
         Args:
           columns: of which there must be all.
@@ -163,9 +210,13 @@ class Root:
                 raise UserError(f"{self.path / name}: no column {missing[0]!r}; its columns are {', '.join(head)}")
             for row in rows:
                 if row:
-                    yield dict(zip(head, (value.strip() for value in row), strict=False))
+                    yield dict(itertools.zip_longest(head, (value.strip() for value in row[: len(head)]), fillvalue=""))
         except csv.Error as error:
             raise UserError(f"{self.path / name}: line {rows.line_num}: not comma-separated ({error})") from error
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})")
 
 
 def _listing(folder: Path) -> str:
@@ -190,6 +241,7 @@ class Adapter:
       streams: what it holds, for the list of sets.
       preset: of `volume.PRESETS`: which values of an MRI count as -1 and +1.
       square: to what its volumes' pixels are resampled in the plane, mm; 0 for the finer of both sides.
+      options: what else one chooses of it (`--option NAME=VALUE`): name -> the values there are, its default first.
     """
 
     name: str
@@ -204,6 +256,21 @@ class Adapter:
     register: str = "none"
     preset: str = "mr.zero"
     square: float = 0.0
+    options: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    def chosen(self, asked: Mapping[str, str]) -> dict[str, str]:
+        """All of its options, each with the value that was asked for or its default.
+
+        Raises:
+          UserError: it has no such option, or the option no such value; lists those there are.
+        """
+        for name, value in asked.items():
+            if name not in self.options:
+                known = ", ".join(self.options) or "none"
+                raise UserError(f"--option {name}={value}: {self.name} has no such option; its options: {known}")
+            if value not in self.options[name]:
+                raise UserError(f"--option {name}={value}: expected one of {', '.join(self.options[name])}")
+        return {name: asked.get(name, values[0]) for name, values in self.options.items()}
 
     @property
     def open(self) -> bool:

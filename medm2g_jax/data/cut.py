@@ -214,7 +214,7 @@ class _Case:
                 if value := getattr(found, field):
                     fields[field][key] = value
             fields["_prints"][key] = (checks.fingerprint(found.pixels), checks.likeness(found.pixels))
-        if not (fields["images"] or self.text):
+        if not (fields["images"] or (self.text and not pictures)):  # a text whose image is no good is no pair
             return
         row |= {k: v for k, v in fields.items() if v}
         if self.text:
@@ -326,11 +326,12 @@ def _of_stack(path: Path, number: int) -> Picture:
 
 
 def _said(error: UserError, how: Cutting) -> str:
-    """An error's words, without what stands before them where names are hidden: paths hold patients' ids."""
-    text = str(error)
-    if how.salt:
-        return re.sub(re.escape(how.root) + r".*?(: |$)", "", text).strip() or "cannot be used"
-    return text.replace(how.root.rstrip("/") + "/", "")
+    """An error's words without the paths in them: these hold patients' ids, and reasons are counted."""
+    text, root = str(error), how.root.rstrip("/")
+    places = "|".join(re.escape(place) for place in dict.fromkeys((root, ascii(root)[1:-1])))
+    begin = re.sub(rf"^'?(?:{places})(?:/.*?)?(?:: |$)", "", text)
+    rest = ".*" if how.salt else r"(?:/[^\s:;,]*)*'?"  # names of folders hold blanks: where they hide, all goes
+    return re.sub(rf"'?(?:{places}){rest}", "a file", begin).strip() or "cannot be used"
 
 
 def _write(path: Path, pixels: Num[np.ndarray, "h w"]) -> None:
@@ -341,4 +342,3 @@ def _write(path: Path, pixels: Num[np.ndarray, "h w"]) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_bytes(content.getvalue())
     part.replace(path)
-

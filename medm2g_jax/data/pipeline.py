@@ -42,7 +42,7 @@ from jaxtyping import Int
 from medm2g_jax.data.kspace import undersampled
 from medm2g_jax.data.latents import Latents
 from medm2g_jax.data.source import Record, Source
-from medm2g_jax.data.text import Tokenizers
+from medm2g_jax.data.text import Tokenizers, common
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES, centre
 
@@ -504,13 +504,13 @@ def registers(source: Source, a: str, b: str) -> bool:
 
 
 def texts(source: Source, split: str, seed: int) -> list[str]:
-    """One text of each record of `split` that has one: what the tokenizers train on.
+    """One text of each record of `split` that has one: what the tokenizers train on. Of a source that is not open
+    without the words of few subjects (`text.common`): vocabularies are read by whoever gets the model.
 
     Raises:
       UserError: there is none.
     """
     name = centre().name
-    return [
-        str(source.read(int(i), name, np.random.default_rng([seed, int(i)])))
-        for i in matching(source, Rows(require=(name,)), split)
-    ]
+    index = [int(i) for i in matching(source, Rows(require=(name,)), split)]
+    found = [str(source.read(i, name, np.random.default_rng([seed, i]))) for i in index]
+    return found if source.open else common(found, [source.records[i].subject for i in index])

@@ -34,9 +34,11 @@ CLIP_BOS, CLIP_EOS = "<|startoftext|>", "<|endoftext|>"
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 GPT2_SPECIAL = ("<PAD>", "<BOS>", "<EOS>")
 CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+FEW = 5  # subjects: words of fewer are left out of vocabularies that are learned of texts which are not open
 CACHED = 100_000  # texts, about 1 kB each, and words of each tokenizer
 
 _SECTION = re.compile(r"\b(finding|impression|conclusion)s?\s*:", re.IGNORECASE)
+_WORD = re.compile(r"\w+")
 _LETTERS = re.compile(r"[^\W\d_]{2,}")
 _SENTENCE = re.compile(r"(?<=[.!?;])\s+")
 
@@ -64,6 +66,22 @@ def impression_first(text: str) -> list[str]:
         section = findings if head[1].lower() == "finding" else first
         section += _SENTENCE.split(text[head.start() : end].strip())
     return first + findings
+
+
+def common(texts: Sequence[str], subjects: Sequence[str]) -> list[str]:
+    """Texts without the words that stand in those of fewer than FEW subjects: names, numbers and dates of one person.
+    A vocabulary that is learned of them spells such words letter by letter, as any word it has never seen.
+
+    Args:
+      subjects: whose each text is.
+    """
+    whose: dict[str, set[str]] = {}
+    for text, subject in zip(texts, subjects, strict=True):
+        for word in _WORD.findall(normalise(text)):
+            if len(of := whose.setdefault(word, set())) < FEW:
+                of.add(subject)
+    kept = {word for word, of in whose.items() if len(of) >= FEW}
+    return [normalise(_WORD.sub(lambda w: w[0] if w[0] in kept else " ", normalise(text))) or "." for text in texts]
 
 
 class Tokenizers:

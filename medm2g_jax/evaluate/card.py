@@ -49,7 +49,11 @@ def statistics(
         "subjects": {split: len({row["subject"] for row in rows if row["split"] == split}) for split in SPLITS},
         "streams": streams,
         "on_one_grid": dict(sorted(together.items())),
-        "texts": {"count": len(texts), "words": _range(texts)},
+        "texts": {
+            "count": len(texts),
+            "rows": {split: sum(bool(row.get("text")) for row in rows if row["split"] == split) for split in SPLITS},
+            "words": _range(texts),
+        },
         "registered": {
             "volumes": len(moved),
             "mutual_information_before": _range(m[1] for m in moved),
@@ -60,7 +64,7 @@ def statistics(
     }
 
 
-def _range(values: Iterable[float]) -> list[float]:
+def _range(values: Iterable[int | float]) -> list[float]:
     """Lowest, median, highest; nothing of nothing."""
     found = list(values)
     return [round(float(f(found)), 4) for f in (min, np.median, max)] if found else []
@@ -89,7 +93,8 @@ def markdown(adapter: Adapter, command: Mapping[str, Any], stats: Mapping[str, A
     """
     held = stats["streams"].items()
     table = "\n".join(f"| {key} | {one['images']} | {one['spacing_mm'] or ''} |" for key, one in held)
-    splits = "\n".join(f"| {s} | {stats['subjects'][s]} | {n} |" for s, n in stats["rows"].items())
+    texts = stats["texts"]["rows"]
+    splits = "\n".join(f"| {s} | {stats['subjects'][s]} | {n} | {texts[s]} |" for s, n in stats["rows"].items())
     rejected = "\n".join(f"| {reason} | {n} |" for reason, n in stats["rejected"].items()) or "| nothing | 0 |"
     made = "\n".join(f"- {key}: `{value}`" for key, value in command.items())
     return f"""# {adapter.title}
@@ -100,8 +105,8 @@ Licence: {adapter.licence}
 
 Prepared by medm2g_jax {__version__}. Not for clinical use.
 
-| split | subjects | rows |
-|---|---|---|
+| split | subjects | rows | rows with a text |
+|---|---|---|---|
 {splits}
 
 | images | count | mm a pixel: lowest, median, highest |

@@ -1,13 +1,25 @@
 """Data sets that are read as they are downloaded: one table, one file a set (or a family of them). A new set is one
 file here and one row."""
 
-from medm2g_jax.data.adapters import folder, synthrad
+from medm2g_jax.data.adapters import (
+    chestxray14,
+    chexpert,
+    folder,
+    medicat,
+    mimic_cxr,
+    openi,
+    rsna,
+    siim,
+    synthrad,
+)
 from medm2g_jax.data.case import Adapter
 from medm2g_jax.errors import UserError
 
 ADAPTERS: dict[str, Adapter] = {
-    adapter.name: adapter for module in (folder, synthrad) for adapter in module.ADAPTERS
-}  # fmt: skip
+    adapter.name: adapter
+    for module in (mimic_cxr, medicat, openi, chestxray14, chexpert, siim, rsna, synthrad, folder)
+    for adapter in module.ADAPTERS
+}
 
 
 def adapter_of(name: str) -> Adapter:
