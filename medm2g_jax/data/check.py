@@ -7,13 +7,15 @@ over the whole set needs, 0 .. 2^bits - 1, or what the user says (`parse_ranges`
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +27,7 @@ from medm2g_jax.errors import UserError
 from medm2g_jax.modality import split_stream
 
 LISTED = 200  # broken pictures in a message; of more, the number
+AHEAD = 16  # pictures a thread
 SLOW = 5.0  # seconds between two lines that say how far it is
 
 
@@ -112,37 +115,41 @@ class Examined:
         return self._asked.get(stream) or self._asked.get(split_stream(stream)[0])
 
     def _check(self, cache: epath.PathLike | None, say: Callable[[str], Any]) -> None:
-        items = list(self._items())
-        held = sorted({item.stream for item in items})
+        known = _read_cache(cache, self._most_pixels)
+        held: set[str] = set()
+        count = todo = 0
+        for item in self._items():  # gone through twice, and not kept: there may be millions
+            held.add(item.stream)
+            count += 1
+            todo += known.get(item.key, [None])[:2] != [*item.stamp]
         for stream in self._asked:
             if not any(stream in (s, split_stream(s)[0]) for s in held):
-                raise UserError(f"data range of {stream!r}: {self.name} has images of {', '.join(held) or 'nothing'}")
-        known = _read_cache(cache, self._most_pixels)
-        todo = [item for item in items if known.get(item.key, [None])[:2] != [*item.stamp]]
-        broken = []
+                said = ", ".join(sorted(held)) or "nothing"
+                raise UserError(f"data range of {stream!r}: {self.name} has images of {said}")
+        now: dict[str, list] = {}
+        tops: dict[str, int] = {}
+        broken, number = [], 0
         began = said = time.monotonic()
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # decoders leave Python's lock
-            for number, (item, (top, error)) in enumerate(zip(todo, threads.map(_examine, todo), strict=True)):
-                if error:
-                    broken.append(item.where + error)
-                else:
-                    known[item.key] = [*item.stamp, top]
-                if (now := time.monotonic()) - said > SLOW:
-                    left = (now - began) / (number + 1) * (len(todo) - number - 1)
-                    say(f"data {self.name}: {number + 1} of {len(todo)} images opened, {left:.0f} s left")
-                    said = now
+        for item, entry, error in _examined(self._items(), known):
+            if error:
+                broken.append(item.where + error)
+            else:
+                now[item.key] = entry
+                if (top := entry[2]) is not None:
+                    tops[item.stream] = max(top, tops.get(item.stream, 0))
+            number += entry is not known.get(item.key)
+            if (moment := time.monotonic()) - said > SLOW and number:
+                left = (moment - began) / number * (todo - number)
+                say(f"data {self.name}: {number} of {todo} images opened, {left:.0f} s left")
+                said = moment
         if cache is not None and todo:
-            _write_cache(cache, self._most_pixels, {item.key: known[item.key] for item in items if item.key in known})
+            _write_cache(cache, self._most_pixels, now)
         if broken:
             more = f"; and {len(broken) - LISTED} more" if len(broken) > LISTED else ""
             raise UserError(
-                f"data {self.name}: {len(broken)} of {len(items)} images cannot be read; mend them or take their rows "
+                f"data {self.name}: {len(broken)} of {count} images cannot be read; mend them or take their rows "
                 f"out: {'; '.join(broken[:LISTED])}{more}"
             )
-        tops: dict[str, int] = {}
-        for item in items:
-            if (top := known[item.key][2]) is not None:
-                tops[item.stream] = max(top, tops.get(item.stream, 0))
         first = self._found is None
         self._found = {s: self._said(s) or (0, 2 ** max(8, top.bit_length()) - 1) for s, top in sorted(tops.items())}
         if first and self._found:
@@ -154,6 +161,23 @@ class Examined:
 
 def _log(line: str) -> None:
     logging.warning("%s", line)
+
+
+def _examined(items: Iterable[Item], known: Mapping[str, list]) -> Iterator[tuple[Item, list | None, str]]:
+    """(picture, what the cache has to say of it, what is wrong with it), in order; a few are opened ahead, as the rest
+    of millions would fill the memory while they wait."""
+    threads = min(8, os.cpu_count() or 1)  # decoders leave Python's lock
+    waiting: deque[tuple[Item, list | None, Future | None]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in itertools.chain(items, [None] * AHEAD * threads):
+            if item is not None:
+                entry = known.get(item.key)
+                fresh = entry is not None and entry[:2] == [*item.stamp]
+                waiting.append((item, entry, None) if fresh else (item, None, pool.submit(_examine, item)))
+            if waiting and (item is None or len(waiting) > AHEAD * threads):
+                done, entry, future = waiting.popleft()
+                top, error = future.result() if future else (entry[2], "")
+                yield done, entry or [*done.stamp, top], error
 
 
 def _examine(item: Item) -> tuple[int | None, str]:

@@ -88,8 +88,12 @@ def _texts(source: Source) -> Iterable[str]:
 
 
 def _print(words: Iterable[str]) -> str:
-    digest = hashlib.sha256()
+    digest, waiting = hashlib.sha256(), []
     for word in words:
         data = word.encode("utf-8", "surrogatepass")
-        digest.update(len(data).to_bytes(8, "little") + data)
+        waiting += len(data).to_bytes(8, "little"), data
+        if len(waiting) > 2000:  # a call a word would take longer than the words
+            digest.update(b"".join(waiting))
+            waiting.clear()
+    digest.update(b"".join(waiting))
     return digest.hexdigest()[:16]

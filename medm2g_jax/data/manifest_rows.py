@@ -109,22 +109,24 @@ def _json(where: Place, line: str) -> Any:
 def _row(where: Place, row: Any) -> Row:
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    own = []
     for field in ("id", "subject", "split"):
-        if row.get(field) in (None, ""):
+        value = row.get(field)
+        if value is None or value == "":
             raise UserError(f"{where}: no {field!r}; a row needs id, subject, split, and images or text or both")
-    names = {}
-    for field in ("id", "subject"):
-        try:
-            names[field] = identity(row[field])
-        except UserError as error:
-            raise UserError(f"{where}: {field!r}: {error}") from None
+        if field != "split":
+            try:
+                own.append(identity(value))
+            except UserError as error:
+                raise UserError(f"{where}: {field!r}: {error}") from None
     if row["split"] not in SPLITS:
         raise UserError(f"{where}: split {row['split']!r}; expected one of {', '.join(SPLITS)}")
     files, text = row.get("images") or {}, row.get("text") or ""
-    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+    if not isinstance(files, dict) or not all(map(_is_text, files.values())):
         raise UserError(f"{where}: 'images' must map stream keys to file names")
-    if any(not name.isascii() and SURROGATE.search(name) for name in (*files, *files.values())):
-        raise UserError(f"{where}: 'images' holds half a character (a lone surrogate), which no file name can")
+    for key, name in files.items():
+        if not (key.isascii() and name.isascii()) and SURROGATE.search(f"{key}\n{name}"):
+            raise UserError(f"{where}: 'images' holds half a character (a lone surrogate), which no file name can")
     if not isinstance(text, str):
         raise UserError(f"{where}: 'text' must be a string, found {type(text).__name__}")
     registered = row.get("registered")
@@ -147,8 +149,7 @@ def _row(where: Place, row: Any) -> Row:
     origin, licence = _whole(str(row.get("text_origin") or "")), _whole(str(row.get("license") or ""))
     return Row(
         where,
-        names["id"],
-        names["subject"],
+        *own,
         row["split"],
         files,
         text.strip(),
@@ -160,19 +161,23 @@ def _row(where: Place, row: Any) -> Row:
     )
 
 
+def _is_text(value: Any) -> bool:
+    return type(value) is str
+
+
 def _said(where: Place, row: Mapping[str, Any], files: Mapping[str, str]) -> Mapping[str, Said]:
     try:
-        found = said.parse(row, files)
+        found = said.parse(row, files.keys())
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     for key, about in found.items():
-        name = files[key]
-        format = formats.format_of(name) if about.scale is not None and split_name(name) is None else None
-        if format is not None and format.read is not raster.read:
-            raise UserError(
-                f"{where}: 'scale' of {key!r}: {format.name} files say themselves what their values are; it is for "
-                "PNG, JPEG and TIFF"
-            )
+        if about.scale is not None and not split_name(files[key]):
+            format = formats.format_of(files[key])
+            if format is not None and format.read is not raster.read:
+                raise UserError(
+                    f"{where}: 'scale' of {key!r}: {format.name} files say themselves what their values are; it is "
+                    "for PNG, JPEG and TIFF"
+                )
     return found
 
 

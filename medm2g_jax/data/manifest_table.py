@@ -4,9 +4,12 @@
 read: which names are there is known from one listing a folder, and how many records a shard holds from the shard.
 """
 
+import contextlib
 import dataclasses
+import gc
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,7 @@ class Table:
         self._shards, self._template_text, self._registered = shards, template_text, registered
         self._shared: dict[Any, Any] = {}
         self._streams: dict[str, str | None] = {}
+        self._grids: dict[tuple, tuple[str, ...]] = {}
 
     def read(self, path: Path) -> None:
         """Take all rows of the folder `path`, or of the manifest folders in it.
@@ -55,10 +59,11 @@ class Table:
           UserError: see `manifest_rows.folders` and `manifest_rows.read`; or a row has two images of one stream.
         """
         folders = manifest_rows.folders(path)
-        for folder in folders:
-            files = _Files(folder, self._shards)
-            for row in manifest_rows.read(folder):
-                self._add(row, folder, files)
+        with _no_cycles():
+            for folder in folders:
+                files = _Files(folder, self._shards)
+                for row in manifest_rows.read(folder):
+                    self._add(row, folder, files)
         if len(folders) > 1:  # ids are unique in a folder
             times = Counter(record.id for record in self.records)
             for i, (record, folder) in enumerate(zip(self.records, self.folders, strict=True)):
@@ -81,12 +86,12 @@ class Table:
             self._one(row.split),
             streams,
             self._one(row.licence),
-            self._one(self._grid(row, streams)),
-            self._one(made),
+            self._grid(row, streams),
+            made,
         )
         self.records.append(record)
         self.values.append(tuple(value.values()))
-        self.said.append(self._one(tuple(self._one(said.get(s)) for s in streams) if said else ()))
+        self.said.append(self._one(tuple([said.get(s) for s in streams])) if said else ())
         self.folders.append(folder)
 
     def _value(self, row: Row, files: "_Files") -> tuple[dict[str, str], dict[str, Said]]:
@@ -97,11 +102,11 @@ class Table:
             stream = self._stream(key)
             if stream is None:
                 self.left_out[f"of unknown key {key!r}"] += 1
-            elif split_name(name) is None and formats.format_of(name) is None:
+            elif (packed := split_name(name)) is None and formats.format_of(name) is None:
                 self.left_out[f"images not {formats.NAMES}"] += 1
             elif stream in values:
                 raise UserError(f"{row.where}: row {row.id!r} has two images for stream {stream!r}")
-            elif wrong := files.wrong(name):
+            elif wrong := files.wrong(name, packed):
                 self.missing.append(f"{row.where}: row {row.id!r}: {wrong}")
             else:
                 values[stream] = name
@@ -127,14 +132,28 @@ class Table:
     def _grid(self, row: Row, streams: tuple[str, ...]) -> tuple[str, ...]:
         """The streams of a row that share a grid."""
         said = self._registered if row.registered is None else row.registered
-        if isinstance(said, bool):
-            return images_of(streams) if said else ()
-        named = {stream_of(key) for key in said}
-        return tuple(stream for stream in streams if stream in named)
+        if not said:
+            return ()
+        if (found := self._grids.get((said, streams))) is None:
+            named = {stream_of(key) for key in said} if isinstance(said, tuple) else images_of(streams)
+            found = self._grids[said, streams] = tuple(stream for stream in streams if stream in named)
+        return found
 
     def _one(self, value: Any) -> Any:
         """The same value, kept once."""
         return self._shared.setdefault(value, value)
+
+
+@contextlib.contextmanager
+def _no_cycles() -> Iterator[None]:
+    """Python's search for cycles off: it goes through all that is kept, again and again, and nothing here is one."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 class _Files:
@@ -146,11 +165,10 @@ class _Files:
         self._listed: dict[str, frozenset[str]] = {}
         self._counts: dict[str, int | str] = {}  # of a shard's records, or what is wrong with it
 
-    def wrong(self, name: str) -> str:
-        """Why there is no such image, in words; "" where there is."""
-        if (packed := split_name(name)) is None:
-            there = self._there(name)
-            return "" if there else f"no file {self._folder / name}"
+    def wrong(self, name: str, packed: tuple[str, int] | None) -> str:
+        """Why there is no such image, in words; "" where there is. packed: see `split_name`."""
+        if packed is None:
+            return "" if self._there(name) else f"no file {self._folder / name}"
         shard, number = packed
         if shard not in self._counts:
             self._counts[shard] = self._count(shard)

@@ -140,21 +140,37 @@ def fitting(source: Source, rows: Rows, split: str) -> tuple[Int[np.ndarray, "n"
     unknown = {*rows.require, *rows.any_of, *rows.prompts} - set(MODALITIES)
     if unknown or bool(rows.any_of) != bool(rows.merge) or not (rows.require or rows.any_of):
         raise ValueError(f"bad {rows}: modalities must be registered, and any_of and merge go together")
-    index = [i for i, r in enumerate(source.records) if r.split == split and _fits(r, rows)]
-    told = [not rows.prompts or any(_can_prompt(source.records[i], rows, m) for m in rows.prompts) for i in index]
-    with_, without = ([i for i, has in zip(index, told, strict=True) if has == want] for want in (True, False))
-    return np.asarray(with_, int), np.asarray(without if rows.unprompted else [], int)
+    index = _holding(source, split, lambda r: _fits(r, rows))
+    if not rows.prompts:
+        return np.asarray(index, int), np.asarray([], int)
+    told = _holding(source, split, lambda r: _fits(r, rows) and any(_can_prompt(r, rows, m) for m in rows.prompts))
+    without = np.setdiff1d(index, told, assume_unique=True) if rows.unprompted else []
+    return np.asarray(told, int), np.asarray(without, int)
+
+
+def _holding(source: Source, split: str, good: Callable[[Record], bool]) -> list[int]:
+    """Indices of the records of `split` that are good, which their streams alone decide: millions of records hold a few
+    sets of streams, and each set is looked at once."""
+    known: dict[tuple[str, ...], bool] = {}
+    index = []
+    for i, record in enumerate(source.records):
+        if record.split == split:
+            if (has := known.get(record.streams)) is None:
+                has = known[record.streams] = bool(good(record))
+            if has:
+                index.append(i)
+    return index
 
 
 def practising(source: Source, rows: Rows, split: str) -> dict[str, Int[np.ndarray, "n"]]:
     """{modality: indices of the records of `split` with which it practises} (`Rows.earlier`); those that have some."""
     found = {}
     for modality, partners in rows.earlier if rows.rehearse else ():
-        index = [
-            i
-            for i, r in enumerate(source.records)
-            if r.split == split and _streams(r, modality) and any(_streams(r, p) for p in partners)
-        ]
+
+        def good(record: Record, modality: str = modality, partners: tuple[str, ...] = partners) -> bool:
+            return bool(_streams(record, modality)) and any(_streams(record, p) for p in partners)
+
+        index = _holding(source, split, good)
         found |= {modality: np.asarray(index, int)} if index else {}
     return found
 

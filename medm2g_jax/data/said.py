@@ -5,7 +5,8 @@ intercept. `span` says which values count as -1 and +1 where no unit does, as wi
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+import marshal
+from collections.abc import Callable, Collection, KeysView, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,7 +68,7 @@ class Said(NamedTuple):
 NOTHING = Said()
 
 
-def parse(row: Mapping[str, Any], keys: Collection[str]) -> dict[str, Said]:
+def parse(row: Mapping[str, Any], keys: KeysView[str]) -> Mapping[str, Said]:
     """Image key -> what a row of a manifest says of it, of those of which it says something.
 
     Args:
@@ -76,6 +77,22 @@ def parse(row: Mapping[str, Any], keys: Collection[str]) -> dict[str, Said]:
     Raises:
       UserError: a field is not of its form, or is of no image; says which and what was found, no words of the row.
     """
+    # Most rows say what others have said; marshal tells 1, 1.0 and True apart.
+    words = marshal.dumps([row.get(field) for field in _FIELDS], 2)
+    said = _PARSED.get(words)
+    if said is None or not said.keys() <= keys:
+        said = _parse(row, keys)
+        if len(_PARSED) >= _REMEMBERED:
+            _PARSED.clear()
+        _PARSED[words] = said
+    return said
+
+
+_PARSED: dict[bytes, Mapping[str, Said]] = {}
+_REMEMBERED = 10_000
+
+
+def _parse(row: Mapping[str, Any], keys: Collection[str]) -> Mapping[str, Said]:
     said: dict[str, Said] = {}
     for field, (form, read) in _FIELDS.items():
         values = row.get(field)

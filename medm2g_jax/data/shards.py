@@ -6,7 +6,6 @@ have, so that packing changes no pixel. ArrayRecord keeps a checksum of each rec
 """
 
 import contextlib
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -20,7 +19,6 @@ SUFFIX = ".array_record"
 PER_SHARD = 2**28  # bytes: large enough to be copied fast, small enough to be copied again
 OPEN = 256  # shards at once: a process may have some thousand files
 
-_NAME = re.compile(rf"(.+{re.escape(SUFFIX)})#(\d+)", re.DOTALL)
 # One record a group, so that reading one unpacks no other; images are compressed already, and whole bytes of PNG do not
 # shrink. Both make the file a function of the records alone.
 _WRITER = "group_size:1,uncompressed"
@@ -29,9 +27,8 @@ _READER = "readahead_buffer_size:0,max_parallelism:0"  # records are read one at
 
 def split_name(name: str) -> tuple[str, int] | None:
     """The shard and the number of the record that an image's name means; None where it is a file of its own."""
-    # Most names are none, and there are millions.
-    found = _NAME.fullmatch(name) if "#" in name else None
-    return (found[1], int(found[2])) if found else None
+    shard, mark, number = name.rpartition(f"{SUFFIX}#")
+    return (shard + SUFFIX, int(number)) if mark and shard and number.isascii() and number.isdecimal() else None
 
 
 class Shards:

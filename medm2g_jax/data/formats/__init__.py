@@ -58,8 +58,9 @@ NAMES = " or ".join(dict.fromkeys(f.name for f in FORMATS.values()))  # for mess
 
 def format_of(name: str) -> Format | None:
     """The format of a file of this name; None where there is none. The longest suffix decides, in any case."""
-    fits = [suffix for suffix in FORMATS if name.lower().endswith(suffix)]
-    return FORMATS[max(fits, key=len)] if fits else None
+    words = name.lower().rsplit(".", 2)  # suffixes have two words at most
+    found = FORMATS.get(f".{words[-2]}.{words[-1]}") if len(words) > 2 else None
+    return found or (FORMATS.get(f".{words[-1]}") if len(words) > 1 else None)
 
 
 def _format(path: epath.PathLike) -> Format:
