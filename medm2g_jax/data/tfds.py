@@ -37,6 +37,7 @@ class Tfds:
         ranges: Mapping[str, Span] | None = None,
         most_pixels: int = MOST_PIXELS,
         registered: bool = False,
+        part: bool = False,
     ):
         """Open the prepared data set `name`.
 
@@ -45,7 +46,7 @@ class Tfds:
             "subject"). Without subjects every example is a subject of its own.
           splits: the set's split -> train, val or test; the set need not have them all.
           data_dir: TFDS's own default if None.
-          ranges, most_pixels, registered: see `Manifest`.
+          ranges, most_pixels, registered, part: see `Manifest`.
 
         Raises:
           UserError: the set is not there, not ArrayRecord, lacks a feature, or has a subject in two splits.
@@ -110,7 +111,7 @@ class Tfds:
         stats = [file.stat() for file in epath.Path(builder.data_dir).iterdir()]
         self._stamp = (sum(stat.length for stat in stats), int(max(stat.mtime for stat in stats)))
         self._folder = str(builder.data_dir)
-        self._examined = Examined(name, ranges or {}, most_pixels, self._items)
+        self._examined = Examined(name, ranges or {}, most_pixels, self._items, part)
         check_subjects(f"tfds:{name}", ((r.subject, r.split, f"example {r.id}") for r in self.records))
 
     @property
