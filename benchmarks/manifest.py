@@ -153,7 +153,7 @@ def _files(folder: Path, images: int, packed: bool) -> None:
         path = folder / _name(number, packed).partition("#")[0]
         path.parent.mkdir(parents=True, exist_ok=True)
         if number % 10_000 == 0 and number:  # file systems have a greatest number of names
-            copy = first.with_name(f"{first.name}.{number}")
+            copy = folder / f"one.{number}"
             copy.write_bytes(first.read_bytes())
             first = copy
         path.unlink(missing_ok=True)

@@ -139,7 +139,8 @@ def _shared(preset: str, variant: str, listing: tuple[str, ...]) -> ConfigDict:
             schedule="scaled_linear",  # of the noise, a name in diffusion.SCHEDULES
             net=net,
             data=dict(
-                source="phantom",  # or manifest:PATH, tfds:NAME
+                source="phantom",  # or manifest:PATH, tfds:NAME; several with "+" between them
+                weights=(),  # share of training rows of each of several; (): by size
                 accept="",  # fingerprint of data that may take the place of others under a begun run; never compared
                 template_text=False,  # take texts written from metadata for reports
                 range="",  # of 16-bit images, as in "xray=0:4095,mri:t2=0:1200"; found over the whole set if not said

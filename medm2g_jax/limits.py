@@ -67,6 +67,7 @@ RANGES: Mapping[str, Range] = {
     "net": _SIZE,
     "net.image_vae.layers": _COUNT,  # 0: patches alone
     "data.most_pixels": _SIZE,
+    "data.weights": _POSITIVE,
     "data.train": _SIZE,
     "data.val": _COUNT,
     "data.test": _COUNT,

@@ -40,7 +40,7 @@ FLOOR = {name: level for level, floor in enumerate(FLOORS) for name in floor}
 # Where what a kind of modality picks is decided: its table, what a modality is, the stage graph, and the conversion of
 # weights, which are of networks and not of modalities.
 KNOW_KINDS = ("modality", "family", "rounds", "convert")
-SOURCES = ("phantom", "manifest", "tfds")
+SOURCES = ("phantom", "manifest", "tfds", "mixture")
 
 
 def files() -> dict[str, Path]:

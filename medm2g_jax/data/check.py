@@ -71,8 +71,17 @@ def parse_ranges(spec: str) -> dict[str, Span]:
 class Examined:
     """What opening all pictures of a data set once tells, and their 16-bit ranges. Threads may share it."""
 
-    def __init__(self, name: str, asked: Mapping[str, Span], most_pixels: int, items: Callable[[], Iterable[Item]]):
-        """items: all pictures of the set; asked: ranges that the user has said, of streams or whole modalities."""
+    def __init__(
+        self,
+        name: str,
+        asked: Mapping[str, Span],
+        most_pixels: int,
+        items: Callable[[], Iterable[Item]],
+        part: bool = False,
+    ):
+        """items: all pictures of the set; asked: ranges that the user has said, of streams or whole modalities; part:
+        some of these streams may be in another set."""
+        self._part = part
         self.name, self._asked, self._most_pixels, self._items = name, dict(asked), most_pixels, items
         self._found: dict[str, Span] | None = None
         self._lock = threading.Lock()
@@ -122,7 +131,7 @@ class Examined:
             held.add(item.stream)
             count += 1
             todo += known.get(item.key, [None])[:2] != [*item.stamp]
-        for stream in self._asked:
+        for stream in self._asked if not self._part else ():
             if not any(stream in (s, split_stream(s)[0]) for s in held):
                 said = ", ".join(sorted(held)) or "nothing"
                 raise UserError(f"data range of {stream!r}: {self.name} has images of {said}")

@@ -13,12 +13,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from medm2g_jax.data.open import source_of
-from medm2g_jax.data.source import SPLITS, Source
-from medm2g_jax.modality import MODALITIES, split_stream
+from medm2g_jax.data.source import SPLITS, Source, texts_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def contents(source: Source) -> Contents:
         "subjects": _print(r.subject for r in records),
         "splits": _print(r.split for r in records),
         "streams": _print(" ".join(r.streams) for r in records),
-        "texts and files": _print(_texts(source) if own is None else own()),
+        "texts and files": _print(texts_of(source) if own is None else own()),
     }
     counts = Counter(r.split for r in records)
     streams = Counter(stream for r in records for stream in r.streams)
@@ -78,13 +76,6 @@ def changes(before: dict[str, Any], now: Contents) -> str:
     kinds = [name for name, value in now.parts.items() if before["parts"][name] != value]
     counts = ", ".join(f"{s} {before['records'][s]} -> {n} records" for s, n in now.records.items())
     return f"{counts}; {before['subjects']} -> {now.subjects} subjects; other {', '.join(kinds)}"
-
-
-def _texts(source: Source) -> Iterable[str]:
-    for i, record in enumerate(source.records):
-        for stream in record.streams:
-            if not MODALITIES[split_stream(stream)[0]].is_image:
-                yield str(source.read(i, stream, np.random.default_rng(0)))
 
 
 def _print(words: Iterable[str]) -> str:

@@ -68,6 +68,7 @@ class Manifest:
         ranges: Mapping[str, Span] | None = None,
         most_pixels: int = MOST_PIXELS,
         registered: bool = False,
+        part: bool = False,
     ):
         """Open `path`; images are padded to a square and resized to `size`.
 
@@ -78,6 +79,7 @@ class Manifest:
           ranges: stream or modality -> the values of its 16-bit images that count as -1 and +1; found if not said.
           most_pixels: an image of more is an error: a file of a few kB can hold gigabytes.
           registered: of rows that do not say: their images share one grid.
+          part: it is one of several sets, and `ranges` may be of streams that another one holds.
 
         Raises:
           UserError: no manifest, a bad line, missing images, a subject in two splits, or nothing that can be used.
@@ -95,7 +97,7 @@ class Manifest:
         _say(self.name, str(path), table)
         self.open = all(map(is_open, self.licences))
         self._size, self._most_pixels = size, most_pixels
-        self._examined = Examined(self.name, ranges or {}, most_pixels, self._items)
+        self._examined = Examined(self.name, ranges or {}, most_pixels, self._items, part)
         self._memory: dict[tuple, np.ndarray] = {}
         self._remembered = 0  # bytes
         self._lock = threading.Lock()

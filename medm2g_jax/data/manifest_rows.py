@@ -32,13 +32,14 @@ class Row(NamedTuple):
     """One line.
 
     Attributes:
+      where: its place; messages print it.
       images: image key -> the name of its file, as it stands in the line.
       registered: image keys, or all or none of them; None: not said.
       synthetic: keys of what a model made.
       said: image key -> what is said of it.
     """
 
-    where: Place
+    where: Any
     id: str
     subject: str
     split: str
@@ -78,7 +79,7 @@ def read(folder: Path) -> Iterator[Row]:
                 if line.isspace():
                     continue
                 where = Place(file, number)
-                row = _row(where, _json(where, line))
+                row = checked(where, _json(where, line))
                 if (first := lines.setdefault(row.id, number)) != number:
                     raise UserError(f"{where}: id {row.id!r} is taken by line {first}; ids are unique in a manifest")
                 yield row
@@ -106,7 +107,12 @@ def _json(where: Place, line: str) -> Any:
         raise UserError(f"{where}: not JSON that can be read ({type(error).__name__})") from None
 
 
-def _row(where: Place, row: Any) -> Row:
+def checked(where: Any, row: Any) -> Row:
+    """A line's object as a row. where: what messages print before what is wrong with it.
+
+    Raises:
+      UserError: it is not of the form.
+    """
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
     own = []
@@ -165,7 +171,7 @@ def _is_text(value: Any) -> bool:
     return type(value) is str
 
 
-def _said(where: Place, row: Mapping[str, Any], files: Mapping[str, str]) -> Mapping[str, Said]:
+def _said(where: Any, row: Mapping[str, Any], files: Mapping[str, str]) -> Mapping[str, Said]:
     try:
         found = said.parse(row, files.keys())
     except UserError as error:

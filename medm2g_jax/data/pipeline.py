@@ -2,10 +2,10 @@
 
 A *source* is a sequence of records (one study of one subject each) and a way to read one stream of one record. `Rows`
 says what one training row of a stage holds. Batch number s is a pure function of (seed, s, global row): row r of the
-run is record number r of an endless row of shuffled epochs, and whatever is random in it (contrast, paraphrase) comes
-from `default_rng([seed, r])`. Host k of n reads rows [kB/n, (k+1)B/n) of every global batch of B. Nothing is replayed
-on restart and no iterator state is saved. What a stage cannot use is filtered out of the index before, never in the
-pipeline.
+run is record number r of an endless row of shuffled epochs (`data.draw`; a mixture's parts may have weights), and
+whatever is random in it (contrast, paraphrase) comes from `default_rng([seed, r])`. Host k of n reads rows
+[kB/n, (k+1)B/n) of every global batch of B. Nothing is replayed on restart and no iterator state is saved. What a stage
+cannot use is filtered out of the index before, never in the pipeline.
 
 A batch:
 
@@ -39,6 +39,7 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
+from medm2g_jax.data.draw import at_random, in_turn
 from medm2g_jax.data.kspace import undersampled
 from medm2g_jax.data.latents import Latents
 from medm2g_jax.data.source import Record, Source
@@ -419,23 +420,21 @@ def batches(
     before = practising(source, rows, split)
     read = _Reader(source, rows, size, tokenizers, lengths, latents)
 
-    # Not grain's own shuffle: it takes 30 ms / n an element of a set of n (measured; 8 ms where n is 3).
-    @functools.lru_cache(maxsize=4)
-    def order(epoch: int) -> np.ndarray:
-        return np.random.default_rng([seed, epoch, 1]).permutation(index)  # 1: apart from the rows' own rng
+    record = in_turn(source, index, seed)
+    any_untold = at_random(source, untold) if len(untold) else None
+    any_before = {modality: at_random(source, some) for modality, some in before.items()}
 
     def read_row(row: int) -> Batch:
-        if len(untold):
+        if any_untold:
             rng = np.random.default_rng([seed, row, 2])
             if rng.random() < rows.unprompted:
-                return read(int(rng.choice(untold)), rng)
-        if before:
+                return read(any_untold(rng), rng)
+        if any_before:
             rng = np.random.default_rng([seed, row, 3])
             if rng.random() < rows.rehearse:
-                modality = str(rng.choice([*before]))
-                return read(int(rng.choice(before[modality])), rng, modality)
-        epoch, position = divmod(row, len(index))
-        return read(int(order(epoch)[position]), np.random.default_rng([seed, row]))
+                modality = str(rng.choice([*any_before]))
+                return read(any_before[modality](rng), rng, modality)
+        return read(record(row), np.random.default_rng([seed, row]))
 
     blocks = grain.MapDataset.range(ENDLESS).map(read_row).batch(batch_size // hosts)
     mine = blocks[start * hosts + host :: hosts]

@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -81,7 +81,7 @@ def check(source: Source, cache: epath.PathLike | None, say: Callable[[str], Any
         own(cache, say)
 
 
-def ranges(source: Source) -> dict[str, tuple[float, float]]:
+def ranges(source: Source) -> dict[str, tuple[int | float, int | float]]:
     """The range of the source's 16-bit images by stream, `source.ranges`: stored values that count as -1 and +1."""
     return dict(getattr(source, "ranges", {}))
 
@@ -90,6 +90,20 @@ def steady(source: Source, stream: str) -> bool:
     """Is an image of this stream the same whenever it is read, and does reading it draw nothing from `rng`?
     `source.steady` names those streams; none where it does not say."""
     return stream in getattr(source, "steady", ())
+
+
+def shares(source: Source) -> Any:
+    """How training rows are shared out among the parts of a mixture, `source.shares`: [(the index after the part's last
+    record, weight), ...]; None where every record is drawn equally often."""
+    return getattr(source, "shares", None)
+
+
+def texts_of(source: Source) -> Iterator[str]:
+    """The texts of all records, as they are."""
+    for i, record in enumerate(source.records):
+        for stream in record.streams:
+            if not MODALITIES[stream.partition(":")[0]].is_image:
+                yield str(source.read(i, stream, np.random.default_rng(0)))
 
 
 def entry_of(source: Source, index: int, stream: str) -> Any:

@@ -2,10 +2,14 @@
 
 Images may be `Image` features (files of 8 or 16 bits, read as any other file is) or `Tensor` features of (h w) or
 (h w 1): uint8 counts from -1 to +1 over 0 .. 255, uint16 as `data.check` says, floats over [-1, 1].
-`Tensor(..., optional=True)` may be missing; an empty text is no text. Bytes of a text that are no UTF-8 become U+FFFD.
+`Tensor(..., optional=True)` may be missing; an empty text is no text, and no bytes are no image. Bytes of a text that
+are no UTF-8 become U+FFFD. A text feature `row`, which `data.tfds_builder` writes, says what a manifest's line does:
+id, licence, units and ranges, what shares a grid, what a model made.
 """
 
+import dataclasses
 import functools
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,9 +18,11 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from medm2g_jax.data import manifest_rows
 from medm2g_jax.data.check import Examined, Item
 from medm2g_jax.data.formats import raster
 from medm2g_jax.data.picture import MOST_PIXELS, Picture, Span, network_input
+from medm2g_jax.data.said import Said
 from medm2g_jax.data.source import SURROGATE, Record, check_subjects, identity, images_of, is_open, stream_of
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES, split_stream
@@ -37,6 +43,7 @@ class Tfds:
         ranges: Mapping[str, Span] | None = None,
         most_pixels: int = MOST_PIXELS,
         registered: bool = False,
+        part: bool = False,
     ):
         """Open the prepared data set `name`.
 
@@ -45,7 +52,7 @@ class Tfds:
             "subject"). Without subjects every example is a subject of its own.
           splits: the set's split -> train, val or test; the set need not have them all.
           data_dir: TFDS's own default if None.
-          ranges, most_pixels, registered: see `Manifest`.
+          ranges, most_pixels, registered, part: see `Manifest`.
 
         Raises:
           UserError: the set is not there, not ArrayRecord, lacks a feature, or has a subject in two splits.
@@ -87,9 +94,10 @@ class Tfds:
         }
         self._most_pixels = most_pixels
         licence = info.redistribution_info.license or ""
-        self.open = is_open(licence)
         self.records: Sequence[Record] = []
         self._places: list[tuple[str, int]] = []
+        self._said: list[Mapping[str, Said]] = []
+        rows = "row" in info.features and isinstance(info.features["row"], tfds.features.Text)
         lost = 0
         for split, data in self._data.items():
             for i in range(len(data)):
@@ -103,14 +111,19 @@ class Tfds:
                         raise UserError(f"tfds:{name}: example {split}/{i}: {subject!r}: {error}") from None
                     lost += sum(_text(example[self._features[s]])[1] for s in held if not _is_image(s))
                     grid = images_of(held) if registered else ()
-                    self.records.append(Record(f"{split}/{i}", who, splits[split], held, licence, grid))
+                    record, said = Record(f"{split}/{i}", who, splits[split], held, licence, grid), {}
+                    if rows:
+                        record, said = _of_row(f"tfds:{name}: example {split}/{i}", example["row"], record)
+                    self.records.append(record)
                     self._places.append((split, i))
+                    self._said.append(said)
+        self.open = all(map(is_open, self.licences)) if rows else is_open(licence)
         if lost:
             logging.warning("data %s: %d bytes of texts that are no UTF-8 became U+FFFD", name, lost)
         stats = [file.stat() for file in epath.Path(builder.data_dir).iterdir()]
         self._stamp = (sum(stat.length for stat in stats), int(max(stat.mtime for stat in stats)))
         self._folder = str(builder.data_dir)
-        self._examined = Examined(name, ranges or {}, most_pixels, self._items)
+        self._examined = Examined(name, ranges or {}, most_pixels, self._items, part)
         check_subjects(f"tfds:{name}", ((r.subject, r.split, f"example {r.id}") for r in self.records))
 
     @property
@@ -158,12 +171,36 @@ class Tfds:
         value = self._value(index, stream)
         where = f"tfds:{self.name}: example {self.records[index].id}, {stream}"
         decode = self._decode[stream]
-        return _picture(decode(value), where) if decode else raster.decode(value, where, self._most_pixels)
+        picture = _picture(decode(value), where) if decode else raster.decode(value, where, self._most_pixels)
+        said = self._said[index].get(stream)
+        return said.of(picture, MODALITIES[split_stream(stream)[0]]) if said else picture
 
 
 def _is_image(stream: str) -> bool:
     modality = MODALITIES.get(stream.partition(":")[0])
     return modality is not None and modality.is_image
+
+
+def _of_row(where: str, value: bytes | str, record: Record) -> tuple[Record, Mapping[str, Said]]:
+    """The record, and what is said of its streams, as the manifest's line has it; its split stays the set's own."""
+    try:
+        row = manifest_rows.checked(where, json.loads(value))
+    except ValueError as error:
+        raise UserError(f"{where}: 'row' is no JSON ({type(error).__name__})") from None
+    grid = row.registered or ()
+    grid = record.streams if grid is True else tuple(map(stream_of, grid))
+    made = tuple(map(stream_of, row.synthetic))
+    order = {stream_of(key): place for place, key in enumerate(row.images)}  # TFDS has one of its own
+    streams = tuple(sorted(record.streams, key=lambda s: order.get(s, len(order))))
+    full = dataclasses.replace(
+        record,
+        id=row.id,
+        streams=streams,
+        licence=row.licence,
+        grid=record.grid or images_of(s for s in streams if s in grid),
+        synthetic=tuple(s for s in streams if s in made),
+    )
+    return full, {stream_of(key): said for key, said in row.said.items()}
 
 
 def _missing(value: object) -> bool:

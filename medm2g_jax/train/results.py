@@ -66,8 +66,9 @@ def shared(config: ConfigDict) -> dict[str, Any]:
     """The fields that all stages of a run root agree on, as plain JSON values."""
     everything = json.loads(config.to_json_best_effort())
     del everything["data"]["accept"]  # says what may differ, and is none of it
-    if not everything["data"]["registered"]:
-        del everything["data"]["registered"]  # results of before it was a field stay good
+    for field in ("registered", "weights"):
+        if not everything["data"][field]:
+            del everything["data"][field]  # results of before it was a field stay good
     if everything["schedule"] == Process.schedule:
         del everything["schedule"]  # these too
     return {field: everything[field] for field in rounds.SHARED if field in everything}
