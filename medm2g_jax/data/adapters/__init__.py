@@ -1,13 +1,12 @@
 """Data sets that are read as they are downloaded: one table, one file a set (or a family of them). A new set is one
 file here and one row."""
 
-from medm2g_jax.data.adapters import folder, synthrad
+from medm2g_jax.data.adapters import acdc, brain_tumor, brats2020, folder, gold_atlas, ixi, sliver07, synthrad
 from medm2g_jax.data.case import Adapter
 from medm2g_jax.errors import UserError
 
-ADAPTERS: dict[str, Adapter] = {
-    adapter.name: adapter for module in (folder, synthrad) for adapter in module.ADAPTERS
-}  # fmt: skip
+_MODULES = (folder, acdc, brain_tumor, brats2020, gold_atlas, ixi, sliver07, synthrad)
+ADAPTERS: dict[str, Adapter] = {adapter.name: adapter for module in _MODULES for adapter in module.ADAPTERS}
 
 
 def adapter_of(name: str) -> Adapter:
