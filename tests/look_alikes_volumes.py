@@ -35,14 +35,26 @@ def grid(shape, spacing, code="RAS", centre=(0.0, 0.0, 0.0)) -> np.ndarray:
     return affine
 
 
-def head(kind: str, shape, affine: np.ndarray, seed: int = 0, size: float = 1.0, noise: float = 0.01) -> np.ndarray:
-    """The patient on a grid, int16; `seed` of the noise and of how this head differs from others."""
+def head(
+    kind: str, shape, affine: np.ndarray, seed: int = 0, size: float = 1.0, noise: float = 0.01, face: bool = False
+) -> np.ndarray:
+    """The patient on a grid, int16; `seed` of the noise and of how this head differs from others.
+
+    face: with a jaw, a nape and ventricles: turned and stretched, an ellipsoid can lie on itself, a head cannot.
+    """
     at = (affine @ np.append(np.indices(shape).reshape(3, -1), np.ones((1, np.prod(shape))), 0))[:3]
     mm = at.T / (RADII * size * (1 + 0.05 * np.random.default_rng(seed).uniform(-1, 1, 3)))
     air, brain, skull, right, front = TISSUE[kind]
     far = np.linalg.norm(mm, axis=1)
     wave = 1 + 0.15 * np.sin(4 * mm[:, 0] + seed) * np.cos(5 * mm[:, 1]) + 0.1 * np.sin(6 * mm[:, 2])
     values = np.where(far < 0.85, brain * wave, np.where(far < 1, skull, air))
+    if face:
+        for middle, half, value in (
+            ((0.0, 0.75, -0.75), (0.35, 0.3, 0.35), brain), ((0.1, -0.7, -0.8), (0.3, 0.25, 0.5), skull),
+            ((0.2, 0.0, 0.2), (0.08, 0.4, 0.3), front), ((-0.2, -0.1, 0.2), (0.08, 0.45, 0.2), front),
+            ((-0.5, -0.4, -0.2), (0.15, 0.2, 0.3), right),
+        ):  # fmt: skip
+            values[(np.abs(mm - middle) < half).all(1)] = value
     values[np.linalg.norm(mm - (0.45, 0.1, 0), axis=1) < 0.25] = right
     values[np.linalg.norm(mm - (-0.1, 0.6, 0.1), axis=1) < 0.15] = front
     spread = noise * (TISSUE[kind][2] if kind == "ct" else brain)
@@ -115,8 +127,8 @@ def gold_atlas(root: Path) -> Path:
         folder = root / patient
         folder.mkdir(parents=True)
         rng = np.random.default_rng(number)
-        shape, affine = (32, 28, 6), grid((32, 28, 6), (5, 6, 14), "LPS")
-        t1 = (32, 28, 5), grid((32, 28, 5), (5, 6, 16), "LPS", (3, -2, 4))
+        shape, affine = (32, 28, 6), grid((32, 28, 6), (5, 5, 14), "LPS")
+        t1 = (32, 28, 5), grid((32, 28, 5), (5, 5, 16), "LPS", (3, -2, 4))
         ct = (30, 30, 6), grid((30, 30, 6), (7, 7, 15), "LPS", (8, 5, -6))
         long = {"ScanningSequence": "SE", "RepetitionTime": "6000", "EchoTime": "96"}
         short = {"ScanningSequence": "SE", "RepetitionTime": "600", "EchoTime": "12"}

@@ -63,7 +63,7 @@ def statistics(
     }
 
 
-def _range(values: Iterable[float]) -> list[float]:
+def _range(values: Iterable[int | float]) -> list[float]:
     """Lowest, median, highest; nothing of nothing."""
     found = list(values)
     return [round(float(f(found)), 4) for f in (min, np.median, max)] if found else []
