@@ -162,7 +162,8 @@ class _Case:
         try:
             done = along(volume, first, done.transform) if done else register(volume, first, self.how.register)
         except UserError as error:
-            self.rejected.append((self.name, stream, f"cut apart: {_said(error, self.how)}"))
+            why = re.sub(r" \([^)]*\)$", "", _bare(str(error), self.how))  # without figures: reasons are counted
+            self.rejected.append((self.name, stream, f"cut apart: {why}"))
             return None
         found.append((volume, done))
         self.registered.append((stream, *(round(x, 4) for x in (*done.information, done.moved, *done.edges))))
@@ -358,8 +359,12 @@ def _said(error: UserError, how: Cutting) -> str:
     """An error's words, without what stands before them where names are hidden: paths hold patients' ids."""
     text = str(error)
     if how.salt:
-        return re.sub(re.escape(how.root) + r".*?(: |$)", "", text).strip() or "cannot be used"
+        return _bare(text, how)
     return text.replace(how.root.rstrip("/") + "/", "")
+
+
+def _bare(text: str, how: Cutting) -> str:
+    return re.sub(re.escape(how.root) + r".*?(: |$)", "", text).strip() or "cannot be used"
 
 
 def _write(path: Path, pixels: Num[np.ndarray, "h w"]) -> None:
