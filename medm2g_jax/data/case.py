@@ -52,6 +52,7 @@ class Case(NamedTuple):
       mask: a volume on the first image's grid that is above 0 where it matters; "" for none.
       licence: its own, where it differs from the set's.
       info: what else is known of it, for people (view, labels, spacing of the scanner ...).
+      registered: its pictures lie on each other, pixel by pixel (volumes say themselves where they lie).
     """
 
     id: str
@@ -63,6 +64,7 @@ class Case(NamedTuple):
     mask: str = ""
     licence: str = ""
     info: Mapping[str, Any] = {}
+    registered: bool = False
 
 
 class Left(NamedTuple):
@@ -235,7 +237,8 @@ class Adapter:
       access: how one comes by it, and what one may do with it: printed before anything is read.
       find: gives its cases, and what it leaves out.
       clean: how its reports are cleaned, see `data.clean`.
-      share: slices of volumes are kept of which at least this part is no background (or lies in the mask).
+      share: slices of volumes are kept that hold at least this part of what the fullest one holds of its mask, or of
+        what is no background.
       every: of those, every so many-th.
       register: what is done where the images of a case lie on different grids, see `data.registration`.
       streams: what it holds, for the list of sets.

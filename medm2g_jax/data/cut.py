@@ -5,6 +5,7 @@ numbers exactly, the rest to a 65535th of their range; "scale" and "span" in the
 """
 
 import dataclasses
+import functools
 import hashlib
 import io
 import os
@@ -24,8 +25,8 @@ from medm2g_jax.data.clean import clean
 from medm2g_jax.data.formats import dicom
 from medm2g_jax.data.formats.content import DAMAGED
 from medm2g_jax.data.picture import MOST_PIXELS, Picture, Span
-from medm2g_jax.data.registration import on_one_grid, register
-from medm2g_jax.data.volume import MOST_VOXELS, Volume, ranged, select, slices, square_pixels, stack
+from medm2g_jax.data.registration import Registered, along, on_one_grid, register
+from medm2g_jax.data.volume import MOST_VOXELS, Volume, ranged, shares, slices, square_pixels, stack
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES, Modality, split_stream
 
@@ -39,7 +40,9 @@ class Cutting:
     Attributes:
       root, out: the downloaded set, and where the prepared one goes.
       size: the longer side of a stored image has at most so many pixels.
-      plane, first, last, every, share: which slices of volumes, see `volume.select`.
+      plane, first, last, every: which slices of volumes; numbers in `volume.stack`.
+      share: slices are kept that hold at least this part of what the fullest slice of their volume holds, of its mask
+        where the case has one, else of what is no background (`volume.shares`): whatever the field of view.
       square: mm of a volume's pixels in the plane; 0 for the finer of its own.
       register: see `registration.register`.
       preset: see `volume.PRESETS`.
@@ -79,12 +82,12 @@ class Outcome(NamedTuple):
     Attributes:
       rows: of the manifest; each with "_prints", stream -> (exact, likeness) of its stored pixels, for the whole set.
       rejected: (id, stream or "text" or "", reason).
-      registered: (stream, mutual information before, after, mm moved).
+      registered: (stream, mutual information before, after, mm moved, edge overlap before, after).
     """
 
     rows: list[dict[str, Any]]
     rejected: list[tuple[str, str, str]]
-    registered: list[tuple[str, float, float, float]]
+    registered: list[tuple[str, float, float, float, float, float]]
 
 
 def cut(case: Case, how: Cutting) -> Outcome:
@@ -107,7 +110,7 @@ def cut(case: Case, how: Cutting) -> Outcome:
     pictures = {s: i for s, i in images.items() if isinstance(i, Picture)}
     volumes = {s: i for s, i in images.items() if isinstance(i, Volume)}
     if pictures:
-        work.row(name, pictures)
+        work.pictures(pictures)
     if volumes:
         try:
             work.volumes(volumes)
@@ -126,7 +129,7 @@ class _Case:
     def __init__(self, case: Case, how: Cutting, name: str, text: str, rejected: list):
         self.case, self.how, self.name, self.text, self.rejected = case, how, name, text, rejected
         self.rows: list[dict[str, Any]] = []
-        self.registered: list[tuple[str, float, float, float]] = []
+        self.registered: list[tuple[str, float, float, float, float, float]] = []
 
     def volumes(self, volumes: dict[str, Volume]) -> None:
         """Slices of volumes: rows of several streams where these share a grid, else of one each."""
@@ -139,40 +142,54 @@ class _Case:
             return
         first, *others = volumes
         together, apart = {first: volumes[first]}, {}
+        found: list[tuple[Volume, Registered]] = []  # grids that are not the first one's, and how they lie on it
         for stream in others:
-            (together if self._grid(stream, volumes, first) else apart)[stream] = volumes[stream]
+            here = self._on(stream, volumes[stream], volumes[first], found)
+            (apart if here is None else together)[stream] = volumes[stream] if here is None else here
         self._slices(together, self.name)
         for stream, volume in apart.items():
             self._slices({stream: volume}, f"{self.name}-{stream.replace(':', '-')}")
 
-    def _grid(self, stream: str, volumes: dict[str, Volume], first: str) -> bool:
-        """Does a volume lie on the first one's grid, or can it be brought there? Then it is, in its place."""
-        if on_one_grid(volumes[stream], volumes[first]):
-            return True
+    def _on(self, stream: str, volume: Volume, first: Volume, found: list[tuple[Volume, Registered]]) -> Volume | None:
+        """A volume on the first one's grid; None where it cannot be brought there. What shares a grid with one that was
+        brought there goes the same way: two echoes of one scan stay on each other."""
+        if on_one_grid(volume, first):
+            return volume
         if self.how.register == "none":
             self.rejected.append((self.name, "", "a pair that is not on one grid is cut apart (see --register)"))
-            return False
+            return None
+        done = next((done for grid, done in found if on_one_grid(volume, grid)), None)
         try:
-            done = register(volumes[stream], volumes[first], self.how.register)
+            done = along(volume, first, done.transform) if done else register(volume, first, self.how.register)
         except UserError as error:
-            self.rejected.append((self.name, "", f"a pair that is cut apart: {_said(error, self.how)}"))
-            return False
-        volumes[stream] = done.volume
-        self.registered.append((stream, *(round(x, 4) for x in (*done.information, done.moved))))
-        return True
+            why = re.sub(r" \([^)]*\)$", "", _said(error, self.how))  # without figures: reasons are counted
+            self.rejected.append((self.name, stream, f"cut apart: {why}"))
+            return None
+        found.append((volume, done))
+        self.registered.append((stream, *(round(x, 4) for x in (*done.information, done.moved, *done.edges))))
+        return done.volume
+
+    def pictures(self, pictures: dict[str, Picture]) -> None:
+        """One row of pictures; of a set that says that they lie on each other, if they do."""
+        if not (self.case.registered and len(pictures) > 1):
+            self.row(self.name, pictures)
+            return
+        first, *others = pictures
+        for stream in others:
+            a, b = (pictures[s].pixels for s in (first, stream))
+            wrong = checks.pair(a[None], b[None]) if a.shape == b.shape else "a pair of different shapes"
+            if wrong:
+                self.rejected.append((self.name, stream, wrong))
+                del pictures[stream]
+        self.row(self.name, pictures, True)
 
     def _slices(self, volumes: Mapping[str, Volume], name: str) -> None:
         how, (first, *others) = self.how, volumes
-        last = how.last if how.last is None else min(how.last, len(stack(volumes[first], how.plane)))
-        chosen = select(volumes[first], how.plane, share=0, first=how.first, last=last)
         mask = self._mask(volumes[first])
-        if mask is not None:
-            whole = stack(mask, how.plane)
-            chosen = [n for n in chosen if (whole[n] > 0).any()]
-        else:
-            worth = set(select(volumes[first], how.plane, share=how.share))
-            chosen = [n for n in chosen if n in worth]
-        chosen = chosen[:: how.every]
+        held = shares(volumes[first], how.plane) if mask is None else (stack(mask, how.plane) > 0).mean((1, 2))
+        enough = max(how.share * held.max(), 1e-9)
+        numbers = range(how.first, len(held) if how.last is None else min(how.last, len(held)))
+        chosen = [n for n in numbers if held[n] >= enough or (mask is None and not how.share)][:: how.every]
         if not chosen:
             self.rejected.append((name, first, "no slice is worth keeping (--share, --first, --last)"))
             return
@@ -193,9 +210,10 @@ class _Case:
         if not self.case.mask:
             return None
         mask = formats.read_volume(_inside(Path(self.how.root), self.case.mask))
-        if not on_one_grid(mask, first):
+        # One of its image's voxels, whose origin some writers leave out.
+        if not on_one_grid(dataclasses.replace(mask, affine=_at(mask.affine, first.affine)), first):
             raise UserError(f"{mask.path}: a mask that is not on the grid of its image")
-        return mask
+        return dataclasses.replace(mask, affine=first.affine)
 
     def row(self, name: str, pictures: Mapping[str, Picture], grid: bool = False) -> None:
         """Write the images of one row and keep it, if anything is left of it."""
@@ -223,8 +241,9 @@ class _Case:
             row["registered"] = True
         if self.case.licence:
             row["license"] = self.case.licence
-        if self.case.info:
-            row["info"] = dict(self.case.info)
+        burned = [s.replace(":", "_") for s, picture in pictures.items() if dicom.BURNED_IN in picture.notes]
+        if self.case.info or burned:
+            row["info"] = dict(self.case.info) | ({"burned_in_annotation": burned} if burned else {})
         self.rows.append(row)
 
 
@@ -257,7 +276,7 @@ def stored(picture: Picture, modality: Modality, size: int) -> Stored:
     span = () if picture.span is None else tuple(float(x) for x in picture.span)
     if plain:
         return Stored(values, (1.0, 0.0), span, mm, picture.orientation)
-    hounsfield = modality.unit == "HU"
+    hounsfield = modality.unit == "HU" and not span
     pixels, scale = _sixteen(values, hounsfield or picture.pixels.dtype.kind in "iu", -1024 if hounsfield else 0)
     return Stored(pixels, scale, span, mm, picture.orientation)
 
@@ -294,7 +313,7 @@ def _read(root: Path, image: Image, modality: Modality, preset: str) -> Picture 
     if image.which and path.suffix == ".npy":
         found = _of_stack(path, int(image.which))
     elif image.which:
-        series = [s for s in dicom.series(path, MOST_VOXELS) if s.uid == image.which]
+        series = [s for s in _series(path) if s.uid == image.which]
         if not series:
             raise UserError(f"{path}: the series is no longer in it")
         found = dicom.read_series(series[0], MOST_VOXELS)
@@ -303,10 +322,36 @@ def _read(root: Path, image: Image, modality: Modality, preset: str) -> Picture 
     if image.span is not None:
         return dataclasses.replace(found, span=image.span)
     if isinstance(found, Volume):
-        return ranged(found, modality, preset)
+        found = ranged(found, modality, preset)
+        taken = modality.unit == "HU" and not found.unit and found.modality != "CT"  # of DICOM that says otherwise, not
+        return dataclasses.replace(found, unit="HU") if taken else found
     if found.modality == "CT" and found.span is None and (wrong := _no_volume(found)):
         raise UserError(f"{path}: {wrong}")
-    return found
+    return _windowed(found, modality)
+
+
+def _windowed(picture: Picture, modality: Modality) -> Picture:
+    """A picture of a modality that has no unit, with the values that count as -1 and +1: of whole numbers all that its
+    bits hold, as of a PNG.
+
+    Raises:
+      UserError: other values, beyond the modality's window.
+    """
+    values, (low, high) = picture.pixels, modality.window
+    if picture.span is not None or not modality.relative or low <= values.min() <= values.max() <= high:
+        return picture
+    if values.dtype in (np.uint8, np.uint16):
+        return dataclasses.replace(picture, span=(0, np.iinfo(values.dtype).max))
+    raise UserError(f"{picture.path}: values in no unit; --range STREAM=LOW:HIGH says which count as -1 and +1")
+
+
+@functools.lru_cache(maxsize=1)  # of a case, whose images are often in one folder
+def _series(folder: Path) -> list[dicom.Series]:
+    return dicom.series(folder, MOST_VOXELS)
+
+
+def _at(affine: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return np.concatenate([affine[:, :3], other[:, 3:]], axis=1)
 
 
 def _no_volume(picture: Picture) -> str:

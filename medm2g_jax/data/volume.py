@@ -226,24 +226,30 @@ def select(
     """Numbers of the slices, in `stack`, that are worth having.
 
     Args:
-      share: at least this part of a slice is no background: above -500 HU, else above a tenth of the way from the
-        lowest value to the 99.5th percentile of the volume.
+      share: at least this part of a slice is no background, see `shares`.
       first, last: the range; last is the number after the last one, None for the end.
       every: of those left, every so many-th.
 
     Raises:
       UserError: no such plane, or numbers that make no range.
     """
-    whole = stack(volume, plane)
-    last = len(whole) if last is None else last
-    if not (0 <= first < last <= len(whole) and every >= 1 and 0 <= share <= 1):
+    covered = shares(volume, plane)
+    last = len(covered) if last is None else last
+    if not (0 <= first < last <= len(covered) and every >= 1 and 0 <= share <= 1):
         raise UserError(
-            f"slices {first} to {last}, every {every}, share {share}: expected a range in the {len(whole)} {plane} "
+            f"slices {first} to {last}, every {every}, share {share}: expected a range in the {len(covered)} {plane} "
             "slices, every from 1 and a share from 0 to 1"
         )
-    low, high = _percentiles(volume.values)
+    return [n for n in range(first, last) if covered[n] >= share][::every]
+
+
+def shares(volume: Volume, plane: str = "axial") -> Float[np.ndarray, "n"]:
+    """Which part of each slice, in `stack`, is no background: above -500 HU, else above a tenth of the way from the 1st
+    to the 99.5th percentile of the volume (the lowest value is often one odd voxel, of resampling or of padding)."""
+    sample = _sample(volume.values)
+    low, high = (float(x) for x in np.percentile(sample, (1, 99.5)))
     above = _BODY if volume.unit == "HU" else low + (high - low) / 10
-    return [n for n in range(first, last) if (whole[n] > above).mean() >= share][::every]
+    return np.array([(one > above).mean() for one in stack(volume, plane)])
 
 
 def resample(volume: Volume, spacing: float | tuple[float, float, float]) -> Volume:
@@ -352,5 +358,9 @@ def check_modality(image: Picture | Volume, modality: Modality | None) -> None:
 
 def _percentiles(values: np.ndarray) -> Span:
     """(lowest value, 99.5th percentile), of a fixed part of the voxels where there are many."""
+    return float(values.min()), float(np.percentile(_sample(values), 99.5))
+
+
+def _sample(values: np.ndarray) -> np.ndarray:
     flat = values.reshape(-1, order="A")
-    return float(values.min()), float(np.percentile(flat[:: max(1, flat.size // _SAMPLE)], 99.5))
+    return flat[:: max(1, flat.size // _SAMPLE)]

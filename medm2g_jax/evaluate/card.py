@@ -24,7 +24,7 @@ def statistics(
     cases: int,
     left: int,
     rejected: Iterable[tuple[str, str]],
-    moved: Sequence[tuple[str, float, float, float]],
+    moved: Sequence[tuple[str, float, float, float, float, float]],
     alike: int,
 ) -> dict[str, Any]:
     """What a prepared set holds, in numbers alone.
@@ -32,7 +32,7 @@ def statistics(
     Args:
       cases, left: found, and left out before any image was read.
       rejected: (stream, reason) of each.
-      moved: (stream, mutual information before, after, mm) of volumes that were registered.
+      moved: (stream, mutual information before, after, mm, edge overlap before, after) of volumes that were registered.
       alike: images of different splits that look the same.
     """
     texts = [len(row["text"].split()) for row in rows if row.get("text")]
@@ -59,8 +59,11 @@ def statistics(
             "mutual_information_before": _range(m[1] for m in moved),
             "mutual_information_after": _range(m[2] for m in moved),
             "moved_mm": _range(m[3] for m in moved),
+            "edge_overlap_before": _range(m[4] for m in moved),
+            "edge_overlap_after": _range(m[5] for m in moved),
         },
         "look_alike_across_splits": alike,
+        "burned_in_annotation": sum("burned_in_annotation" in row.get("info", {}) for row in rows),
     }
 
 
@@ -80,6 +83,13 @@ def lines(stats: Mapping[str, Any]) -> list[str]:
     if stats["rejected"]:
         out.append(f"  left out or cut apart ({sum(stats['rejected'].values())}, see rejected.jsonl):")
         out += [f"    {n} x {reason}" for reason, n in list(stats["rejected"].items())[:10]]
+    if (moves := stats["registered"])["volumes"]:
+        what = ("mutual information", "edge overlap")
+        said = (f"{w} {' -> '.join(f'{moves[key][1]:.3g}' for key in moves if key.startswith(w.replace(' ', '_')))}"
+                for w in what)  # fmt: skip
+        out.append(f"  {moves['volumes']} volumes registered: {', '.join(said)} (medians)")
+    if n := stats["burned_in_annotation"]:
+        out.append(f"  {n} rows hold images that say that text is burned into them: look whether it names a patient")
     if n := stats["look_alike_across_splits"]:
         out.append(f"  {n} kinds of image look alike in different splits: look whether they are the same patient's")
     return out

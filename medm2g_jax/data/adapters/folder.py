@@ -25,6 +25,11 @@ _WORDS = {
     "t1gd": "mri:t1ce", "ct": "ct", "mr": "mri", "mri": "mri",
 }  # fmt: skip
 
+_ORDER = [stream for modality in MODALITIES.values() for stream in modality.streams]
+_MASKS = {"mask", "seg", "segmentation", "dseg", "probseg", "label", "labels", "lesion", "gt"}
+_SHOWN = {"xray": "xray", "cxr": "xray", "radiograph": "xray", "film": "xray"}  # in tables of pictures
+_SPLITS = {"training": "train", "validation": "val", "validate": "val", "valid": "val", "dev": "val", "testing": "test"}
+
 
 def _nifti(root: Root) -> Iterator[Case | Left]:
     yield from _by_pattern(root) if root.patterns else _by_name(root)
@@ -66,6 +71,9 @@ def _by_name(root: Root) -> Iterator[Case | Left]:
             yield Left(name, "derived (BIDS derivatives)")
             continue
         stem = re.sub(r"(\.nii|\.mg[hz]|\.mh[ad]|\.n(r|h)?rrd)?(\.gz)?$", "", name.rpartition("/")[2], flags=re.I)
+        if _MASKS & {word.lower() for word in re.split(r"[-_. ]", stem)}:
+            yield Left(name, "a mask, by its name")
+            continue
         found = _stream(stem)
         if found is None:
             yield Left(name, "its name says no modality (--files STREAM=PATTERN does)")
@@ -83,9 +91,8 @@ def _by_name(root: Root) -> Iterator[Case | Left]:
             yield Left(name, f"a second {stream} for one study")
         else:
             cases[key][stream] = name
-    order = [s for m in MODALITIES.values() for s in m.streams]
     for (subject, study), files in sorted(cases.items()):
-        yield Case(study, subject, {s: Image(files[s]) for s in sorted(files, key=order.index)})
+        yield Case(study, subject, {s: Image(files[s]) for s in sorted(files, key=_ORDER.index)})
 
 
 def _stream(stem: str) -> tuple[str, str] | None:
@@ -104,7 +111,9 @@ def _stream(stem: str) -> tuple[str, str] | None:
 
 
 def _dicom(root: Root) -> Iterator[Case | Left]:
-    """A folder in the root is a subject; each series in it a case, CT and MR of one frame of reference together."""
+    """A folder in the root is a subject, whatever is in it. Series of one frame of reference (one session, as a rule)
+    are a case; a second series of the same kind in it is a case of its own. Which contrast an MRI has is said by the
+    series' description or its times, or not at all (`mri`)."""
     folders = [name for name in root.files("*") if (root.path / name).is_dir()]
     if not folders:
         raise UserError(f"{root.path}: expected a folder for each subject, with its DICOM files in it")
@@ -114,23 +123,36 @@ def _dicom(root: Root) -> Iterator[Case | Left]:
         except UserError:
             yield Left(subject, "a damaged DICOM file in its folder")
             continue
-        frames: dict[str, dict[str, dicom.Series]] = {}
+        frames: dict[str, dict[str, Image]] = {}
+        alone: list[tuple[str, str, Image]] = []
         for number, series in enumerate(found):
-            stream = next((m.name for m in MODALITIES.values() if m.dicom and m.dicom == series.modality), None)
-            stream = "xray" if series.modality in ("CR", "DX") else stream
-            if stream is None:
-                yield Left(f"{subject}/{number}", f"series of modality {series.modality or 'unknown'}")
+            stream = _stream_of(series)
+            if stream is None or series.localizer:
+                why = "a localizer" if series.localizer else f"a series of modality {series.modality or 'unknown'}"
+                yield Left(f"{subject}/{number}", why)
                 continue
-            together = frames.setdefault(series.frame or str(number), {})
-            key = stream if stream not in together else f"{stream} {number}"
-            together[key] = series
-        for n, together in enumerate(frames.values()):
-            for key, series in together.items():
-                stream, _, number = key.partition(" ")
-                if number:
-                    yield Case(f"{subject}-{stream}-{number}", subject, {stream: _series(root, subject, series)})
-            images = {k: _series(root, subject, s) for k, s in together.items() if " " not in k}
-            yield Case(subject if len(frames) == 1 else f"{subject}-{n}", subject, images)
+            image = _series(root, subject, series)
+            together = frames.setdefault(series.frame or f"no frame {number}", {})
+            if stream in together:
+                alone.append((f"{subject}-{stream.replace(':', '-')}-{number}", stream, image))
+            else:
+                together[stream] = image
+        if not found:
+            yield Left(subject, "a folder without DICOM images")
+        for n, images in enumerate(frames.values()):
+            order = sorted(images, key=_ORDER.index)
+            yield Case(subject if len(frames) == 1 else f"{subject}-{n}", subject, {s: images[s] for s in order})
+        for name, stream, image in alone:
+            yield Case(name, subject, {stream: image})
+
+
+def _stream_of(series: dicom.Series) -> str | None:
+    if series.modality in ("CR", "DX", "DR"):
+        return "xray"
+    modality = next((m for m in MODALITIES.values() if m.dicom and m.dicom == series.modality), None)
+    if modality is None:
+        return None
+    return f"{modality.name}:{series.contrast}" if series.contrast in modality.contrasts else modality.name
 
 
 def _series(root: Root, subject: str, series: dicom.Series) -> Image:
@@ -140,37 +162,63 @@ def _series(root: Root, subject: str, series: dicom.Series) -> Image:
 
 
 def _images(root: Root) -> Iterator[Case | Left]:
-    """`metadata.csv` or `.jsonl` beside pictures, as Hugging Face's image folders have it: file_name, text, and, where
-    there are, modality (or image_modality), subject (or patient_id), split. MINIM's path, Text, modality as well."""
-    if root.has("metadata.jsonl"):
-        rows = []
-        for number, line in enumerate(root.text("metadata.jsonl").splitlines(), 1):
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                raise UserError(f"{root.path}/metadata.jsonl:{number}: not JSON ({error.msg})") from None
-    else:
-        rows = list(root.table("metadata.csv", "metadata.tsv", "*.csv"))
-    for number, row in enumerate(rows, 1):
-        lower = {str(k).lower(): v for k, v in row.items()}
-        file = str(lower.get("file_name") or lower.get("path") or lower.get("image") or "")
-        if not file or format_of(file) is None:
-            yield Left(f"row {number}", "no file of a known format named (file_name)")
-            continue
-        if not root.has(file):
-            yield Left(file, "its file is missing")
-            continue
-        said = str(lower.get("modality") or lower.get("image_modality") or next(iter(root.patterns), ""))
-        stream = stream_of(said.lower().replace("-", "").replace("chest ", "").replace(" ", "_"))
-        if stream is None:
-            yield Left(file, "of no modality that is known (a column `modality`, or --files STREAM=*)")
-            continue
-        subject = str(lower.get("subject") or lower.get("patient_id") or lower.get("subject_id") or file)
-        split = {"validation": "val", "validate": "val"}.get(str(lower.get("split", "")), str(lower.get("split") or ""))
-        text = str(lower.get("text") or lower.get("caption") or lower.get("report") or "")
-        yield Case(
-            file.rpartition(".")[0], subject, {stream: Image(file)}, split if split in SPLITS else "", text, "caption"
-        )
+    """`metadata.csv` or `.jsonl` beside pictures, or in a folder for each split, as Hugging Face's image folders have
+    it: file_name, text, and, where there are, modality (or image_modality), subject (or patient_id), split. MINIM's
+    path, Text, modality as well. Where no subject is named, each picture is taken for another's."""
+    tables = root.files("**/metadata.jsonl") + root.files("**/metadata.[ct]sv") or root.files("*.csv")[:1]
+    if not tables:
+        raise UserError(f"{root.path}: no metadata.csv or metadata.jsonl in it; one row a picture: file_name, modality")
+    for table in tables:
+        folder = table.rpartition("/")[0]
+        above = next((w for w in folder.lower().split("/") if _SPLITS.get(w, w) in SPLITS), "")
+        for number, row in enumerate(_rows(root, table), 1):
+            lower = {str(k).lower(): str(v) for k, v in row.items() if v is not None}
+            named = _first(lower, "file_name", "path", "image")
+            if not named or format_of(named) is None:
+                yield Left(f"{table}:{number}", "no file of a known format named (file_name)")
+                continue
+            file = next((f for f in (f"{folder}/{named}" if folder else named, named) if root.has(f)), None)
+            if file is None:
+                yield Left(named, "its file is missing")
+                continue
+            stream = _said(_first(lower, "modality", "image_modality") or next(iter(root.patterns), ""))
+            if stream is None:
+                yield Left(file, "of no modality that is known (a column `modality`, or --files STREAM=*)")
+                continue
+            subject = _first(lower, "subject", "patient_id", "subject_id") or file
+            split = _first(lower, "split").lower() or above
+            split = _SPLITS.get(split, split)
+            text = _first(lower, "text", "caption", "report")
+            name = file.rpartition(".")[0]
+            yield Case(name, subject, {stream: Image(file)}, split if split in SPLITS else "", text, "caption")
+
+
+def _rows(root: Root, table: str) -> Iterator[dict]:
+    if not table.endswith(".jsonl"):
+        yield from root.table(table)
+        return
+    for number, line in enumerate(root.text(table).splitlines(), 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            raise UserError(f"{root.path / table}:{number}: not JSON ({type(error).__name__})") from None
+        if row is not None and not isinstance(row, dict):
+            raise UserError(f"{root.path / table}:{number}: expected a JSON object, found {type(row).__name__}")
+        if row:
+            yield row
+
+
+def _first(row: dict[str, str], *names: str) -> str:
+    return next((row[name].strip() for name in names if row.get(name, "").strip()), "")
+
+
+def _said(words: str) -> str | None:
+    """The stream that a table means: "Chest X-ray", "brain MRI T1", "mri_t2", "CT"."""
+    if exact := stream_of(words.lower().replace(":", "_")):
+        return exact
+    found = re.split(r"[-_: ]+", words.lower().replace("x-ray", "xray").replace("x ray", "xray"))
+    contrast = next((_WORDS[word] for word in found if _WORDS.get(word, "").startswith("mri:")), None)
+    return contrast or next((s for word in found if (s := _WORDS.get(word) or _SHOWN.get(word))), None)
 
 
 _YOURS = "Your own files: what may be done with them is yours to know; they are treated as not open."

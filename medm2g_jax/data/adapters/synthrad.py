@@ -21,7 +21,7 @@ def _find(root: Root) -> Iterator[Case | Left]:
         raise UserError(f"{root.path}: no mr.nii.gz or mr.mha in a patient's folder; expected TASK/REGION/PATIENT/")
     for mr in found:
         folder, _, end = mr.rpartition("mr")
-        patient = folder.rstrip("/").rpartition("/")[2]
+        patient = folder.rstrip("/").rpartition("/")[2] or root.path.name
         if not root.has(f"{folder}ct{end}"):
             yield Left(patient, "no CT (of the challenge's validation or test)")
             continue

@@ -2,7 +2,8 @@
 
 A file that says where it lies gives a volume, one that does not (every CR and DX) a picture. Slices of a series are
 those of one SeriesInstanceUID with one geometry, sorted by where they lie along their normal; names and instance
-numbers decide nothing. Of a header only TAGS are read: no patient's data come into memory, nor into a message.
+numbers decide nothing. Of a header only TAGS are read: no patient's data come into memory, nor into a message. Of a
+series' description, in which people write anything, nothing is kept but which of a few words is in it (`Series`).
 
 A CT is in HU, exactly as slope and intercept say; its windows are not used. All else has no unit: a picture counts over
 the window that its file asks for or, without one, over the bits it stores (`data.check` then finds the range over a
@@ -13,8 +14,9 @@ its volume's own range (`volume.ranged`).
 import dataclasses
 import io
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,9 +34,21 @@ TAGS = """SOPInstanceUID SeriesInstanceUID SeriesNumber FrameOfReferenceUID Moda
     ImageOrientationPatient PatientOrientation PixelSpacing ImagerPixelSpacing SliceThickness SamplesPerPixel
     PhotometricInterpretation NumberOfFrames Rows Columns PlanarConfiguration BitsAllocated BitsStored HighBit
     PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit RescaleSlope RescaleIntercept RescaleType
-    ModalityLUTSequence WindowCenter WindowWidth VOILUTFunction PixelData FloatPixelData DoubleFloatPixelData
-    ExtendedOffsetTable ExtendedOffsetTableLengths SharedFunctionalGroupsSequence
+    BurnedInAnnotation ModalityLUTSequence WindowCenter WindowWidth VOILUTFunction PixelData FloatPixelData
+    DoubleFloatPixelData ExtendedOffsetTable ExtendedOffsetTableLengths SharedFunctionalGroupsSequence
     PerFrameFunctionalGroupsSequence""".split()
+
+BURNED_IN = "says that text is burned into it (BurnedInAnnotation)"
+# What tells series apart beside their grids; read in looking for them, and let go of at once.
+_TELLING = ["SeriesDescription", "ProtocolName", "ScanningSequence", "RepetitionTime", "EchoTime", "InversionTime"]
+_WORDS = {
+    "flair": re.compile(r"flair|dark[ _-]?fluid", re.I),
+    "pd": re.compile(r"(?<![A-Z])PD|(?<![A-Za-z])pd|(?i:proton[ _-]?dens)"),
+    "t2": re.compile(r"(?<![A-Z0-9])T2(?!\d)|(?<![A-Za-z0-9])t2(?!\d)"),
+    "t1": re.compile(r"(?<![A-Z0-9])T1(?!\d)|(?<![A-Za-z0-9])t1(?!\d)|(?i:mp-?rage)"),
+}
+_ENHANCED = re.compile(r"(?<![a-z])(gd|gad\w*|ce|post\w*|enhanced)(?![a-z])|\+ ?c\b", re.I)
+_DEFORMED = re.compile(r"deform|warp|regist|(?<![a-z])d?reg(?![a-z])", re.I)
 
 _PER_FRAME = """ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness RescaleSlope RescaleIntercept
     RescaleType""".split()  # in an enhanced file
@@ -53,6 +67,10 @@ class Series(NamedTuple):
       notes: what was passed over in looking for it.
       uid: its SeriesInstanceUID, "/2" after that of a second grid of the same.
       frame: its frame of reference; "" where it has none.
+      contrast: of an MRI: t1, t2, pd, flair, t1ce by a word of its description, else by a spin echo's times; else "".
+      deformed: does its description say that it was registered to another?
+      localizer: is it a scout?
+      grid: equal of series that lie on one grid: direction, spacing, the places of the outermost slices (mm).
     """
 
     modality: str
@@ -61,6 +79,10 @@ class Series(NamedTuple):
     notes: tuple[str, ...]
     uid: str = ""
     frame: str = ""
+    contrast: str = ""
+    deformed: bool = False
+    localizer: bool = False
+    grid: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         count, (rows, columns) = len(self.files), self.shape
@@ -108,18 +130,23 @@ def series(folder: epath.PathLike, most_pixels: int) -> list[Series]:
       UserError: a damaged file; names it.
     """
     groups: dict[tuple, list[Path]] = {}
+    places: dict[tuple, list[tuple[float, ...]]] = {}
+    told: dict[tuple, tuple[str, bool]] = {}
     seen: set[str] = set()
     out = again = 0
     for path, inside in _files(Path(folder)):
         if not inside:
             out += 1
-        elif is_dicom(path) and _is_image(str(path), header := _parsed(path, most_pixels, pixels=False)):
+        elif is_dicom(path) and _is_image(str(path), header := _parsed(path, most_pixels, _TELLING)):
             uid, group = str(get(str(path), header, "SOPInstanceUID", "")), _group(str(path), header)
             if uid and uid in seen:
                 again += 1
             else:
                 groups.setdefault(group, []).append(path)
+                places.setdefault(group, []).append(numbers(str(path), header, "ImagePositionPatient", 3) or ())
                 seen.add(uid)
+                if group not in told:
+                    told[group] = _told(str(path), header)
     times: dict[str, int] = {}
     notes = (f"{out} links that lead out of the folder were passed over",) if out else ()
     notes += (f"{again} files that hold the same image as another were passed over",) if again else ()
@@ -127,8 +154,35 @@ def series(folder: epath.PathLike, most_pixels: int) -> list[Series]:
     for key in sorted(groups):
         times[key[1]] = times.get(key[1], 0) + 1
         uid = key[1] if times[key[1]] == 1 else f"{key[1]}/{times[key[1]]}"
-        found.append(Series(*key[2:4], tuple(groups[key]), notes, uid, key[5]))
+        ends = min(places[key]), max(places[key])
+        grid = (*key[4], *(round(x, 1) + 0.0 for end in ends for x in end))
+        found.append(Series(*key[2:4], tuple(groups[key]), notes, uid, key[5], *told[key], key[6], grid))
     return found
+
+
+def _told(name: str, header: Any) -> tuple[str, bool]:
+    """(contrast, whether it was registered to another), of what a header says of its series."""
+    with readable(name):
+        words = " ".join(str(get(name, header, tag, "")) for tag in ("SeriesDescription", "ProtocolName"))
+        sequence = [str(word) for word in np.atleast_1d(np.asarray(get(name, header, "ScanningSequence", []), object))]
+    tr, te, ti = (_time(name, header, tag) for tag in ("RepetitionTime", "EchoTime", "InversionTime"))
+    contrast = next((word for word, says in _WORDS.items() if says.search(words)), "")
+    if not contrast and te and "SE" in sequence and "GR" not in sequence:
+        if tr >= 1800 and te >= 60:
+            contrast = "flair" if ti > 1500 else "t2"
+        elif ti <= 1500:
+            contrast = "pd" if tr >= 1800 and te < 45 else "t1" if 0 < tr < 1200 and te < 30 else ""
+    if contrast == "t1" and _ENHANCED.search(words):
+        contrast = "t1ce"
+    return contrast, bool(_DEFORMED.search(words))
+
+
+def _time(name: str, header: Any, tag: str) -> float:
+    """Milliseconds; 0 where it states none, or several."""
+    try:
+        return (numbers(name, header, tag, 1) or (0.0,))[0]
+    except UserError:
+        return 0.0
 
 
 def _is_image(name: str, header: Any) -> bool:
@@ -192,8 +246,8 @@ def _files(root: Path) -> Iterator[tuple[Path, bool]]:
                 yield path, inside
 
 
-def _parsed(path: epath.PathLike, most_pixels: int, pixels: bool = True) -> Any:
-    """The header of a file, TAGS alone, and its pixel data, still packed.
+def _parsed(path: epath.PathLike, most_pixels: int, instead: Sequence[str] = ()) -> Any:
+    """The header of a file, TAGS alone, and its pixel data, still packed, or other tags in their place.
 
     Raises:
       UserError: it is no DICOM, damaged, or of more than a file of so many pixels can have.
@@ -213,7 +267,8 @@ def _parsed(path: epath.PathLike, most_pixels: int, pixels: bool = True) -> Any:
     if _DEFLATED in content[:4096]:
         raise UserError(f"{name}: deflated as a whole; save it in another transfer syntax, as `dcmconv +te` does")
     with readable(name):
-        return pydicom.dcmread(io.BytesIO(content), force=True, specific_tags=TAGS, stop_before_pixels=not pixels)
+        tags = [*TAGS, *instead]
+        return pydicom.dcmread(io.BytesIO(content), force=True, specific_tags=tags, stop_before_pixels=bool(instead))
 
 
 def _placed(header: Any) -> bool:
@@ -269,7 +324,12 @@ def _volume(name: str, header: Any, slabs: list[Slab], most_voxels: int, notes: 
     frames = get(name, header, "PerFrameFunctionalGroupsSequence", [None])
     own = {"RescaleType": get(name, header, "RescaleType")} | _frames(name, header, len(frames))[0]
     unit, said = _unit(modality, str(get(name, own, "RescaleType", "HU")), _is_localizer(name, header))
-    return dataclasses.replace(volume, unit=unit, modality=modality, frame=frame, notes=notes + said + volume.notes)
+    notes += said + _burned(name, header)
+    return dataclasses.replace(volume, unit=unit, modality=modality, frame=frame, notes=notes + volume.notes)
+
+
+def _burned(name: str, header: Any) -> tuple[str, ...]:
+    return (BURNED_IN,) if str(get(name, header, "BurnedInAnnotation", "")).strip().upper() == "YES" else ()
 
 
 def _unit(modality: str, kind: str, localizer: bool) -> tuple[str, tuple[str, ...]]:
@@ -289,6 +349,7 @@ def _picture(name: str, header: Any, most_pixels: int) -> Picture:
     empty, pixels = padding(name, header, values), in_unit(name, header, values)[0]
     modality = str(get(name, header, "Modality", ""))
     unit, notes = _unit(modality, str(get(name, header, "RescaleType", "HU")), _is_localizer(name, header))
+    notes += _burned(name, header)
     shown = None if unit else window(name, header)
     bits = int((numbers(name, header, "BitsStored", 1) or (64,))[0])  # absent of floats
     if unit:
