@@ -1,6 +1,7 @@
 """The verbs beside training: parse, call, print; no logic. Console script `medm2g`, or `python -m medm2g_jax VERB`."""
 
 import argparse
+import json
 import runpy
 import shlex
 import sys
@@ -118,6 +119,22 @@ def _fill(args: argparse.Namespace, make: tuple[str, ...], asked: dict) -> None:
     print(fill.fill(model, source, order, args.out, **asked))
 
 
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a file, or a folder of them")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from medm2g_jax.data.marks import verify
+
+    found = []
+    for verdict in verify(args.files):
+        print(json.dumps(verdict.record()) if args.json else verdict, flush=True)
+        found.append(verdict)
+    if broken := sum(bool(verdict.error) for verdict in found):
+        raise UserError(f"{broken} of {len(found)} could not be read")
+
+
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help=MODEL)
     parser.add_argument("--config", default="configs/tasks.py:phantom", help="which measurements")
@@ -211,6 +228,13 @@ class Verb(NamedTuple):
 
 VERBS = {
     "generate": Verb("make any streams from any others", _generate_arguments, _generate),
+    "verify": Verb(
+        "was a file made here, and by which model",
+        _verify_arguments,
+        _verify,
+        "What files say of themselves: made by medm2g_jax or not marked by it, the model's fingerprint, the seed. Exit "
+        "status 0 if all could be read. A file without a mark may be synthetic all the same.",
+    ),
     "evaluate": Verb("measure a trained model", _evaluate_arguments, _evaluate, "Tables on the phantom."),
     "convert": Verb(
         "published weights in, ours out",

@@ -25,7 +25,7 @@ from medm2g_jax.data.formats.content import check_count, opened
 from medm2g_jax.data.formats.dicom_grid import Slab, stacked
 from medm2g_jax.data.formats.dicom_pixels import get, in_unit, numbers, padding, readable, stored, window
 from medm2g_jax.data.picture import Picture
-from medm2g_jax.data.volume import Volume
+from medm2g_jax.data.volume import MOST_VOXELS, Volume
 from medm2g_jax.errors import UserError
 
 TAGS = """SOPInstanceUID SeriesInstanceUID SeriesNumber FrameOfReferenceUID Modality ImageType ImagePositionPatient
@@ -35,6 +35,8 @@ TAGS = """SOPInstanceUID SeriesInstanceUID SeriesNumber FrameOfReferenceUID Moda
     ModalityLUTSequence WindowCenter WindowWidth VOILUTFunction PixelData FloatPixelData DoubleFloatPixelData
     ExtendedOffsetTable ExtendedOffsetTableLengths SharedFunctionalGroupsSequence
     PerFrameFunctionalGroupsSequence""".split()
+
+_SAID = "DerivationDescription ImageComments ContributingEquipmentSequence".split()  # where marks of ours may be
 
 _PER_FRAME = """ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness RescaleSlope RescaleIntercept
     RescaleType""".split()  # in an enhanced file
@@ -182,8 +184,21 @@ def _files(root: Path) -> Iterator[tuple[Path, bool]]:
                 yield path, inside
 
 
-def _parsed(path: epath.PathLike, most_pixels: int, pixels: bool = True) -> Any:
-    """The header of a file, TAGS alone, and its pixel data, still packed.
+def said(path: epath.PathLike) -> str:
+    """What a file, an image or a report, says of how it was made. Not for people: others' files may name a patient.
+
+    Raises:
+      UserError: it is missing, damaged or no DICOM.
+    """
+    name, header = str(path), _parsed(path, MOST_VOXELS, pixels=False, tags=_SAID)
+    with readable(name):
+        equipment = get(name, header, "ContributingEquipmentSequence", [])
+        words = [get(name, item, "ContributionDescription", "") for item in equipment]
+    return "\n".join(map(str, (*(get(name, header, tag, "") for tag in _SAID[:2]), *words)))
+
+
+def _parsed(path: epath.PathLike, most_pixels: int, pixels: bool = True, tags: list[str] = TAGS) -> Any:
+    """The header of a file, these tags alone, and its pixel data, still packed.
 
     Raises:
       UserError: it is no DICOM, damaged, or of more than a file of so many pixels can have.
@@ -203,7 +218,7 @@ def _parsed(path: epath.PathLike, most_pixels: int, pixels: bool = True) -> Any:
     if _DEFLATED in content[:4096]:
         raise UserError(f"{name}: deflated as a whole; save it in another transfer syntax, as `dcmconv +te` does")
     with readable(name):
-        return pydicom.dcmread(io.BytesIO(content), force=True, specific_tags=TAGS, stop_before_pixels=not pixels)
+        return pydicom.dcmread(io.BytesIO(content), force=True, specific_tags=tags, stop_before_pixels=not pixels)
 
 
 def _placed(header: Any) -> bool:
