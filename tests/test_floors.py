@@ -16,7 +16,7 @@ FLOORS = (
     ("cli", "__main__"),
     ("main",),
     ("demo", "plan", "export"),
-    ("run", "fill"),
+    ("run", "fill", "volumes", "volume_files"),
     ("evaluate",),
     ("loading",),
     ("inference",),

@@ -274,6 +274,24 @@ def resample(volume: Volume, spacing: float | tuple[float, float, float]) -> Vol
     return dataclasses.replace(volume, values=values, affine=affine)
 
 
+def squared(volume: Volume, plane: str) -> Volume:
+    """The volume with square pixels in a plane, of the finer of their two spacings; itself where they are square.
+
+    Raises:
+      UserError: no such plane, or a grid of more than MOST_VOXELS.
+    """
+    order, _ = _turn(volume.affine, plane)
+    spacing = np.array(volume.spacing)
+    down, across = (float(spacing[n]) for n in order[1:])
+    fine = min(down, across)
+    if max(down, across) <= 1.01 * fine:
+        return volume
+    spacing[order[1:]] = fine
+    note = f"{plane} pixels of {down:.3g} x {across:.3g} mm, resampled to {fine:.3g} x {fine:.3g}"
+    made = resample(volume, tuple(map(float, spacing)))
+    return dataclasses.replace(made, notes=(*volume.notes, note))
+
+
 def _weights(old: int, new: int, step: float) -> Float[np.ndarray, "new old"]:
     """How much each old sample counts for each new one: a tent as wide as the coarser of both grids."""
     at = (np.arange(new) - (new - 1) / 2) * step + (old - 1) / 2

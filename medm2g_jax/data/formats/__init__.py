@@ -172,8 +172,12 @@ def check_volume(path: epath.PathLike, volume: Volume) -> None:
 
 def _writer(path: epath.PathLike) -> Format:
     """The format that a volume is written in under a name."""
-    found = format_at(path) if epath.Path(path).suffix else FORMATS[".dcm"]  # a folder of slices
-    if found.write_volume is None:
+    found = format_of(str(path)) or (None if epath.Path(path).suffix else _DICOM)  # a folder of slices
+    if found is None or found.write_volume is None:
         able = ", ".join(suffix for suffix, format in FORMATS.items() if format.write_volume)
-        raise UserError(f"{path}: volumes are not written as {found.name}; expected a name that ends in {able}")
+        what = found.name if found else f"{epath.Path(path).suffix!r}"
+        raise UserError(
+            f"{path}: volumes are not written as {what}; expected a name that ends in {able}, or in none of these: a "
+            "folder of DICOM"
+        )
     return found
