@@ -17,6 +17,10 @@ def __getattr__(name: str):
         from medm2g_jax.loading import load
 
         return load
+    if name == "translate":
+        from medm2g_jax.volumes import translate
+
+        return translate
     if name in ("MODALITIES", "Modality", "register"):
         from medm2g_jax import modality
 

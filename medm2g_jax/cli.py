@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import runpy
 import shlex
 import sys
@@ -21,7 +22,8 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="STREAM=VALUE",
-        help="a text, or an image file; repeat for more sources. With --data STREAM alone: what records give",
+        help="a text, an image file, or a volume (a file, a folder of DICOM), whose slices are then the samples; "
+        "repeat for more sources. With --data STREAM alone: what records give",
     )
     parser.add_argument(
         "--make",
@@ -30,6 +32,9 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to make, as in ct,mri:t2; with --data also `missing`: what each record lacks",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the samples")
+    parser.add_argument("--as", dest="form", metavar="FORM", help="png, dicom, and of a volume's slices nifti, mha or "
+                        "nrrd; default the format of the volume that is given, else png")  # fmt: skip
+    parser.add_argument("--plane", default="axial", help="of a volume that is given: axial, coronal or sagittal slices")
     parser.add_argument("--data", metavar="SOURCE", help="a whole data set: manifest:DIR, tfds:NAME or phantom")
     parser.add_argument("--split", help="of --data; default train where what is missing is made, else test")
     parser.add_argument("--count", type=int, help="samples; default one for each given value")
@@ -38,6 +43,17 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--best-of", type=int, default=1, help="keep the draw that agrees best with what is given, in the aligned space"
     )
     parser.add_argument("--beams", type=int, default=1, help="of texts: hypotheses that the search keeps")
+    _sampling_arguments(parser)
+    parser.add_argument("--guides", default="trained", help="trained pairs, all, or none")
+    parser.add_argument(
+        "--register",
+        default="trained",
+        help="trained: sources on the wanted image's grid are read there; made: only what is made together; none",
+    )
+    parser.add_argument("--prompts", default="given", help="given, or none: only the guides then carry the sources")
+
+
+def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, help="samples made at a time; default the run's own sample.rows")
     parser.add_argument("--steps", type=int, help="sampling steps; default the run's own")
@@ -48,17 +64,11 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--guide-guidance", type=float, help="a scale for the guides, apart from that for the prompts (--guidance)"
     )
     parser.add_argument("--dtype", default="float32", help="of stored parameters: float32, or bfloat16, half of it")
-    parser.add_argument("--guides", default="trained", help="trained pairs, all, or none")
-    parser.add_argument(
-        "--register",
-        default="trained",
-        help="trained: sources on the wanted image's grid are read there; made: only what is made together; none",
-    )
-    parser.add_argument("--prompts", default="given", help="given, or none: only the guides then carry the sources")
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from medm2g_jax.data.write import NOTE, check_writable, write_samples
+    from medm2g_jax import volume_files, volumes
+    from medm2g_jax.data.write import NOTE, check_form, check_writable, write_samples
     from medm2g_jax.limits import check_sampling
     from medm2g_jax.loading import load
     from medm2g_jax.train.log import quiet
@@ -75,6 +85,8 @@ def _generate(args: argparse.Namespace) -> None:
     if args.split is not None and args.data is None:
         raise UserError(f"--split {args.split}: of --data, and none is named")
     if args.data is not None:
+        if args.form not in (None, "png"):
+            raise UserError(f"--as {args.form}: a data set is filled with png alone")
         _fill(args, make, {name: value for name, value in (asked | options).items() if value is not None})
         print(f"{time.time() - start:.1f} s. {NOTE}")
         return
@@ -88,11 +100,19 @@ def _generate(args: argparse.Namespace) -> None:
         given.setdefault(stream, []).append(value)
     if "missing" in make:
         raise UserError("--make missing: what records of a data set lack; name the set, as in --data manifest:DIR")
+    values, cut = volume_files.of_given(args.model, given, args.plane, args.form)
+    form = args.form or volume_files.form_of(cut)
+    check_form(form, cut is not None)
+    if cut is not None and asked.pop("count") is not None:
+        raise UserError(f"--count {args.count}: a volume is given, of {len(cut)} slices, and each is a sample")
     model = load(args.model, dtype=args.dtype)
     print(f"loaded {model.meta['stage']} from {args.model} in {time.time() - start:.1f} s", flush=True)
-    out = model.generate(given, make, **asked, **options)
+    if cut is None:
+        out = model.generate(given, make, **asked, **options)
+    else:
+        out = volumes.generate(model, values, cut, make, **asked, **options)
     record = dict(model=str(args.model), given=given, **model.provenance(**asked, **options))
-    for path in write_samples(args.out, out, record):
+    for path in write_samples(args.out, out, record, form, cut):
         print(path)
     for stream, values in out.samples.items():
         for value in values if isinstance(values, list) else ():
@@ -117,6 +137,64 @@ def _fill(args: argparse.Namespace, make: tuple[str, ...], asked: dict) -> None:
     model = load(args.model, dtype=args.dtype)
     source = fill.data_of(model, args.data)
     print(fill.fill(model, source, order, args.out, **asked))
+
+
+def _translate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-i", "--input", required=True, metavar="VOLUME", help="a file, or a folder of DICOM")
+    parser.add_argument("-o", "--output", required=True, metavar="VOLUME", help="format by its name: .nii.gz, .nii, "
+                        ".mha, .nrrd; without any of these a folder of DICOM")  # fmt: skip
+    parser.add_argument("--model", required=True, help=MODEL)
+    parser.add_argument("--from", dest="source", metavar="STREAM", help="what the volume is of, ct or mri:t2; default "
+                        "what a DICOM CT says")  # fmt: skip
+    parser.add_argument("--to", dest="target", metavar="STREAM", help="what to make; default the one there is")
+    parser.add_argument("--plane", default="axial", help="axial, coronal or sagittal slices are made")
+    parser.add_argument("--draws", type=int, default=1, help="of which the mean is written")
+    parser.add_argument("--uncertainty", metavar="VOLUME", help="where to write the standard deviation of the draws")
+    parser.add_argument("--overwrite", action="store_true", help="files that are there; never a folder")
+    _sampling_arguments(parser)
+
+
+def _translate(args: argparse.Namespace) -> None:
+    from medm2g_jax import volume_files, volumes
+    from medm2g_jax.data.marks import NOTE
+    from medm2g_jax.limits import check_sampling
+    from medm2g_jax.loading import load
+    from medm2g_jax.modality import split_stream, stream_word
+    from medm2g_jax.train.log import quiet
+
+    start = time.time()
+    quiet()
+    numbers = ("draws", "steps", "eta", "guidance", "guide_guidance", "seed", "rows")
+    asked = {name: getattr(args, name) for name in numbers}
+    check_sampling("--{}", **asked)
+    asked |= {} if args.sampler is None else {"sampler": args.sampler}
+    words = ("source", "target", "plane", "draws", "uncertainty", "overwrite")
+    order = volume_files.asked(args.model, args.input, args.output, **{name: getattr(args, name) for name in words})
+    model = load(args.model, (split_stream(order.target)[0],), args.dtype)
+    said = " x ".join(map(str, order.volume.values.shape))
+    print(f"{args.input}: {stream_word(order.source)}, {said} voxels -> {stream_word(order.target)}", flush=True)
+    made = volumes.translate(model, {order.source: order.volume}, [order.target], plane=args.plane, **asked)
+    for path in order.write(made):
+        print(path)
+    for line in (*(f"{pair}: {how}" for pair, how in made.pairs.items()), *made.notes):
+        print(f"  {line}")
+    print(f"{time.time() - start:.1f} s. {NOTE}")
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a file, or a folder of them")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from medm2g_jax.data.marks import verify
+
+    found = []
+    for verdict in verify(args.files):
+        print(json.dumps(verdict.record()) if args.json else verdict, flush=True)
+        found.append(verdict)
+    if broken := sum(bool(verdict.error) for verdict in found):
+        raise UserError(f"{broken} of {len(found)} could not be read")
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -281,6 +359,19 @@ class Verb(NamedTuple):
 
 VERBS = {
     "generate": Verb("make any streams from any others", _generate_arguments, _generate),
+    "translate": Verb(
+        "a volume into another modality, on its own grid",
+        _translate_arguments,
+        _translate,
+        "One volume in, one out: each slice is made of its slice, with one noise for all, and lies where that lay.",
+    ),
+    "verify": Verb(
+        "was a file made here, and by which model",
+        _verify_arguments,
+        _verify,
+        "What files say of themselves: made by medm2g_jax or not marked by it, the model's fingerprint, the seed. Exit "
+        "status 0 if all could be read. A file without a mark may be synthetic all the same.",
+    ),
     "evaluate": Verb("measure a trained model", _evaluate_arguments, _evaluate, "Tables on the phantom."),
     "convert": Verb(
         "published weights in, ours out",

@@ -208,7 +208,8 @@ class Model:
             in two more.
           beams: of texts, see `decode`.
           seed: the noise of sample i, draw j is a function of (seed, i, j, stream).
-          numbers: which i each sample has; None for 0, 1, 2 ...
+          numbers: which i each sample has; None for 0, 1, 2 ... Those of one number have one noise, as the slices of a
+            volume do (`volumes`).
           rows: made at a time; None for the run's own `sample.rows`. A sample does not depend on it.
           **options: `sampler`, `spacing`, `guide`, `prompts`, `guides`, `register` of `generate.Request`.
 

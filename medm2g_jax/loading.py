@@ -74,6 +74,20 @@ def locate(path: str) -> epath.Path:
     return root if checkpoint.read_meta(root) is not None else newest_result(root)
 
 
+def described(path: str) -> tuple[epath.Path, dict[str, Any]]:
+    """(folder, what its model.json says) of what `load` reads, in no time; its modalities are registered.
+
+    Raises:
+      UserError: nothing finished there, or nothing that generates.
+    """
+    root = locate(path)
+    meta = checkpoint.read_meta(root)
+    if not makes(meta):
+        raise UserError(f"{root}: {meta['stage']} generates nothing; name the folder of a round or flow, or a run root")
+    adopt(meta["modalities"], str(root / "model.json"))
+    return root, meta
+
+
 def load(path: str, modalities: Sequence[str] | None = None, dtype: str = "float32") -> Model:
     """A trained model.
 
@@ -88,11 +102,7 @@ def load(path: str, modalities: Sequence[str] | None = None, dtype: str = "float
     Raises:
       UserError: nothing finished there, or a stage it stands on has been trained again since.
     """
-    root = locate(path)
-    meta = checkpoint.read_meta(root)
-    if not makes(meta):
-        raise UserError(f"{root}: {meta['stage']} generates nothing; name the folder of a round or flow, or a run root")
-    adopt(meta["modalities"], str(root / "model.json"))
+    root, meta = described(path)
     wanted = makes(meta)
     if modalities is not None:
         unknown = [m for m in modalities if m not in wanted]

@@ -161,7 +161,7 @@ def main(seed: int, count: int, folder: Path) -> None:
             path.write_bytes(damaged(content, rng))
         start = time.process_time()
         try:
-            found = formats._format(path).read(path, MOST_PIXELS if path.suffix in (".png", ".jpg", ".tif") else 2**28)
+            found = formats.load(path, MOST_PIXELS if path.suffix in (".png", ".jpg", ".tif") else 2**28)
             became["read"] += 1
             if n < len(made):
                 became[f"taken: {path.name}"] += 1

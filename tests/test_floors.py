@@ -16,7 +16,7 @@ FLOORS = (
     ("cli", "__main__"),
     ("main",),
     ("demo", "plan", "export"),
-    ("run", "fill", "prepare"),
+    ("run", "fill", "prepare", "volumes", "volume_files"),
     ("evaluate",),
     ("loading",),
     ("inference",),

@@ -26,7 +26,7 @@ from medm2g_jax.data.formats import dicom
 from medm2g_jax.data.formats.content import DAMAGED
 from medm2g_jax.data.picture import MOST_PIXELS, Picture, Span
 from medm2g_jax.data.registration import Registered, along, on_one_grid, register
-from medm2g_jax.data.volume import MOST_VOXELS, Volume, ranged, shares, slices, square_pixels, stack
+from medm2g_jax.data.volume import MOST_VOXELS, Volume, ranged, shares, slices, squared, stack
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES, Modality, split_stream
 
@@ -200,7 +200,7 @@ class _Case:
                 self.rejected.append((name, stream, wrong))
             else:
                 kept[stream] = volumes[stream]
-        cuts = {s: slices(square_pixels(v, how.plane, how.square), how.plane, chosen) for s, v in kept.items()}
+        cuts = {s: slices(squared(v, how.plane, how.square), how.plane, chosen) for s, v in kept.items()}
         digits = max(3, len(str(chosen[-1])))
         for i, n in enumerate(chosen):
             alone = len(chosen) == 1 and min(volumes[first].values.shape) == 1
@@ -318,7 +318,7 @@ def _read(root: Path, image: Image, modality: Modality, preset: str) -> Picture 
             raise UserError(f"{path}: the series is no longer in it")
         found = dicom.read_series(series[0], MOST_VOXELS)
     else:
-        found = formats.read_any(epath.Path(path))
+        found = formats.load(epath.Path(path), MOST_VOXELS)
     if image.span is not None:
         return dataclasses.replace(found, span=image.span)
     if isinstance(found, Volume):

@@ -280,22 +280,26 @@ def resample(volume: Volume, spacing: float | tuple[float, float, float]) -> Vol
     return dataclasses.replace(volume, values=values, affine=affine)
 
 
-def square_pixels(volume: Volume, plane: str = "axial", mm: float = 0.0) -> Volume:
-    """The volume with square pixels in the plane of its slices, whose number and places stay.
+def squared(volume: Volume, plane: str, mm: float = 0.0) -> Volume:
+    """The volume with square pixels in the plane of its slices, whose number and places stay; itself where they are
+    square.
 
     Args:
       mm: their side; 0 for the finer of both sides that it has.
 
     Raises:
-      UserError: no such plane; see `resample`.
+      UserError: no such plane, or a grid of more than MOST_VOXELS.
     """
-    spacing = list(volume.spacing)
-    rows, columns = _turn(volume.affine, plane)[0][1:]
-    side = mm or min(spacing[rows], spacing[columns])
-    if all(abs(spacing[n] - side) <= 0.01 * side for n in (rows, columns)):
+    order, _ = _turn(volume.affine, plane)
+    spacing = np.array(volume.spacing)
+    down, across = (float(spacing[n]) for n in order[1:])
+    side = mm or min(down, across)
+    if max(abs(down - side), abs(across - side)) <= 0.01 * side:
         return volume
-    spacing[rows] = spacing[columns] = side
-    return resample(volume, tuple(spacing))
+    spacing[order[1:]] = side
+    note = f"{plane} pixels of {down:.3g} x {across:.3g} mm, resampled to {side:.3g} x {side:.3g}"
+    made = resample(volume, tuple(map(float, spacing)))
+    return dataclasses.replace(made, notes=(*volume.notes, note))
 
 
 def _weights(old: int, new: int, step: float) -> Float[np.ndarray, "new old"]:

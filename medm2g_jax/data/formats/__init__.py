@@ -23,34 +23,45 @@ class Format(NamedTuple):
       write: (path, picture, notes); its pixels as they are, notes (name -> text) in the file's own text fields. None
         where pictures are not written.
       write_volume: likewise, of a volume.
+      check: (path, volume); raises UserError where one on this volume's grid cannot be written there. None: none is
+        refused.
+      said: (path) -> all that the file's text fields say, for `data.marks`; None where there are none. Raises
+        UserError.
     """
 
     name: str
     read: Callable[[epath.PathLike, int], Picture | Volume]
     write: Callable[[epath.PathLike, Picture, Mapping[str, str]], None] | None = None
     write_volume: Callable[[epath.PathLike, Volume, Mapping[str, str]], None] | None = None
+    check: Callable[[epath.PathLike, Volume], None] | None = None
+    said: Callable[[epath.PathLike], str] | None = None
 
 
+_DICOM = Format("DICOM", dicom.read, dicom_out.write_picture, dicom_out.write, check=dicom_out.check, said=dicom.said)
+_NIFTI = Format("NIfTI", nifti.read, write_volume=nifti.write, said=nifti.said)
+_ANALYZE, _MGH = (Format(name, nifti.read, said=nifti.said) for name in ("Analyze", "MGH"))
+_JPEG = Format("JPEG", raster.read, raster.write_jpeg, said=raster.said)
+_TIFF = Format("TIFF", raster.read, raster.write_tiff, said=raster.said)
 FORMATS: dict[str, Format] = {
-    ".png": Format("PNG", raster.read, raster.write_png),
-    ".jpg": Format("JPEG", raster.read, raster.write_jpeg),
-    ".jpeg": Format("JPEG", raster.read, raster.write_jpeg),
-    ".tif": Format("TIFF", raster.read, raster.write_tiff),
-    ".tiff": Format("TIFF", raster.read, raster.write_tiff),
-    ".dcm": Format("DICOM", dicom.read, write_volume=dicom_out.write),
-    ".dicom": Format("DICOM", dicom.read, write_volume=dicom_out.write),
-    ".ima": Format("DICOM", dicom.read, write_volume=dicom_out.write),
-    ".nii": Format("NIfTI", nifti.read, write_volume=nifti.write),
-    ".nii.gz": Format("NIfTI", nifti.read, write_volume=nifti.write),
-    ".hdr": Format("Analyze", nifti.read),
-    ".img": Format("Analyze", nifti.read),
-    ".img.gz": Format("Analyze", nifti.read),
-    ".mgh": Format("MGH", nifti.read),
-    ".mgz": Format("MGH", nifti.read),
-    ".mha": Format("MetaImage", itk.read, write_volume=itk.write),
-    ".mhd": Format("MetaImage", itk.read),
-    ".nrrd": Format("NRRD", itk.read, write_volume=itk.write),
-    ".nhdr": Format("NRRD", itk.read),
+    ".png": Format("PNG", raster.read, raster.write_png, said=raster.said),
+    ".jpg": _JPEG,
+    ".jpeg": _JPEG,
+    ".tif": _TIFF,
+    ".tiff": _TIFF,
+    ".dcm": _DICOM,
+    ".dicom": _DICOM,
+    ".ima": _DICOM,
+    ".nii": _NIFTI,
+    ".nii.gz": _NIFTI,
+    ".hdr": _ANALYZE,
+    ".img": _ANALYZE,
+    ".img.gz": _ANALYZE,
+    ".mgh": _MGH,
+    ".mgz": _MGH,
+    ".mha": Format("MetaImage", itk.read, write_volume=itk.write, check=itk.check, said=itk.said),
+    ".mhd": Format("MetaImage", itk.read, said=itk.said),
+    ".nrrd": Format("NRRD", itk.read, write_volume=itk.write, check=itk.check, said=itk.said),
+    ".nhdr": Format("NRRD", itk.read, said=itk.said),
     ".npy": Format("NumPy", array.read, write_volume=array.write),
 }
 NAMES = " or ".join(dict.fromkeys(f.name for f in FORMATS.values()))  # for messages
@@ -63,7 +74,12 @@ def format_of(name: str) -> Format | None:
     return found or (FORMATS.get(f".{words[-1]}") if len(words) > 1 else None)
 
 
-def _format(path: epath.PathLike) -> Format:
+def format_at(path: epath.PathLike) -> Format:
+    """The format of what is at a path, by its name, or by its content where it is DICOM.
+
+    Raises:
+      UserError: there is none.
+    """
     found = format_of(str(path))
     if found is None and dicom.is_dicom(path):  # many have a name without a suffix; a folder may hold a series
         found = FORMATS[".dcm"]
@@ -83,28 +99,31 @@ def read(path: epath.PathLike, most_pixels: int, modality: Modality | None = Non
       UserError: of no known format, missing, broken, of more than `most_pixels` pixels, or of several slices; names the
         file.
     """
-    image = _format(path).read(path, most_pixels)
+    image = load(path, most_pixels)
     if isinstance(image, Volume):
         plane = plane_of(image)
         if min(image.values.shape) > 1:
             count = {p: len(slices(image, p)) for p in ("axial", "coronal", "sagittal")}
             raise UserError(
                 f"{path}: a volume ({', '.join(f'{n} {p}' for p, n in count.items())} slices); expected one picture: "
-                "choose slices of it in Python, medm2g_jax.data.formats.pictures(PATH, MODALITY)[NUMBER], or give a "
-                "file of one slice"
+                "choose slices of it in Python, medm2g_jax.data.formats.pictures(PATH, MODALITY)[NUMBER], give a file "
+                "of one slice, or make a volume of it with medm2g translate"
             )
         (image,) = slices(ranged(image, modality), plane)
     check_modality(image, modality)
     return image
 
 
-def read_any(path: epath.PathLike, most: int = MOST_VOXELS) -> Picture | Volume:
-    """What is in a file, or in a folder of DICOM: a picture, or a volume where it says where it lies.
+def load(path: epath.PathLike, most: int) -> Picture | Volume:
+    """What is in a file, whichever it is.
+
+    Args:
+      most: pixels or voxels.
 
     Raises:
-      UserError: of no known format, missing, broken, or of more than `most` pixels or voxels; names the file.
+      UserError: of no known format, missing, broken, or of more pixels; names the file.
     """
-    return _format(path).read(path, most)
+    return format_at(path).read(path, most)
 
 
 def read_volume(path: epath.PathLike, most_voxels: int = MOST_VOXELS) -> Volume:
@@ -114,7 +133,7 @@ def read_volume(path: epath.PathLike, most_voxels: int = MOST_VOXELS) -> Volume:
       UserError: of no known format, missing, broken, of more than `most_voxels` voxels, or a picture that does not say
         where it lies; names the file.
     """
-    image = _format(path).read(path, most_voxels)
+    image = load(path, most_voxels)
     if isinstance(image, Picture):
         raise UserError(f"{path}: one picture, which does not say where it lies in the patient; expected a volume")
     return image
@@ -138,8 +157,28 @@ def write_volume(path: epath.PathLike, volume: Volume, notes: Mapping[str, str])
     Raises:
       UserError: no such format, or one that is not written here.
     """
-    found = _format(path) if epath.Path(path).suffix else FORMATS[".dcm"]  # a folder of slices
-    if found.write_volume is None:
+    _writer(path).write_volume(path, volume, notes)
+
+
+def check_volume(path: epath.PathLike, volume: Volume) -> None:
+    """Can a volume on this one's grid be written there, as far as its format goes? Before minutes of making it.
+
+    Raises:
+      UserError: no such format, one that is not written here, or what it cannot hold.
+    """
+    found = _writer(path)
+    if found.check is not None:
+        found.check(path, volume)
+
+
+def _writer(path: epath.PathLike) -> Format:
+    """The format that a volume is written in under a name."""
+    found = format_of(str(path)) or (None if epath.Path(path).suffix else _DICOM)  # a folder of slices
+    if found is None or found.write_volume is None:
         able = ", ".join(suffix for suffix, format in FORMATS.items() if format.write_volume)
-        raise UserError(f"{path}: volumes are not written as {found.name}; expected a name that ends in {able}")
-    found.write_volume(path, volume, notes)
+        what = found.name if found else f"{epath.Path(path).suffix!r}"
+        raise UserError(
+            f"{path}: volumes are not written as {what}; expected a name that ends in {able}, or in none of these: a "
+            "folder of DICOM"
+        )
+    return found

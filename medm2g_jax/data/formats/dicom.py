@@ -27,7 +27,7 @@ from medm2g_jax.data.formats.content import check_count, opened
 from medm2g_jax.data.formats.dicom_grid import Slab, stacked
 from medm2g_jax.data.formats.dicom_pixels import get, in_unit, numbers, padding, readable, stored, window
 from medm2g_jax.data.picture import Picture
-from medm2g_jax.data.volume import Volume
+from medm2g_jax.data.volume import MOST_VOXELS, Volume
 from medm2g_jax.errors import UserError
 
 TAGS = """SOPInstanceUID SeriesInstanceUID SeriesNumber FrameOfReferenceUID Modality ImageType ImagePositionPatient
@@ -49,6 +49,7 @@ _WORDS = {
 }
 _ENHANCED = re.compile(r"(?<![a-z])(gd|gad\w*|ce|post\w*|enhanced)(?![a-z])|\+ ?c\b", re.I)
 _DEFORMED = re.compile(r"deform|warp|regist|(?<![a-z])d?reg(?![a-z])", re.I)
+_SAID = "DerivationDescription ImageComments ContributingEquipmentSequence".split()  # where marks of ours may be
 
 _PER_FRAME = """ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness RescaleSlope RescaleIntercept
     RescaleType""".split()  # in an enhanced file
@@ -244,6 +245,19 @@ def _files(root: Path) -> Iterator[tuple[Path, bool]]:
                 continue
             if regular:
                 yield path, inside
+
+
+def said(path: epath.PathLike) -> str:
+    """What a file, an image or a report, says of how it was made. Not for people: others' files may name a patient.
+
+    Raises:
+      UserError: it is missing, damaged or no DICOM.
+    """
+    name, header = str(path), _parsed(path, MOST_VOXELS, instead=_SAID)
+    with readable(name):
+        equipment = get(name, header, "ContributingEquipmentSequence", [])
+        words = [get(name, item, "ContributionDescription", "") for item in equipment]
+    return "\n".join(map(str, (*(get(name, header, tag, "") for tag in _SAID[:2]), *words)))
 
 
 def _parsed(path: epath.PathLike, most_pixels: int, instead: Sequence[str] = ()) -> Any:

@@ -1,11 +1,13 @@
 """DICOM out: a made volume as a series that any viewer opens, on the source's grid, marked as synthetic in every file.
 
 A CT becomes a CT Image Storage series in HU, an MRI an MR Image Storage one, everything else Secondary Capture, whose
-standard asks for no acquisition that never was. UIDs are fresh; the frame of reference is the source's where it has
-one, so that a viewer lays both on each other. No patient's data but what is asked for: name and number say "synthetic".
+standard asks for no acquisition that never was. A picture that lies nowhere, as what is made from text alone, is one
+too, whatever it shows: it has no place and no size in the patient, and none is made up. UIDs are fresh; the frame of
+reference is the source's where it has one, so that a viewer lays both on each other. No patient's data but what is
+asked for: name and number say "synthetic".
 
 Marks: ImageType DERIVED\\SECONDARY, SyntheticData YES, the notes in ImageComments and DerivationDescription, ourselves
-as equipment, BurnedInAnnotation NO. No private tags, no overlays.
+as equipment with the same notes, BurnedInAnnotation NO. No private tags, no overlays.
 """
 
 from collections.abc import Mapping
@@ -17,7 +19,7 @@ from jaxtyping import Num
 
 import medm2g_jax
 from medm2g_jax.data.formats.content import storable, written
-from medm2g_jax.data.picture import Span
+from medm2g_jax.data.picture import Picture, Span
 from medm2g_jax.data.volume import LPS, PLANES, Volume, plane_of, stack, stack_affine
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES
@@ -42,53 +44,93 @@ def write(
       UserError: the folder holds something, several slices for one file, axes that DICOM cannot say, or another tag.
     """
     path, name = epath.Path(path), str(path)
-    if unknown := sorted(set(patient or ()) - set(PATIENT)):
-        raise UserError(f"{name}: patient's tag {unknown[0]!r}: expected some of {', '.join(PATIENT)}")
-    whole = stack(volume, plane_of(volume))
-    alone = name.lower().endswith((".dcm", ".dicom", ".ima"))
-    if alone and len(whole) > 1:
-        raise UserError(f"{name}: {len(whole)} slices, and DICOM has one a file; name a folder (without .dcm)")
-    if not alone and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{name}: is there already; name a new folder for the slices")
-    images = _images(name, volume, whole, notes, patient or {})
-    if alone:
-        written(path, lambda part: _save(images[0], part))
+    check(path, volume)
+    images = _images(volume, notes, checked_patient(name, patient))
+    if _is_file(name):
+        written(path, lambda part: save(images[0], part))
         return
     path.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(images, 1):
-        written(path / f"slice_{number:04d}.dcm", lambda part, image=image: _save(image, part))
+        written(path / f"slice_{number:04d}.dcm", lambda part, image=image: save(image, part))
 
 
-def _save(image: Any, path: epath.Path) -> None:
+def check(path: epath.PathLike, volume: Volume) -> None:
+    """Can a volume on this one's grid be written there?
+
+    Raises:
+      UserError: the folder holds something, several slices for one file, or axes that DICOM cannot say.
+    """
+    path, name, plane = epath.Path(path), str(path), plane_of(volume)
+    count = len(stack(volume, plane))
+    if _is_file(name) and count > 1:
+        raise UserError(f"{name}: {count} slices, and DICOM has one a file; name a folder (without .dcm)")
+    if not _is_file(name) and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{name}: is there already; name a new folder for the slices")
+    _, down, across = stack_affine(volume, plane)[:3, :3].T
+    if abs(down @ across) > 1e-3 * np.linalg.norm(down) * np.linalg.norm(across):
+        raise UserError(f"{name}: rows and columns are not at right angles, which DICOM cannot say; resample it")
+
+
+def _is_file(name: str) -> bool:
+    return name.lower().endswith((".dcm", ".dicom", ".ima"))
+
+
+def write_picture(path: epath.PathLike, picture: Picture, notes: Mapping[str, str]) -> None:
+    """Write a picture that does not say where it lies: a Secondary Capture of its values, as it is shown."""
+    own = next((m.unit for m in MODALITIES.values() if m.dicom and m.dicom == picture.modality), "")
+    whole = np.asarray(picture.pixels)[None]
+    flat = Volume(whole, np.eye(4), own if picture.span is None else "", picture.span, picture.modality)
+    pixels, scale = _pixels(flat, whole)
+    tags = _shared(flat, scale, notes, {}, placed=False) | _pixels_of(pixels[0], 1)
+    image = dataset(tags | dict(PatientOrientation=list(reversed(picture.orientation))))
+    written(path, lambda part: save(image, part))
+
+
+def checked_patient(name: str, patient: Mapping[str, str] | None) -> Mapping[str, str]:
+    """The tags of a patient, {} for None.
+
+    Raises:
+      UserError: one that is not among PATIENT.
+    """
+    if unknown := sorted(set(patient or ()) - set(PATIENT)):
+        raise UserError(f"{name}: patient's tag {unknown[0]!r}: expected some of {', '.join(PATIENT)}")
+    return patient or {}
+
+
+def save(image: Any, path: epath.Path) -> None:
+    """Write what `dataset` made."""
     import pydicom
 
     with path.open("wb") as file:
         pydicom.dcmwrite(file, image, enforce_file_format=True)
 
 
-def _images(
-    name: str, volume: Volume, whole: Num[np.ndarray, "n h w"], notes: Mapping[str, str], patient: Mapping[str, str]
-) -> list[Any]:
+def _pixels_of(values: Num[np.ndarray, "h w"], number: int) -> dict[str, Any]:
+    """The tags of one slice that are its alone, wherever it lies."""
+    from pydicom.uid import generate_uid
+
+    return dict(
+        SOPInstanceUID=str(generate_uid(prefix=None)),
+        InstanceNumber=str(number),
+        Rows=values.shape[0],
+        Columns=values.shape[1],
+        PixelData=np.ascontiguousarray(values.astype(values.dtype.newbyteorder("<"))).tobytes(),
+    )
+
+
+def _images(volume: Volume, notes: Mapping[str, str], patient: Mapping[str, str]) -> list[Any]:
     """A header with its pixels for each slice."""
     from pydicom.uid import UID, generate_uid
 
     affine = LPS @ stack_affine(volume, plane_of(volume))  # (slice, row, column, 1)
     down, across = affine[:3, 1], affine[:3, 2]
     spacing = np.linalg.norm(down), np.linalg.norm(across)
-    if abs(down @ across) > 1e-3 * spacing[0] * spacing[1]:
-        raise UserError(f"{name}: rows and columns are not at right angles, which DICOM cannot say; resample it")
-    pixels, scale = _pixels(volume, whole)
-    shared = _shared(volume, scale, notes, patient) | dict(
-        PixelSpacing=[_number(x) for x in spacing], Rows=pixels.shape[1], Columns=pixels.shape[2]
-    )
+    pixels, scale = _pixels(volume, stack(volume, plane_of(volume)))
+    shared = _shared(volume, scale, notes, patient) | dict(PixelSpacing=[_number(x) for x in spacing])
     frame = volume.frame if UID(volume.frame).is_valid else str(generate_uid(prefix=None))
     out = []
     for n, values in enumerate(pixels):
-        own = dict(
-            SOPInstanceUID=str(generate_uid(prefix=None)),
-            InstanceNumber=str(n + 1),
-            PixelData=np.ascontiguousarray(values.astype(values.dtype.newbyteorder("<"))).tobytes(),
-        )
+        own = _pixels_of(values, n + 1)
         if any(m.projection and m.dicom == volume.modality for m in MODALITIES.values()):  # it lies nowhere
             own |= dict(PatientOrientation=list(reversed(PLANES[plane_of(volume)][1:])))
         else:
@@ -100,11 +142,11 @@ def _images(
                 PositionReferenceIndicator="",
                 PatientOrientation="",
             )
-        out.append(_dataset(shared | own))
+        out.append(dataset(shared | own))
     return out
 
 
-def _number(x: float) -> Any:
+def _number(x: float | int) -> Any:
     from pydicom.valuerep import DSfloat
 
     return DSfloat(float(x), auto_format=True)
@@ -129,30 +171,20 @@ def _window(volume: Volume) -> Span:
     return low, high if high > low else low + 1
 
 
-def _shared(
-    volume: Volume, scale: tuple[float, float], notes: Mapping[str, str], patient: Mapping[str, str]
-) -> dict[str, Any]:
-    """The tags that all slices have in common."""
-    from pydicom.uid import (
-        CTImageStorage,
-        MRImageStorage,
-        SecondaryCaptureImageStorage,
-        generate_uid,
-    )
+def document(code: str, notes: Mapping[str, str], patient: Mapping[str, str]) -> dict[str, Any]:
+    """The tags that all we write have in common, an image or a report: of whom it is, fresh identifiers, our marks.
 
-    said = "\n".join([WARNING, *(f"{key}: {note}" for key, note in notes.items())])
-    signed = volume.unit == "HU"
-    code = volume.modality if volume.modality in ("CT", "MR") else "OT"
-    if code == "CT" and not signed:
-        code = "OT"  # a CT image is in HU by its definition
-    low, high = _window(volume)
+    Args:
+      code: of the series' modality.
+    """
+    from pydicom.uid import generate_uid
+
+    equipment = dict(Manufacturer="medm2g_jax", ManufacturerModelName="MedM2G", SoftwareVersions=medm2g_jax.__version__)
+    purpose = dict(CodeValue="109102", CodingSchemeDesignator="DCM", CodeMeaning="Processing Equipment")
+    contribution = dict(
+        PurposeOfReferenceCodeSequence=[dataset(purpose)], ContributionDescription=_said(notes)[:1024], **equipment
+    )
     tags: dict[str, Any] = dict(
-        WindowCenter=_number((low + high) / 2),
-        WindowWidth=_number(high - low),
-        VOILUTFunction="LINEAR_EXACT",
-        SOPClassUID={"CT": CTImageStorage, "MR": MRImageStorage}.get(code, SecondaryCaptureImageStorage),
-        Modality=code,
-        ImageType=["DERIVED", "SECONDARY", *{"CT": ["AXIAL"], "MR": ["OTHER"]}.get(code, [])],
         PatientName="SYNTHETIC^MEDM2G",
         PatientID="SYNTHETIC",
         PatientBirthDate="",
@@ -163,16 +195,52 @@ def _shared(
         StudyTime="",
         AccessionNumber="",
         ReferringPhysicianName="",
+        Modality=code,
         SeriesInstanceUID=str(generate_uid(prefix=None)),
         SeriesNumber="1",
         SeriesDescription=f"SYNTHETIC {code}, medm2g_jax, not for clinical use",
+        SyntheticData="YES",
+        ContributingEquipmentSequence=[dataset(contribution)],
+        **equipment,
+    )
+    if not patient:
+        tags |= dict(PatientIdentityRemoved="YES", DeidentificationMethod="Synthetic, no patient")
+    return tags | dict(patient)
+
+
+def _said(notes: Mapping[str, str]) -> str:
+    return "\n".join([WARNING, *(f"{key}: {note}" for key, note in notes.items())])
+
+
+def _shared(
+    volume: Volume,
+    scale: tuple[float, float],
+    notes: Mapping[str, str],
+    patient: Mapping[str, str],
+    placed: bool = True,
+) -> dict[str, Any]:
+    """The tags that all slices have in common.
+
+    Args:
+      placed: they say where they lie.
+    """
+    from pydicom.uid import CTImageStorage, MRImageStorage, SecondaryCaptureImageStorage
+
+    said, signed = _said(notes), volume.unit == "HU"
+    code = volume.modality if volume.modality in ("CT", "MR") else "OT"
+    if code == "CT" and not signed:
+        code = "OT"  # a CT image is in HU by its definition
+    kind = code if placed else "OT"
+    low, high = _window(volume)
+    tags = document(code, notes, patient) | dict(
+        WindowCenter=_number((low + high) / 2),
+        WindowWidth=_number(high - low),
+        VOILUTFunction="LINEAR_EXACT",
+        SOPClassUID={"CT": CTImageStorage, "MR": MRImageStorage}.get(kind, SecondaryCaptureImageStorage),
+        ImageType=["DERIVED", "SECONDARY", *{"CT": ["AXIAL"], "MR": ["OTHER"]}.get(kind, [])],
         Laterality="",
-        Manufacturer="medm2g_jax",
-        ManufacturerModelName="MedM2G",
-        SoftwareVersions=medm2g_jax.__version__,
         DerivationDescription=said[:1024],
         ImageComments=said[:10240],
-        SyntheticData="YES",
         BurnedInAnnotation="NO",
         SamplesPerPixel=1,
         PhotometricInterpretation="MONOCHROME2",
@@ -183,27 +251,17 @@ def _shared(
         RescaleSlope=_number(scale[0]),
         RescaleIntercept=_number(scale[1]),
         RescaleType="HU" if signed else "US",
-        ContributingEquipmentSequence=[_dataset(dict(
-            PurposeOfReferenceCodeSequence=[_dataset(dict(
-                CodeValue="109102", CodingSchemeDesignator="DCM", CodeMeaning="Processing Equipment"))],
-            Manufacturer="medm2g_jax",
-            ManufacturerModelName="MedM2G",
-            SoftwareVersions=medm2g_jax.__version__,
-            ContributionDescription=WARNING,
-        ))],
-    )  # fmt: skip
-    if not patient:
-        tags |= dict(PatientIdentityRemoved="YES", DeidentificationMethod="Synthetic, no patient")
+    )
     # What each kind asks for; that it may be empty is the standard's type 2.
-    tags |= {
+    return tags | {
         "CT": dict(KVP="", AcquisitionNumber="", PatientPosition=""),
         "MR": dict(ScanningSequence="RM", SequenceVariant="NONE", ScanOptions="", MRAcquisitionType="", EchoTime="",
                    EchoTrainLength="", RepetitionTime="", PatientPosition=""),
-    }.get(code, dict(ConversionType="SYN"))  # fmt: skip
-    return tags | dict(patient)
+    }.get(kind, dict(ConversionType="SYN"))  # fmt: skip
 
 
-def _dataset(tags: Mapping[str, Any]) -> Any:
+def dataset(tags: Mapping[str, Any]) -> Any:
+    """pydicom's dataset of these tags, by their keywords; with a file's own head where it is a whole document."""
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import PYDICOM_IMPLEMENTATION_UID, ExplicitVRLittleEndian
 

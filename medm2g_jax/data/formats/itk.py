@@ -65,6 +65,28 @@ def read(path: epath.PathLike, most_voxels: int) -> Volume:
     return checked(Volume(values, LPS @ affine, path=name, notes=notes))
 
 
+def said(path: epath.PathLike) -> str:
+    """What a file's header says, all fields. Not for people: others' files may name a patient.
+
+    Raises:
+      UserError: it is missing, damaged, or of another format.
+    """
+    with opened(path) as file, whole(str(path), "MetaImage or NRRD"):
+        start = file.read(_HEADER)
+    _header(str(path), start)
+    end = b"\n\n" if start.startswith(b"NRRD") else b"ElementDataFile"
+    return start.replace(b"\r\n", b"\n").partition(end)[0].decode("utf-8", "replace")
+
+
+def check(path: epath.PathLike, volume: Volume) -> None:
+    """Can a volume be written there?
+
+    Raises:
+      UserError: SimpleITK is not installed.
+    """
+    _sitk(str(path))
+
+
 def _sitk(name: str) -> Any:
     try:
         import SimpleITK
@@ -103,7 +125,7 @@ def _beside(path: Path, data: str) -> bool:
 
 def write(path: epath.PathLike, volume: Volume, notes: Mapping[str, str]) -> None:
     """.mha or .nrrd: HU as int16, whole numbers as they are, the rest float32; on the volume's affine, packed. Notes
-    become fields of an .nrrd."""
+    become fields of the header."""
     sitk = _sitk(str(path))
     values = storable(volume)
     affine = LPS @ volume.affine

@@ -1,8 +1,8 @@
 """NIfTI-1 and -2 (.nii, .nii.gz, .hdr + .img), Analyze and MGH (.mgh, .mgz): headers by nibabel, values counted.
 
 nibabel reads headers; values are read here, so that a header's word is held to the limit before anything is unpacked.
-Extensions are passed over: they may hold whole DICOM headers. None of these formats says what is in it or in which unit
-(`volume.ranged` does).
+Extensions are passed over, since they may hold whole DICOM headers; `said` alone reads those that are comments. None of
+these formats says what is in it or in which unit (`volume.ranged` does).
 """
 
 from collections.abc import Mapping
@@ -26,6 +26,8 @@ from medm2g_jax.errors import UserError
 
 _HEADER = 540  # bytes of the longest header, NIfTI-2's
 _FAR = 2**26  # bytes before the values: of extensions, mostly; a gzip file may hold any number of them
+_SAID = 2**16  # bytes in which `said` looks
+_COMMENT = 6  # NIfTI's code of an extension that is one
 _MM = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
 _FLIP = "it states no orientation: taken as stored from the patient's right to the left, back to front, feet to head"
 
@@ -135,6 +137,32 @@ def _geometry(header: Any) -> tuple[Float[np.ndarray, "4 4"], tuple[str, ...]]:
 def _differ(a: np.ndarray, b: np.ndarray) -> bool:
     usable = all(np.isfinite(x).all() and np.linalg.norm(x[:3, :3], axis=0).all() for x in (a, b))
     return usable and orientation(np.asarray(a, np.float64)) != orientation(np.asarray(b, np.float64))
+
+
+def said(path: epath.PathLike) -> str:
+    """What a file's description and comments say. Not for people: others' files may name a patient.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    from nibabel.spatialimages import HeaderDataError
+    from nibabel.wrapstruct import WrapStructError
+
+    name, path = str(path), _header_file(path)
+    with opened(path) as file, whole(name, "NIfTI, Analyze or MGH", HeaderDataError, WrapStructError):
+        raw = file.read(_SAID)
+        header, _ = _header(name, raw[:_HEADER])
+        if "descrip" not in header.keys():  # MGH
+            return ""
+        words, at = [header["descrip"].item()], len(header.binaryblock) + 4
+        order = "little" if header.endianness == "<" else "big"
+        while raw[at - 4 : at - 3] and at + 8 <= len(raw):
+            size, code = (int.from_bytes(raw[n : n + 4], order) for n in (at, at + 4))
+            if size < 8 or size % 16:  # the values already
+                break
+            words += [raw[at + 8 : at + size]] if code == _COMMENT else []
+            at += size
+    return "\n".join(word.decode("utf-8", "replace") for word in words)
 
 
 def _kind(dtype: np.dtype) -> str:

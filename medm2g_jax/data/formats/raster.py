@@ -28,17 +28,49 @@ _KINDS = {
     b"MM\0*": TiffImageFile,
 }
 
+
 def read(path: epath.PathLike, most_pixels: int) -> Picture:
     """The picture in a file.
 
     Raises:
       UserError: the file is missing, damaged, too large, or of another kind than these.
     """
+    return decode(_content(path), str(path), most_pixels)
+
+
+def said(path: epath.PathLike) -> str:
+    """What a file's text fields say: PNG's chunks, JPEG's comment, TIFF's description. Not for people: others' files
+    may name a patient.
+
+    Raises:
+      UserError: it is missing, damaged, or of another kind than these.
+    """
+    content, name = _content(path), str(path)
+    kind = _kind(content, name)
     try:
-        content = epath.Path(path).read_bytes()
+        with kind(io.BytesIO(content)) as file:
+            words = dict(file.info)
+            if kind is TiffImageFile:
+                words["description"] = file.tag_v2.get(ExifTags.Base.ImageDescription, "")
+    except DAMAGED as error:
+        raise UserError(f"{name}: not a whole {kind.format} file ({type(error).__name__} in reading it)") from error
+    texts = {key: x.decode("utf-8", "replace") if isinstance(x, bytes) else x for key, x in words.items()}
+    return "\n".join(f"{key}: {text}" for key, text in texts.items() if isinstance(text, str))
+
+
+def _content(path: epath.PathLike) -> bytes:
+    try:
+        return epath.Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise unreadable(path, error) from error
-    return decode(content, str(path), most_pixels)
+
+
+def _kind(content: bytes, name: str) -> type[Image.Image]:
+    kind = next((kind for start, kind in _KINDS.items() if content.startswith(start)), None)
+    if kind is None:
+        expected = ", ".join(dict.fromkeys(kind.format for kind in _KINDS.values()))
+        raise UserError(f"{name}: {'begins as none of' if content else 'empty, not one of'} {expected}")
+    return kind
 
 
 def decode(content: bytes, name: str, most_pixels: int) -> Picture:
@@ -47,10 +79,7 @@ def decode(content: bytes, name: str, most_pixels: int) -> Picture:
     Raises:
       UserError: see `read`.
     """
-    kind = next((kind for start, kind in _KINDS.items() if content.startswith(start)), None)
-    if kind is None:
-        expected = ", ".join(dict.fromkeys(kind.format for kind in _KINDS.values()))
-        raise UserError(f"{name}: {'begins as none of' if content else 'empty, not one of'} {expected}")
+    kind = _kind(content, name)
     try:
         if kind is PngImageFile:
             _check_crc(content)
