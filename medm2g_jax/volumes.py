@@ -9,6 +9,7 @@ brought to square ones for the networks, and what is made of them back.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -178,7 +179,7 @@ def generate(
     Raises:
       UserError: see `Model.generate`.
     """
-    passes = [made for _, made in _passes(model, given, cut, make, say, **options)]
+    passes = [made for _, made in _passes(model, given, range(len(cut)), make, say, **options)]
     joined = {
         s: np.concatenate([m.samples[s] for m in passes])
         if _modality(s).is_image
@@ -202,7 +203,7 @@ def _told(passes: Sequence[Generated]) -> tuple[str, ...]:
 def _passes(
     model: Model,
     given: Mapping[str, list],
-    cut: Cut,
+    numbers: Sequence[int],
     make: Sequence[str],
     say: Say,
     *,
@@ -210,26 +211,27 @@ def _passes(
     best_of: int = 1,
     rows: int | None = None,
     **options: Any,
-) -> Iterator[tuple[int, Generated]]:
-    """(number of the first slice, what was made of it and those that follow) until all are made; all draws of a slice
-    are in one pass. The last pass is filled up, so that it needs no executable of its own."""
-    rows, count = rows or model.defaults["rows"], len(cut)
-    some = max(1, min(count, rows // max(draws, best_of)))
+) -> Iterator[tuple[Sequence[int], Generated]]:
+    """(numbers of slices, what was made of them) until all are made; all draws of a slice are in one pass. The last
+    pass is filled up, so that it needs no executable of its own."""
+    rows, count = rows or model.defaults["rows"], len(numbers)
+    most = max(1, rows // max(draws, best_of))
+    some = math.ceil(count / math.ceil(count / most))  # passes of about one size, so that little of the last is filler
     start = told = time.time()
     first = 0.0
     for at in range(0, count, some):
-        chosen = np.minimum(np.arange(at, at + some), count - 1)
+        chosen = [numbers[min(i, count - 1)] for i in range(at, at + some)]
         values = {s: items if len(items) == 1 else [items[i] for i in chosen] for s, items in given.items()}
         made = model.generate(
             values, make, count=some, draws=draws, best_of=best_of, rows=rows, numbers=[0] * some, **options
         )
         done, now = min(at + some, count), time.time()
-        yield at, _cut_off(made, done - at)
+        yield numbers[at:done], _cut_off(made, done - at)
         first = first or now - start
         rate = (now - start - first) / (done - some) if done > some else first / done  # the first compiles
         if done == count:
             began = f"{duration(first)} for the first {some}, with compiling, then " if done > some else ""
-            say(f"{count} slices in {duration(now - start)}: {began}{rate:.2g} s a slice")
+            say(f"{count} slice{'s' * (count > 1)} in {duration(now - start)}: {began}{rate:.2g} s a slice")
         elif now - told > EVERY:
             say(f"{done}/{count} slices  {rate:.2g} s a slice  {duration((count - done) * rate)} left")
             told = now
@@ -275,7 +277,8 @@ def translate(
     say: Say = print,
     **options: Any,
 ) -> Translated:
-    """Make images of a volume; no more of the draws is kept than their mean and deviation.
+    """Make images of a volume; no more of the draws is kept than their mean and deviation. Of a slice that holds one
+    value alone, as beyond the end of a head, nothing is made: it becomes the window's lower end.
 
     Args:
       given: stream -> a `Volume` or the path of one (a file, a folder of DICOM); several of one grid; and texts.
@@ -285,7 +288,8 @@ def translate(
       say: is told how far it is.
 
     Raises:
-      UserError: no volume is given, or it cannot be read; what is wanted is no slice; see `Model.generate`.
+      UserError: no volume is given, or it cannot be read, or is empty; what is wanted is no slice; see
+        `Model.generate`.
     """
     values, cut = opened(given, plane, single=True)
     if cut is None:
@@ -293,21 +297,37 @@ def translate(
     if odd := [s for s in make if not cut.holds(s)]:
         raise UserError(f"{odd[0]!r}: {stream_word(odd[0])} is no slice of a volume; expected images of slices")
     shape = stack(cut.square, cut.plane).shape
-    maps = {s: np.empty((2, *shape), np.float32) for s in make}
+    full = _filled(values, len(cut))
+    if not full:
+        raise UserError(f"{cut.source.path or 'the volume'}: every {cut.plane} slice of it holds one value alone")
+    maps = {s: np.zeros((2, *shape), np.float32) for s in make}
+    for stream, (mean, _) in maps.items():
+        mean[:] = _modality(stream).window[0]
     passes = []
-    for at, made in _passes(model, values, cut, make, say, draws=draws, seed=seed, **options):
-        for stream, both in maps.items():
-            some = made.mean(stream), made.std(stream)
-            both[:, at : at + len(some[0])] = some
+    for some, made in _passes(model, values, full, make, say, draws=draws, seed=seed, **options):
+        for stream, (mean, std) in maps.items():
+            mean[some], std[some] = made.mean(stream), made.std(stream)
         passes.append(dataclasses.replace(made, samples={}, latents={}))
     record = model.provenance(seed=seed, **options)
     how = f"{record['steps']} steps of {record['sampler']}, of {' and '.join(given)}, {cut.plane}"
     which = [f"{what} of {draws} draws, {how}" for what in ("mean", "std")] if draws > 1 else [how, ""]
-    lost = cut.seen(model.size)
+    empty = len(cut) - len(full)
+    left = f"{empty} slice{'s' * (empty > 1)} of one value alone were left empty" if empty else ""
     return Translated(
         {s: cut.volume(s, mean) for s, (mean, _) in maps.items()},
         {s: deviation(cut.volume(s, std)) for s, (_, std) in maps.items()} if draws > 1 else {},
         (notes(record, which[0]), notes(record, which[1])),
         passes[0].pairs,
-        (*_told(passes), *([lost] if lost else [])),
+        (*_told(passes), *filter(None, (cut.seen(model.size), left))),
     )
+
+
+def _filled(values: Mapping[str, list], count: int) -> list[int]:
+    """Numbers of the slices in which there is something to see."""
+
+    def shows(value: Any) -> bool:
+        pixels = np.asarray(value.pixels, np.float32)
+        return float(np.ptp(pixels)) > 1e-6 * float(np.abs(pixels).max())  # resampling rounds
+
+    own = [items for items in values.values() if isinstance(items[0], Picture)]
+    return [i for i in range(count) if any(shows(items[i]) for items in own)]

@@ -18,6 +18,7 @@ from medm2g_jax import cli, volumes
 from medm2g_jax.data import formats, marks
 from medm2g_jax.data.picture import network_input
 from medm2g_jax.data.volume import LPS, PLANES, Volume, slices, stack, stack_affine
+from medm2g_jax.errors import UserError
 from medm2g_jax.inference import Model
 from medm2g_jax.modality import MODALITIES
 
@@ -142,6 +143,18 @@ def test_slices_share_their_noise_and_depend_on_no_batch(model):
     best = volumes.generate(model, values, cut, ["ct"], rows=4, best_of=3, seed=4, **QUIET)
     assert best.samples["ct"].shape[0] == 5 and best.kept.shape == best.agreement.shape == (5,)
     assert "1 draw" not in one.about[0]["Provenance"] and "mean of 3 draws" in one.about[0]["Provenance"]
+
+
+def test_nothing_is_made_of_empty_slices(echo):
+    values = RAMP.copy()
+    values[:, :, [0, 3]] = 0.5
+    made = volumes.translate(echo, {"mri:t2": Volume(values, AFFINE)}, ["ct"], rows=2, draws=2, **QUIET)
+    whole, std = stack(made.mean["ct"], "axial"), stack(made.std["ct"], "axial")
+    assert (whole[[0, 3]] == -1000).all() and (std[[0, 3]] == 0).all()
+    assert all(np.ptp(whole[n]) > 0 for n in (1, 2, 4))
+    assert "2 slices of one value alone were left empty" in made.notes
+    with pytest.raises(UserError, match="a.nii: every axial slice of it holds one value alone"):
+        volumes.translate(echo, {"mri:t2": Volume(RAMP * 0, AFFINE, path="a.nii")}, ["ct"], **QUIET)
 
 
 def test_a_volume_as_networks_read_it_is_its_slices(model):
