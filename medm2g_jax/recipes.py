@@ -32,7 +32,7 @@ from medm2g_jax.data.pipeline import Rows
 from medm2g_jax.diffusion import TIMES, T, denoising_loss
 from medm2g_jax.extract import invariant_loss, view
 from medm2g_jax.keys import row_keys, row_normal, row_uniform
-from medm2g_jax.modality import of_kind
+from medm2g_jax.modality import of_kind, split_stream
 from medm2g_jax.model import Flow, MedM2G, OnGrid, apply, init, init_group, prompt_context, under
 from medm2g_jax.nn.attention import Context, concat, mask
 
@@ -531,8 +531,10 @@ def _near(
         signal, _ = flows[name].process.at(source.t, source.z)  # alpha_0 is 1 but for 4e-4
         return OnGrid(name, source.z, jnp.where(source.t[:, None, None, None] > 0, signal, 1.0), source.stream, rows)
 
-    out = [near(partner[m], sources[partner[m]], on["partner"])] if m in partner else []
-    for name, places in ((m, "others"), (partner.get(m), "beside")):
+    other = partner.get(m)  # of a text there is no slot
+    slot = any(split_stream(stream)[0] == other for stream in flows[m].slots)
+    out = [near(other, sources[other], on["partner"])] if slot else []
+    for name, places in ((m, "others"), (other, "beside")):
         if name in others and places in on:
             (b, k), source = others[name].has.shape, others[name].source
             each = lambda x, i, b=b, k=k: x.reshape(b, k, *x.shape[1:])[:, i]  # noqa: E731

@@ -22,9 +22,9 @@ XRAY = ("ldm", "xray,tiny,alone", "default", "xray")
 PAIR = ("ct_mri", "tiny,alone", "default", "ct")
 CONTRASTS = ("mri", "tiny", ("mri",), "mri:t1")
 SETS = {
-    "mimic_cxr": (look_alikes.mimic_cxr, "text_xray", "tiny", "default", "text"),
-    "openi": (look_alikes.openi_nlm, "text_xray", "tiny", "default", "text"),
-    "chestxray14": (look_alikes.chestxray14, "text_xray", "tiny", "default", "xray"),
+    "mimic_cxr": (look_alikes.mimic_cxr, "text_xray", "tiny,alone", "default", "text"),
+    "openi": (look_alikes.openi_nlm, "text_xray", "tiny,alone", "default", "text"),
+    "chestxray14": (look_alikes.chestxray14, "text_xray", "tiny,alone", "default", "xray"),
     "medicat": (look_alikes.medicat, "ldm", "ct,tiny,alone", "default", "ct"),
     "chexpert": (look_alikes.chexpert, *XRAY),
     "siim": (look_alikes.siim, *XRAY),
@@ -34,7 +34,7 @@ SETS = {
     "brain_tumor": (look_alikes_volumes.brain_tumor, *PAIR),
     "brats2020": (look_alikes_volumes.brats2020, *CONTRASTS),
     "ixi": (look_alikes_volumes.ixi, *CONTRASTS),
-    "acdc": (look_alikes_volumes.acdc, "ldm", "mri,tiny,alone", "default", "mri"),
+    "acdc": (look_alikes_volumes.acdc, "text_mri", "tiny,alone", "default", "mri"),
     "sliver07": (look_alikes_volumes.sliver07, "ldm", "ct,tiny,alone", "default", "ct"),
 }
 
@@ -49,10 +49,9 @@ if __name__ == "__main__":
     manifest = prepare.prepare(adapter_of(name), root, folder / "prepared", prepare.Order(workers=1, keep_ids=True))
 
     config = unmeasured(micro(target, words, steps=2, listing=listing, batch=2))
-    for at in (config, *config.stages.values()):
-        at.data.source, at.data.template_text = f"manifest:{manifest.parent}", True
-        if "upstream" in at and target == "mri":
-            at.upstream = "init"
+    config.data.source, config.data.template_text = f"manifest:{manifest.parent}", True
+    if target == "mri":  # the round alone, as its config has it
+        config.upstream = "init"
     run.run(config, str(folder / "run"))
 
     model = medm2g_jax.load(folder / "run")

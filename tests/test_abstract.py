@@ -52,6 +52,15 @@ def test_the_abstract_step_is_placed_on_the_mesh(stage, data):
     assert metrics["loss"].shape == ()
 
 
+@pytest.mark.parametrize("listing", ["text_mri", ("text_mri",)])
+def test_a_partner_on_no_grid_has_no_input_channels(listing, data):
+    """A round of reports and of MRI, whose other contrasts lie on its grid: its step is traced."""
+    config = micro("text_mri", listing=listing)
+    made, arguments = abstract.abstract_stage(config, data.tokenizers.sizes, sharding.make_mesh(config.mesh))
+    _, metrics = jax.eval_shape(made.train_step, *arguments)
+    assert {"eps/mri", "eps/text"} <= metrics.keys()
+
+
 def test_the_abstract_step_takes_what_the_trainer_gives(data, tmp_path, monkeypatch):
     """Names, shapes and dtypes of a real run's first step; on CPU, where both are float32."""
     seen = []
