@@ -15,7 +15,7 @@ from medm2g_jax.data import formats, said
 from medm2g_jax.data.formats import raster
 from medm2g_jax.data.said import Said
 from medm2g_jax.data.shards import split_name
-from medm2g_jax.data.source import SPLITS, SURROGATE, identity
+from medm2g_jax.data.source import PLAIN, SPLITS, SURROGATE, identity
 from medm2g_jax.errors import UserError
 
 NAME = "manifest.jsonl"
@@ -144,11 +144,13 @@ def checked(where: Any, row: Any) -> Row:
         raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
     own, subject = _own(where, row, "id"), _own(where, row, "subject")
     files, text = row.get("images") or {}, row.get("text") or ""
-    if type(files) is not dict or not all(map(_is_text, files.values())):
+    if type(files) is not dict:
         raise UserError(f"{where}: 'images' must map stream keys to file names")
-    for key, name in files.items():
-        if not (key.isascii() and name.isascii()) and SURROGATE.search(f"{key}\n{name}"):
-            raise UserError(f"{where}: 'images' holds half a character (a lone surrogate), which no file name can")
+    for name in files.values():
+        if type(name) is not str:
+            raise UserError(f"{where}: 'images' must map stream keys to file names")
+        if not name.isascii():
+            _check_whole(where, name)
     if type(text) is not str:
         raise UserError(f"{where}: 'text' must be a string, found {type(text).__name__}")
     if type(info := row.get("info") or {}) is not dict:
@@ -182,6 +184,7 @@ def _shared(where: Any, row: Mapping[str, Any], files: Mapping[str, str]) -> Abo
 
 
 def _about(where: Any, row: Mapping[str, Any], files: Mapping[str, str]) -> About:
+    _check_whole(where, "\n".join(files))
     if row.get("split") in (None, ""):
         raise _absent(where, "split")
     if row["split"] not in SPLITS:
@@ -212,6 +215,8 @@ def _about(where: Any, row: Mapping[str, Any], files: Mapping[str, str]) -> Abou
 def _own(where: Any, row: Mapping[str, Any], field: str) -> str:
     """A row's id or subject, in one spelling."""
     value = row.get(field)
+    if type(value) is str and PLAIN(value):
+        return value
     if value is None or value == "":
         raise _absent(where, field)
     try:
@@ -224,8 +229,9 @@ def _absent(where: Any, field: str) -> UserError:
     return UserError(f"{where}: no {field!r}; a row needs id, subject, split, and images or text or both")
 
 
-def _is_text(value: Any) -> bool:
-    return type(value) is str
+def _check_whole(where: Any, names: str) -> None:
+    if SURROGATE.search(names):
+        raise UserError(f"{where}: 'images' holds half a character (a lone surrogate), which no file name can")
 
 
 def _whole(text: str) -> str:

@@ -26,6 +26,7 @@ class _Like(NamedTuple):
     """What the records of many rows have in common, see `Record`; tells: the rows name something that a model made."""
 
     split: str
+    streams: tuple[str, ...]
     licence: str
     grid: tuple[str, ...]
     made: tuple[str, ...]
@@ -62,6 +63,9 @@ class Table:
         self._shared: dict[Any, Any] = {}
         self._streams: dict[str, str | None] = {}
         self._like: dict[tuple[About, tuple[str, ...]], _Like] = {}
+        self._whole: dict[
+            tuple[About, bool], _Like
+        ] = {}  # of rows of which nothing is left out, with a text or without
 
     def read(self, path: Path) -> None:
         """Take all rows of the folder `path`, or of the manifest folders in it.
@@ -83,18 +87,26 @@ class Table:
 
     def _add(self, row: Row, folder: Path, files: "_Files") -> None:
         self.rows += 1
-        subject = self.subjects.add(row.subject, row.about.split, row.where)
-        value = self._value(row, files)
-        if not value:
-            return
-        streams = self._one(tuple(value))
-        like = self._like.get((row.about, streams))
-        if like is None:
-            like = self._like[row.about, streams] = self._of(row.about, streams)
+        about = row.about
+        subject = self.subjects.add(row.subject, about.split, row.where)
+        # Most rows are like one before, and all that they name is there: then nothing has to be picked out of them.
+        like = self._whole.get((about, row.text != ""))
+        if like is not None and all(map(files.known, row.images.values())) and row.text.isascii():
+            values = (*row.images.values(), row.text) if row.text else tuple(row.images.values())
+        else:
+            value = self._value(row, files)
+            if not value:
+                return
+            values, streams = tuple(value.values()), tuple(value)
+            like = self._like.get((about, streams))
+            if like is None:
+                like = self._like[about, streams] = self._of(about, self._one(streams))
+            if len(values) == len(row.images) + (row.text != ""):
+                self._whole[about, row.text != ""] = like
         self.made += like.tells
         self.tested += like.tells and like.split != "train"
-        self.records.append(Record(row.id, subject, like.split, streams, like.licence, like.grid, like.made))
-        self.values.append(tuple(value.values()))
+        self.records.append(Record(row.id, subject, like.split, like.streams, like.licence, like.grid, like.made))
+        self.values.append(values)
         self.said.append(like.said)
         self.folders.append(folder)
 
@@ -106,6 +118,7 @@ class Table:
         said = {self._stream(key): value for key, value in about.said.items()}
         return _Like(
             self._one(about.split),
+            streams,
             self._one(about.licence),
             tuple(s for s in streams if s in near),
             tuple(s for s in streams if s in made),
@@ -170,6 +183,16 @@ class _Files:
         self._folder, self._shards = folder, shards
         self._listed: dict[str, frozenset[str]] = {}
         self._counts: dict[str, int | str] = {}  # of a shard's records, or what is wrong with it
+
+    def known(self, name: str) -> bool:
+        """Whether an image of this name is there and of a known format, as far as a quick look tells."""
+        shard, mark, number = name.rpartition("#")
+        if mark:
+            count = self._counts.get(shard)
+            return type(count) is int and number.isdecimal() and number.isascii() and int(number) < count
+        parent, slash, own = name.rpartition("/")
+        listed = self._listed.get(parent + slash)
+        return listed is not None and own in listed and own.endswith(".png")
 
     def wrong(self, name: str, packed: tuple[str, int] | None) -> str:
         """Why there is no such image, in words; "" where there is. packed: see `split_name`."""
