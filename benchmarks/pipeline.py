@@ -177,13 +177,7 @@ def torch_loader(paths: list[str]) -> Iterator[Any]:
     from torch.utils.data import DataLoader
 
     # Processes that begin afresh: forks of one that has threads may wait for each other for ever.
-    batches = iter(DataLoader(Files(paths), BATCH, shuffle=True, num_workers=2, multiprocessing_context="spawn"))
-    try:
-        yield from batches
-    finally:
-        for _ in range(4):  # what its workers have begun: ended in the midst of it they abort, with many words
-            next(batches)
-        del batches
+    yield from DataLoader(Files(paths), BATCH, shuffle=True, num_workers=2, multiprocessing_context="forkserver")
 
 
 def fed(folder: Path, steps: int = 25) -> None:
