@@ -177,7 +177,7 @@ def torch_loader(paths: list[str]) -> Iterator[Any]:
     from torch.utils.data import DataLoader
 
     # Processes that begin afresh: forks of one that has threads may wait for each other for ever.
-    yield from DataLoader(Files(paths), BATCH, shuffle=True, num_workers=2, multiprocessing_context="spawn")
+    yield from DataLoader(Files(paths), BATCH, shuffle=True, num_workers=2, multiprocessing_context="forkserver")
 
 
 def fed(folder: Path, steps: int = 25) -> None:

@@ -2,9 +2,10 @@
 
 import argparse
 
+import numpy as np
 import pytest
 
-from benchmarks import common, profile
+from benchmarks import common, manifest, pipeline, profile
 
 HLO = """
 %fused_a (p: f32[2]) -> f32[2] {
@@ -47,3 +48,20 @@ def test_ratios_are_of_pairs_and_goals_of_full_sizes_on_cpu():
     assert row["compile"] == {"ours": 6.0, "torch": 0.0}
     options.small = True
     assert "goal" not in common._rows(task, timed, options, "torch")[0]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_made_up_manifests_open(tmp_path, packed):
+    manifest.write(tmp_path, 200, packed)
+    found = manifest.measure(str(tmp_path))
+    assert found["rows"] == 200 and 100 < found["indexed"] <= 200
+
+
+def test_made_up_slices_reach_a_step_as_a_plain_loop_reads_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("medm2g_jax.data.manifest.MEMORY", 0)  # the benchmark sets it; back to what it was afterwards
+    pipeline.write(tmp_path, 2)
+    for kind in ("loose", "packed"):
+        batches, source = pipeline.ours(tmp_path / kind, 2**20)
+        batches.close()
+        expected = pipeline.plain(str(tmp_path / "loose/images/000001.png"))
+        np.testing.assert_allclose(source.read(1, "ct", np.random.default_rng(0)), expected, atol=3e-5)

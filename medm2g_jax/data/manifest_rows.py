@@ -3,7 +3,10 @@
 There may be millions: what most rows are (ASCII names, no half characters) is asked first, and cheaply.
 """
 
+import dataclasses
+import functools
 import json
+import marshal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +15,11 @@ from medm2g_jax.data import formats, said
 from medm2g_jax.data.formats import raster
 from medm2g_jax.data.said import Said
 from medm2g_jax.data.shards import split_name
-from medm2g_jax.data.source import SPLITS, SURROGATE, identity
+from medm2g_jax.data.source import PLAIN, SPLITS, SURROGATE, identity
 from medm2g_jax.errors import UserError
 
 NAME = "manifest.jsonl"
+_scan = json.JSONDecoder().scan_once  # `json.loads` without what it looks for before and behind
 
 
 class Place(NamedTuple):
@@ -28,28 +32,45 @@ class Place(NamedTuple):
         return f"{self.file}:{self.line}"
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class About:
+    """What a line says beside whose it is, its files and its text. Millions of lines say what few say: they share one.
+
+    Attributes:
+      keys: of its images.
+      registered: image keys, or all or none of them; None: not said.
+      synthetic: keys of what a model made.
+      said: image key -> what is said of it.
+    """
+
+    split: str
+    keys: tuple[str, ...]
+    origin: str
+    licence: str
+    registered: bool | tuple[str, ...] | None
+    synthetic: tuple[str, ...]
+    said: Mapping[str, Said]
+
+    @functools.cached_property
+    def scaled(self) -> tuple[str, ...]:
+        """Keys of images that have a scale."""
+        return tuple(key for key, said in self.said.items() if said.scale is not None)
+
+
 class Row(NamedTuple):
     """One line.
 
     Attributes:
       where: its place; messages print it.
       images: image key -> the name of its file, as it stands in the line.
-      registered: image keys, or all or none of them; None: not said.
-      synthetic: keys of what a model made.
-      said: image key -> what is said of it.
     """
 
     where: Any
     id: str
     subject: str
-    split: str
     images: Mapping[str, str]
     text: str
-    origin: str
-    licence: str
-    registered: bool | tuple[str, ...] | None
-    synthetic: tuple[str, ...]
-    said: Mapping[str, Said]
+    about: About
 
 
 def folders(path: Path) -> list[Path]:
@@ -100,6 +121,12 @@ def _not_utf8(file: Path) -> str:
 
 def _json(where: Place, line: str) -> Any:
     try:
+        row, end = _scan(line, 0)
+        if line[end:].isspace() or end == len(line):
+            return row
+    except (StopIteration, ValueError, RecursionError):
+        pass  # whatever it is, it is said below
+    try:
         return json.loads(line.rstrip("\n"))  # columns are counted in this line
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
@@ -113,28 +140,55 @@ def checked(where: Any, row: Any) -> Row:
     Raises:
       UserError: it is not of the form.
     """
-    if not isinstance(row, dict):
+    if type(row) is not dict:
         raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    own = []
-    for field in ("id", "subject", "split"):
-        value = row.get(field)
-        if value is None or value == "":
-            raise UserError(f"{where}: no {field!r}; a row needs id, subject, split, and images or text or both")
-        if field != "split":
-            try:
-                own.append(identity(value))
-            except UserError as error:
-                raise UserError(f"{where}: {field!r}: {error}") from None
+    own, subject = _own(where, row, "id"), _own(where, row, "subject")
+    files, text = row.get("images") or {}, row.get("text") or ""
+    if type(files) is not dict:
+        raise UserError(f"{where}: 'images' must map stream keys to file names")
+    for name in files.values():
+        if type(name) is not str:
+            raise UserError(f"{where}: 'images' must map stream keys to file names")
+        if not name.isascii():
+            _check_whole(where, name)
+    if type(text) is not str:
+        raise UserError(f"{where}: 'text' must be a string, found {type(text).__name__}")
+    if type(info := row.get("info") or {}) is not dict:
+        raise UserError(f"{where}: 'info' must be a JSON object, found {type(info).__name__}")
+    about = _shared(where, row, files)
+    for key in about.scaled:
+        name = files[key]
+        format = None if name.endswith(".png") or split_name(name) else formats.format_of(name)
+        if format is not None and format.read is not raster.read:
+            raise UserError(
+                f"{where}: 'scale' of {key!r}: {format.name} files say themselves what their values are; it is for "
+                "PNG, JPEG and TIFF"
+            )
+    return Row(where, own, subject, files, text.strip(), about)
+
+
+_FIELDS = ("split", "text_origin", "license", "registered", "synthetic", *said.FIELDS)
+_REMEMBERED = 10_000
+_ABOUT: dict[bytes, About] = {}
+
+
+def _shared(where: Any, row: Mapping[str, Any], files: Mapping[str, str]) -> About:
+    """What a row says, held to its form where no row has said the very same before."""
+    words = marshal.dumps((*files, *map(row.get, _FIELDS)), 2)  # it tells 1, 1.0 and True apart
+    if (about := _ABOUT.get(words)) is None:
+        about = _about(where, row, files)
+        if len(_ABOUT) >= _REMEMBERED:
+            _ABOUT.clear()
+        _ABOUT[words] = about
+    return about
+
+
+def _about(where: Any, row: Mapping[str, Any], files: Mapping[str, str]) -> About:
+    _check_whole(where, "\n".join(files))
+    if row.get("split") in (None, ""):
+        raise _absent(where, "split")
     if row["split"] not in SPLITS:
         raise UserError(f"{where}: split {row['split']!r}; expected one of {', '.join(SPLITS)}")
-    files, text = row.get("images") or {}, row.get("text") or ""
-    if not isinstance(files, dict) or not all(map(_is_text, files.values())):
-        raise UserError(f"{where}: 'images' must map stream keys to file names")
-    for key, name in files.items():
-        if not (key.isascii() and name.isascii()) and SURROGATE.search(f"{key}\n{name}"):
-            raise UserError(f"{where}: 'images' holds half a character (a lone surrogate), which no file name can")
-    if not isinstance(text, str):
-        raise UserError(f"{where}: 'text' must be a string, found {type(text).__name__}")
     registered = row.get("registered")
     if isinstance(registered, list):
         unknown = [key for key in registered if not isinstance(key, str) or key not in files]
@@ -150,41 +204,34 @@ def checked(where: Any, row: Any) -> Row:
     synthetic = row.get("synthetic") or []
     if not isinstance(synthetic, list) or not all(isinstance(key, str) for key in synthetic):
         raise UserError(f"{where}: 'synthetic' must be a list of keys of 'images', and \"text\"")
-    if not isinstance(row.get("info") or {}, dict):
-        raise UserError(f"{where}: 'info' must be a JSON object, found {type(row['info']).__name__}")
-    origin, licence = _whole(str(row.get("text_origin") or "")), _whole(str(row.get("license") or ""))
-    return Row(
-        where,
-        *own,
-        row["split"],
-        files,
-        text.strip(),
-        origin,
-        licence,
-        registered,
-        tuple(synthetic),
-        _said(where, row, files),
-    )
-
-
-def _is_text(value: Any) -> bool:
-    return type(value) is str
-
-
-def _said(where: Any, row: Mapping[str, Any], files: Mapping[str, str]) -> Mapping[str, Said]:
     try:
         found = said.parse(row, files.keys())
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    for key, about in found.items():
-        if about.scale is not None and not split_name(files[key]):
-            format = formats.format_of(files[key])
-            if format is not None and format.read is not raster.read:
-                raise UserError(
-                    f"{where}: 'scale' of {key!r}: {format.name} files say themselves what their values are; it is "
-                    "for PNG, JPEG and TIFF"
-                )
-    return found
+    origin, licence = (_whole(str(row.get(field) or "")) for field in ("text_origin", "license"))
+    return About(row["split"], tuple(files), origin, licence, registered, tuple(synthetic), found)
+
+
+def _own(where: Any, row: Mapping[str, Any], field: str) -> str:
+    """A row's id or subject, in one spelling."""
+    value = row.get(field)
+    if type(value) is str and PLAIN(value):
+        return value
+    if value is None or value == "":
+        raise _absent(where, field)
+    try:
+        return identity(value)
+    except UserError as error:
+        raise UserError(f"{where}: {field!r}: {error}") from None
+
+
+def _absent(where: Any, field: str) -> UserError:
+    return UserError(f"{where}: no {field!r}; a row needs id, subject, split, and images or text or both")
+
+
+def _check_whole(where: Any, names: str) -> None:
+    if SURROGATE.search(names):
+        raise UserError(f"{where}: 'images' holds half a character (a lone surrogate), which no file name can")
 
 
 def _whole(text: str) -> str:

@@ -11,15 +11,27 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from medm2g_jax.data import formats, manifest_rows
-from medm2g_jax.data.manifest_rows import Row
+from medm2g_jax.data.manifest_rows import About, Row
 from medm2g_jax.data.said import Said
 from medm2g_jax.data.shards import Shards, split_name
 from medm2g_jax.data.source import SURROGATE, Record, Subjects, images_of, stream_of
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES
+
+
+class _Like(NamedTuple):
+    """What the records of many rows have in common, see `Record`; tells: the rows name something that a model made."""
+
+    split: str
+    streams: tuple[str, ...]
+    licence: str
+    grid: tuple[str, ...]
+    made: tuple[str, ...]
+    said: tuple[Said | None, ...]
+    tells: bool
 
 
 class Table:
@@ -50,7 +62,10 @@ class Table:
         self._shards, self._template_text, self._registered = shards, template_text, registered
         self._shared: dict[Any, Any] = {}
         self._streams: dict[str, str | None] = {}
-        self._grids: dict[tuple, tuple[str, ...]] = {}
+        self._like: dict[tuple[About, tuple[str, ...]], _Like] = {}
+        self._whole: dict[
+            tuple[About, bool], _Like
+        ] = {}  # of rows of which nothing is left out, with a text or without
 
     def read(self, path: Path) -> None:
         """Take all rows of the folder `path`, or of the manifest folders in it.
@@ -72,34 +87,50 @@ class Table:
 
     def _add(self, row: Row, folder: Path, files: "_Files") -> None:
         self.rows += 1
-        subject = self.subjects.add(row.subject, row.split, row.where)
-        value, said = self._value(row, files)
-        if not value:
-            return
-        streams = self._one(tuple(value))
-        made = tuple(s for s in streams if s in map(stream_of, row.synthetic)) if row.synthetic else ()
-        self.made += bool(row.synthetic)
-        self.tested += bool(row.synthetic) and row.split != "train"
-        record = Record(
-            row.id,
-            subject,
-            self._one(row.split),
-            streams,
-            self._one(row.licence),
-            self._grid(row, streams),
-            made,
-        )
-        self.records.append(record)
-        self.values.append(tuple(value.values()))
-        self.said.append(self._one(tuple([said.get(s) for s in streams])) if said else ())
+        about = row.about
+        subject = self.subjects.add(row.subject, about.split, row.where)
+        # Most rows are like one before, and all that they name is there: then nothing has to be picked out of them.
+        like = self._whole.get((about, row.text != ""))
+        if like is not None and all(map(files.known, row.images.values())) and row.text.isascii():
+            values = (*row.images.values(), row.text) if row.text else tuple(row.images.values())
+        else:
+            value = self._value(row, files)
+            if not value:
+                return
+            values, streams = tuple(value.values()), tuple(value)
+            like = self._like.get((about, streams))
+            if like is None:
+                like = self._like[about, streams] = self._of(about, self._one(streams))
+            if len(values) == len(row.images) + (row.text != ""):
+                self._whole[about, row.text != ""] = like
+        self.made += like.tells
+        self.tested += like.tells and like.split != "train"
+        self.records.append(Record(row.id, subject, like.split, like.streams, like.licence, like.grid, like.made))
+        self.values.append(values)
+        self.said.append(like.said)
         self.folders.append(folder)
 
-    def _value(self, row: Row, files: "_Files") -> tuple[dict[str, str], dict[str, Said]]:
-        """Stream -> its file or text, of what can be used; and what is said of them."""
+    def _of(self, about: About, streams: tuple[str, ...]) -> "_Like":
+        """What all rows have that say this and whose streams are these."""
+        near = self._registered if about.registered is None else about.registered
+        near = set(map(stream_of, near)) if isinstance(near, tuple) else set(images_of(streams) if near else ())
+        made = set(map(stream_of, about.synthetic))
+        said = {self._stream(key): value for key, value in about.said.items()}
+        return _Like(
+            self._one(about.split),
+            streams,
+            self._one(about.licence),
+            tuple(s for s in streams if s in near),
+            tuple(s for s in streams if s in made),
+            self._one(tuple(said.get(s) for s in streams)) if said else (),
+            bool(about.synthetic),
+        )
+
+    def _value(self, row: Row, files: "_Files") -> dict[str, str]:
+        """Stream -> its file or text, of what can be used."""
         values: dict[str, str] = {}
-        said: dict[str, Said] = {}
         for key, name in row.images.items():
-            stream = self._stream(key)
+            stream = self._streams[key] if key in self._streams else self._stream(key)
             if stream is None:
                 self.left_out[f"of unknown key {key!r}"] += 1
             elif (packed := split_name(name)) is None and formats.format_of(name) is None:
@@ -110,16 +141,14 @@ class Table:
                 self.missing.append(f"{row.where}: row {row.id!r}: {wrong}")
             else:
                 values[stream] = name
-                if key in row.said:
-                    said[stream] = row.said[key]
-        if row.text and row.origin == "template" and not self._template_text:
+        if row.text and row.about.origin == "template" and not self._template_text:
             self.left_out["template texts (they are no reports)"] += 1
         elif row.text:
             values["text"] = row.text
             if not row.text.isascii() and (halves := len(SURROGATE.findall(row.text))):
                 self.halves += halves
                 values["text"] = SURROGATE.sub("\ufffd", row.text)
-        return values, said
+        return values
 
     def _stream(self, key: str) -> str | None:
         """The image stream that a key means."""
@@ -128,16 +157,6 @@ class Table:
             image = stream is not None and MODALITIES[stream.partition(":")[0]].is_image
             self._streams[key] = stream if image else None
         return self._streams[key]
-
-    def _grid(self, row: Row, streams: tuple[str, ...]) -> tuple[str, ...]:
-        """The streams of a row that share a grid."""
-        said = self._registered if row.registered is None else row.registered
-        if not said:
-            return ()
-        if (found := self._grids.get((said, streams))) is None:
-            named = {stream_of(key) for key in said} if isinstance(said, tuple) else images_of(streams)
-            found = self._grids[said, streams] = tuple(stream for stream in streams if stream in named)
-        return found
 
     def _one(self, value: Any) -> Any:
         """The same value, kept once."""
@@ -164,6 +183,16 @@ class _Files:
         self._folder, self._shards = folder, shards
         self._listed: dict[str, frozenset[str]] = {}
         self._counts: dict[str, int | str] = {}  # of a shard's records, or what is wrong with it
+
+    def known(self, name: str) -> bool:
+        """Whether an image of this name is there and of a known format, as far as a quick look tells."""
+        shard, mark, number = name.rpartition("#")
+        if mark:
+            count = self._counts.get(shard)
+            return type(count) is int and number.isdecimal() and number.isascii() and int(number) < count
+        parent, slash, own = name.rpartition("/")
+        listed = self._listed.get(parent + slash)
+        return listed is not None and own in listed and own.endswith(".png")
 
     def wrong(self, name: str, packed: tuple[str, int] | None) -> str:
         """Why there is no such image, in words; "" where there is. packed: see `split_name`."""

@@ -5,8 +5,7 @@ intercept. `span` says which values count as -1 and +1 where no unit does, as wi
 """
 
 import dataclasses
-import marshal
-from collections.abc import Callable, Collection, KeysView, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,7 +67,7 @@ class Said(NamedTuple):
 NOTHING = Said()
 
 
-def parse(row: Mapping[str, Any], keys: KeysView[str]) -> Mapping[str, Said]:
+def parse(row: Mapping[str, Any], keys: Collection[str]) -> Mapping[str, Said]:
     """Image key -> what a row of a manifest says of it, of those of which it says something.
 
     Args:
@@ -77,24 +76,8 @@ def parse(row: Mapping[str, Any], keys: KeysView[str]) -> Mapping[str, Said]:
     Raises:
       UserError: a field is not of its form, or is of no image; says which and what was found, no words of the row.
     """
-    # Most rows say what others have said; marshal tells 1, 1.0 and True apart.
-    words = marshal.dumps([row.get(field) for field in _FIELDS], 2)
-    said = _PARSED.get(words)
-    if said is None or not said.keys() <= keys:
-        said = _parse(row, keys)
-        if len(_PARSED) >= _REMEMBERED:
-            _PARSED.clear()
-        _PARSED[words] = said
-    return said
-
-
-_PARSED: dict[bytes, Mapping[str, Said]] = {}
-_REMEMBERED = 10_000
-
-
-def _parse(row: Mapping[str, Any], keys: Collection[str]) -> Mapping[str, Said]:
     said: dict[str, Said] = {}
-    for field, (form, read) in _FIELDS.items():
+    for field, (form, read) in FIELDS.items():
         values = row.get(field)
         if values is None:
             continue
@@ -128,7 +111,7 @@ def _orientation(value: Any) -> str | None:
 
 
 # Field -> its form in words, and what reads a value; None where it is not of that form.
-_FIELDS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
+FIELDS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "scale": ("[slope, intercept], two numbers, the slope not 0", _paired(lambda slope, _: slope != 0)),
     "span": ("[low, high], two numbers, low below high", _paired(lambda low, high: low < high)),
     "spacing": ("[mm from row to row, mm from column to column], above 0", _paired(lambda a, b: min(a, b) > 0)),

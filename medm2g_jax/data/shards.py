@@ -27,8 +27,10 @@ _READER = "readahead_buffer_size:0,max_parallelism:0"  # records are read one at
 
 def split_name(name: str) -> tuple[str, int] | None:
     """The shard and the number of the record that an image's name means; None where it is a file of its own."""
-    shard, mark, number = name.rpartition(f"{SUFFIX}#")
-    return (shard + SUFFIX, int(number)) if mark and shard and number.isascii() and number.isdecimal() else None
+    shard, mark, number = name.rpartition("#")
+    if mark and shard.endswith(SUFFIX) and len(shard) > len(SUFFIX) and number.isascii() and number.isdecimal():
+        return shard, int(number)
+    return None
 
 
 class Shards:

@@ -15,7 +15,7 @@ from medm2g_jax.modality import MODALITIES
 SPLITS = ("train", "val", "test")
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can spell one, and no encoding can write it
-_PLAIN = re.compile(r"[\w/-]+", re.ASCII)  # of which nothing can be written in another way
+PLAIN = re.compile(r"[\w/-]+", re.ASCII).fullmatch  # names of which none is another one, written differently
 _WHOLE = re.compile(r"([+-]?\d+)\.0*")
 _OPEN = re.compile(r"(cc[ -]by|cc[ -]?0|apache|mit|bsd|public domain|synthetic)\b", re.IGNORECASE)
 
@@ -131,7 +131,7 @@ def identity(value: Any) -> str:
     Raises:
       UserError: it is no string and no whole number, or empty; says what it is, not its value.
     """
-    if type(value) is str and _PLAIN.fullmatch(value):
+    if type(value) is str and PLAIN(value):
         return value
     if isinstance(value, np.generic):
         value = value.item()
@@ -171,7 +171,10 @@ class Subjects:
     def add(self, subject: str, split: str, where: Any) -> str:
         """Take note of a subject; where: what says, as a string, where it stands. Returns the subject as it was when it
         was first met, so that its rows can share one string."""
-        first, its_split, its_place = self._first.setdefault(subject, (subject, split, where))
+        found = self._first.get(subject)
+        if found is None:
+            found = self._first[subject] = subject, split, where
+        first, its_split, its_place = found
         if its_split != split:
             self._several.setdefault(subject, {its_split: its_place}).setdefault(split, where)
         return first

@@ -187,20 +187,20 @@ def _of_row(where: str, value: bytes | str, record: Record) -> tuple[Record, Map
         row = manifest_rows.checked(where, json.loads(value))
     except ValueError as error:
         raise UserError(f"{where}: 'row' is no JSON ({type(error).__name__})") from None
-    grid = row.registered or ()
+    grid = row.about.registered or ()
     grid = record.streams if grid is True else tuple(map(stream_of, grid))
-    made = tuple(map(stream_of, row.synthetic))
+    made = tuple(map(stream_of, row.about.synthetic))
     order = {stream_of(key): place for place, key in enumerate(row.images)}  # TFDS has one of its own
     streams = tuple(sorted(record.streams, key=lambda s: order.get(s, len(order))))
     full = dataclasses.replace(
         record,
         id=row.id,
         streams=streams,
-        licence=row.licence,
+        licence=row.about.licence,
         grid=record.grid or images_of(s for s in streams if s in grid),
         synthetic=tuple(s for s in streams if s in made),
     )
-    return full, {stream_of(key): said for key, said in row.said.items()}
+    return full, {stream_of(key): said for key, said in row.about.said.items()}
 
 
 def _missing(value: object) -> bool:
