@@ -17,7 +17,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ from etils import epath
 
 from medm2g_jax.data import formats
 from medm2g_jax.data.contents import contents
+from medm2g_jax.data.manifest_rows import NAME as MANIFEST
 from medm2g_jax.data.open import source_of
 from medm2g_jax.data.picture import Picture, normalised
-from medm2g_jax.data.source import SPLITS, Record, Source, check, entry_of, images_of, picture_of
+from medm2g_jax.data.source import SPLITS, Record, Source, check, entry_of, images_of, key_of, picture_of, stream_of
 from medm2g_jax.data.write import NOTE, alone_in, shown
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.pictures import SYNTHETIC, grid
@@ -39,7 +40,7 @@ from medm2g_jax.train.log import duration
 
 MISSING = "missing"
 SHEET = 8  # records in the contact sheet
-PART, PROVENANCE = "manifest.jsonl.part", "provenance.json"
+PART, PROVENANCE = f"{MANIFEST}.part", "provenance.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +216,7 @@ def _fill(
 def _begun(folder: Path, provenance: dict[str, Any]) -> set[int]:
     """Begin the folder, or go on in it: the records that are done."""
     path = folder / PROVENANCE
-    if (folder / "manifest.jsonl").exists():
+    if (folder / MANIFEST).exists():
         raise UserError(f"--out {folder}: holds a manifest.jsonl already; name another --out")
     if not path.exists():
         _write_json(path, provenance)
@@ -300,10 +301,6 @@ def _made(
     return model.generate(given, some[0].make, seed=seed, numbers=numbers, rows=rows, **options)
 
 
-def _key(stream: str) -> str:
-    return stream.replace(":", "_")
-
-
 def _row(folder: Path, source: Source, task: Task, made: dict[str, Any], model: Model, whole: bool) -> dict[str, Any]:
     record = source.records[task.index]
     row = _own(folder, source, task.index, record.streams if whole else task.given)
@@ -312,11 +309,11 @@ def _row(folder: Path, source: Source, task: Task, made: dict[str, Any], model: 
         if not modality.is_image:
             row |= dict(text=value, text_origin="synthetic")
         else:
-            row["images"][_key(stream)] = _write(folder, stream, task.index, shown(value, modality))
-        row["synthetic"] = [*row.get("synthetic", ()), _key(stream)]
+            row["images"][key_of(stream)] = _write(folder, stream, task.index, shown(value, modality))
+        row["synthetic"] = [*row.get("synthetic", ()), key_of(stream)]
     near = {(a, b) for a, b in model.meta["pairs"]["registered"]} if "registered" in model.meta["pairs"] else set()
     on_grid = [s for s in made if any((split_stream(g)[0], split_stream(s)[0]) in near for g in task.given)]
-    row["registered"] = [key for key in map(_key, (*record.grid, *on_grid)) if key in row["images"]]
+    row["registered"] = [key for key in map(key_of, (*record.grid, *on_grid)) if key in row["images"]]
     return row
 
 
@@ -330,20 +327,20 @@ def _own(folder: Path, source: Source, index: int, streams: Sequence[str]) -> di
         entry = entry_of(source, index, stream)
         if entry is not None:
             for field, value in entry.items():
-                row.setdefault(field, {})[_key(stream)] = value
-            row["images"][_key(stream)] = os.path.relpath(Path(entry["images"]).resolve(), folder)
+                row.setdefault(field, {})[key_of(stream)] = value
+            row["images"][key_of(stream)] = os.path.relpath(Path(entry["images"]).resolve(), folder)
             continue
         value = source.read(index, stream, _draw(index))
         if isinstance(value, str):
             row["text"] = value
         else:
             levels = np.round((value[..., 0] + 1) * 127.5).astype(np.uint8)
-            row["images"][_key(stream)] = _write(folder, stream, index, Picture(levels, (0, 255)), own=True)
-    made = [_key(s) for s in streams if s in record.synthetic]
+            row["images"][key_of(stream)] = _write(folder, stream, index, Picture(levels, (0, 255)), own=True)
+    made = [key_of(s) for s in streams if s in record.synthetic]
     row |= dict(synthetic=made) if made else {}
     if any(not MODALITIES[split_stream(s)[0]].is_image and s in record.synthetic for s in streams):
         row["text_origin"] = "synthetic"
-    row["registered"] = [_key(s) for s in record.grid if s in images_of(streams)]
+    row["registered"] = [key_of(s) for s in record.grid if s in images_of(streams)]
     return row
 
 
@@ -365,27 +362,27 @@ def _finish(folder: Path, source: Source, made: set[int], whole: bool, about: di
             rows.append(done[i])
         elif whole:
             rows.append(_own(folder, source, i, record.streams))
-    part = folder / "manifest.jsonl.new"
+    part = folder / f"{MANIFEST}.new"
     part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    _sheet(folder, [done[i] for i in sorted(made)[:SHEET]], source.open)
+    _sheet(folder, source, {i: done[i] for i in sorted(made)[:SHEET]})
     _write_json(folder / PROVENANCE, about)
-    part.replace(folder / "manifest.jsonl")
+    part.replace(folder / MANIFEST)
     (folder / PART).unlink()
-    return folder / "manifest.jsonl"
+    return folder / MANIFEST
 
 
-def _sheet(folder: Path, rows: Sequence[dict[str, Any]], is_open: bool) -> None:
+def _sheet(folder: Path, source: Source, rows: Mapping[int, dict[str, Any]]) -> None:
     """The first records: what was given above what was made; of data that are not open what was made alone."""
     lines = []
     for made in (False, True):
-        for key in sorted({key for row in rows for key in row["images"]}) if made or is_open else ():
-            stream = key.replace("_", ":", 1)
-            tiles = []
-            for row in rows:
+        for key in sorted({key for row in rows.values() for key in row["images"]}) if made or source.open else ():
+            stream, tiles = stream_of(key), []
+            modality = MODALITIES[split_stream(stream)[0]]
+            for index, row in rows.items():
                 tile = None
                 if key in row["images"] and (key in row["synthetic"]) == made:
-                    modality = MODALITIES[split_stream(stream)[0]]
-                    picture = formats.read(folder / row["images"][key], 2**31, modality)
+                    picture = None if made else picture_of(source, index, stream)  # its file alone may not say its unit
+                    picture = picture or formats.read(folder / row["images"][key], 2**31, modality)
                     tile = normalised(picture, modality)[..., None]
                 tiles.append(tile)
             if any(tile is not None for tile in tiles):

@@ -28,20 +28,23 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from medm2g_jax.data import shards
 from medm2g_jax.data.case import Adapter, Case, Left, Root
 from medm2g_jax.data.check import parse_ranges
 from medm2g_jax.data.clean import CLEANINGS
 from medm2g_jax.data.cut import Cutting, Outcome, cut
+from medm2g_jax.data.manifest_rows import NAME as MANIFEST
 from medm2g_jax.data.registration import HOW
-from medm2g_jax.data.source import SPLITS
+from medm2g_jax.data.source import SPLITS, stream_of
 from medm2g_jax.data.volume import PLANES, PRESETS
+from medm2g_jax.data.write import probe, unwritable
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate import card
 from medm2g_jax.train.log import duration
 
 EVERY = 5.0  # seconds between two lines of progress
-MANIFEST = "manifest.jsonl"
 _WAITING = 4  # cases a process that are handed out ahead
 
 
@@ -124,6 +127,7 @@ def prepare(
     cases, left = _found(adapter, source, order, say)
     cases, moved = _split(cases, order)
     left += moved
+    folder.begin()
     stamps = [folder.stamp(case) for case in cases]
     if folder.finished(stamps):  # images that went into shards are not cut again
         say(f"{folder.out / MANIFEST}: finished by an earlier run, nothing is left to do")
@@ -209,51 +213,64 @@ def _hash(seed: int, subject: str) -> str:
 
 
 class _Folder:
-    """The folder that is made: its settings, its salt, and what is done so far."""
+    """The folder that is made: its settings, its salt, and what is done so far. Nothing is written before `begin`."""
 
     def __init__(self, out: Path, adapter: Adapter, order: Order, source: Root):
-        self.out, self.own = out, out / ".prepare"
-        self.hidden = not (adapter.open or order.keep_ids)
-        try:
-            self.own.mkdir(parents=True, exist_ok=True)
-            if not adapter.open:
-                out.chmod(0o700)
-            salt = self._salt() if self.hidden else ""
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another folder") from error
+        """
+        Raises:
+          UserError: it cannot be written, was begun with other settings, or holds what was not made here.
+        """
+        self.out, self.own, self._closed = out, out / ".prepare", not adapter.open
+        probe(epath.Path(out), "--out")
+        self.journal, self._salt_file = self.own / "journal.jsonl", self.own / "salt"
+        hidden = self._closed and not order.keep_ids
+        known = self._salt_file.exists()
+        salt = (self._salt_file.read_text().strip() if known else secrets.token_hex(16)) if hidden else ""
         ranges = tuple(parse_ranges(order.range).items())
         cutting = {f.name: getattr(order, f.name) for f in dataclasses.fields(Cutting) if hasattr(order, f.name)}
         own = {k: getattr(adapter, k) for k, v in cutting.items() if v is None and hasattr(adapter, k)}
         self.how = Cutting(str(source.path), str(out), **(cutting | own), ranges=ranges, salt=salt)
-        self.journal = self.own / "journal.jsonl"
-        self._check_settings(adapter, order, source)
+        self.settings = self._settings(adapter, order, source)
+        self._check()
 
-    def _salt(self) -> str:
-        file = self.own / "salt"
-        if not file.exists():
-            file.touch(0o600)
-            file.write_text(secrets.token_hex(16))
-        return file.read_text().strip()
-
-    def _check_settings(self, adapter: Adapter, order: Order, source: Root) -> None:
-        """What decides the content; a folder begun with other settings is an error."""
-        asked = dataclasses.asdict(self.how) | {"set": adapter.name, "patterns": source.patterns, "hidden": self.hidden}
-        asked |= {"split": list(order.split), "seed": order.seed, "limit": order.limit, "pack": order.pack}
+    def _settings(self, adapter: Adapter, order: Order, source: Root) -> dict[str, Any]:
+        """What decides the content, as JSON keeps it."""
+        asked = dataclasses.asdict(self.how) | {"set": adapter.name, "patterns": source.patterns}
+        asked |= {"split": order.split, "seed": order.seed, "limit": order.limit, "pack": order.pack}
         asked |= {f"option {name}": value for name, value in source.options.items()}
-        asked = {k: v for k, v in sorted(asked.items()) if k not in ("salt", "root", "out")}
+        asked["ids"] = "hashed" if self.how.salt else "kept"
+        return {k: v for k, v in sorted(json.loads(json.dumps(asked)).items()) if k not in ("salt", "root", "out")}
+
+    def _check(self) -> None:
         file = self.own / "settings.json"
         if not file.exists():
-            if strange := sorted(p.name for p in self.out.iterdir() if p != self.own):
+            if self.out.exists() and (strange := sorted(p.name for p in self.out.iterdir() if p != self.own)):
                 raise UserError(f"--out {self.out}: holds {strange[0]} and was not made here; name an empty folder")
-            file.write_text(json.dumps(asked, indent=1))
             return
         before = json.loads(file.read_text())
-        if changed := [k for k in asked if before.get(k) != json.loads(json.dumps(asked[k]))]:
-            k = changed[0]
-            raise UserError(
-                f"--out {self.out}: was begun with {k} {before.get(k)!r}, now it is {asked[k]!r}; name another folder, "
-                "or delete this one"
-            )
+        for k, v in self.settings.items():
+            if before.get(k) != v:
+                raise UserError(
+                    f"--out {self.out}: was begun with {k} {before.get(k)!r}, now it is {v!r}; name another folder, or "
+                    "delete this one"
+                )
+
+    def begin(self) -> None:
+        """Make it, for its owner alone where the set is not open.
+
+        Raises:
+          UserError: it cannot be written.
+        """
+        try:
+            self.own.mkdir(parents=True, exist_ok=True)
+            if self._closed:
+                self.out.chmod(0o700)
+            if self.how.salt and not self._salt_file.exists():
+                self._salt_file.touch(0o600)
+                self._salt_file.write_text(self.how.salt)
+            (self.own / "settings.json").write_text(json.dumps(self.settings, indent=1))
+        except OSError as error:
+            raise unwritable(self.out, error) from error
 
     def done(self) -> dict[str, Outcome]:
         """Cases that are cut already and whose images are there, by their stamp; half a last line, of a run that was
@@ -386,12 +403,11 @@ def _finish(
     (out / "splits").mkdir(exist_ok=True)
     for split in SPLITS:
         names = sorted({how.named(case.id) for case in cases if case.split == split})
-        _write(out / "splits" / f"{split}.txt", "".join(f"{name}\n" for name in names))
+        _write(out / "splits" / f"{split}.txt", (f"{name}\n" for name in names))
     moves = [tuple(move) for outcome in outcomes for move in outcome.registered]
     stats = card.statistics(rows, len(cases), _whole(left), [r[1:] for r in rejected], moves, alike)
-    _write(out / "statistics.json", json.dumps(stats, indent=1) + "\n")
-    made = card.command(how, order) | {f"option {name}": value for name, value in source.options.items()}
-    _write(out / "README.md", card.markdown(adapter, made, stats))
+    _write(out / "statistics.json", [json.dumps(stats, indent=1) + "\n"])
+    _write(out / "README.md", [card.markdown(adapter, folder.settings, stats)])
     card.preview(out, out / "preview.png", adapter.open)
     for line in card.lines(stats):
         say(line)
@@ -405,12 +421,10 @@ def _packed(rows: list[dict[str, Any]], out: Path, most: int) -> list[dict[str, 
     named: dict[str, str] = {}
     for split in SPLITS:
         with shards.Writer(out, split, most) as writer:
-            for name in (n for row in rows if row["split"] == split for n in row.get("images", {}).values()):
+            for name in (n for row in rows if row["split"] == split for n in _images(row)):
                 named[name] = writer.add((out / name).read_bytes())
     shutil.rmtree(out / "images", ignore_errors=True)
-    for row in rows:
-        row["images"] = {key: named[name] for key, name in row.get("images", {}).items()}
-    return rows
+    return [row | {"images": {k: named[n] for k, n in row["images"].items()}} if _images(row) else row for row in rows]
 
 
 def _unique(rows: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[tuple[str, str, str]], int]:
@@ -422,7 +436,7 @@ def _unique(rows: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
         row = dict(row)
         prints = row.pop("_prints", {})
         for key, (exact, likeness) in prints.items():
-            stream = key.replace("_", ":", 1)
+            stream = stream_of(key)
             if (key, exact) in seen:
                 rejected.append((row["id"], stream, "the same pixels as another image"))
                 row = _without(row, key)
@@ -446,10 +460,12 @@ def _without(row: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    _write(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, parts: Iterable[str]) -> None:
+    """A text file, whole or not at all. JSON can spell half a character, and no file can hold it."""
     part = path.with_name(f"{path.name}.part")
-    part.write_bytes(text.encode("utf-8", "replace"))  # JSON can spell half a character, no file can hold it
+    with part.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
+        file.writelines(parts)
     part.replace(path)

@@ -24,7 +24,9 @@ from medm2g_jax.data.picture import Picture
 from medm2g_jax.data.volume import (
     MOST_VOXELS,
     Volume,
+    apart,
     from_slices,
+    on_one_grid,
     plane_of,
     ranged,
     resample,
@@ -129,7 +131,7 @@ def opened(given: Mapping[str, Any], plane: str = "axial", single: bool = False)
     cuts = {s: cut(v, s, plane) for s, v in volumes.items()}
     first = next(iter(cuts.values()))
     for one in cuts.values():
-        _check_same_grid(first, one)
+        _check_same_grid(first.source, one.source)
     if other := [s for s in values if _modality(s).is_image and s not in cuts]:
         raise UserError(
             f"{other[0]}: pictures, and {next(iter(cuts))} is a volume; expected volumes on one grid, and texts"
@@ -148,22 +150,14 @@ def _loaded(stream: str, items: Sequence[Any]) -> Any:
     return formats.load(items[0], MOST_VOXELS) if isinstance(items[0], (str, Path)) else items[0]
 
 
-def _check_same_grid(a: Cut, b: Cut) -> None:
-    """Do slices of two volumes lie on each other, to half a voxel?"""
-    shapes = [stack(one.source, one.plane).shape for one in (a, b)]
-    names = [one.source.path or "a volume" for one in (a, b)]
-    if shapes[0] != shapes[1]:
-        sizes = " and ".join(" x ".join(map(str, shape)) for shape in shapes)
-        raise UserError(
-            f"{names[0]} and {names[1]}: {sizes} voxels; expected volumes on one grid: resample one of them"
-        )
-    corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)], float)
-    corners[:, :3] *= np.array(shapes[0]) - 1
-    apart = (stack_affine(a.source, a.plane) - stack_affine(b.source, b.plane)) @ corners.T
-    if (most := np.linalg.norm(apart[:3], axis=0).max()) > min(a.source.spacing) / 2:
-        raise UserError(
-            f"{names[0]} and {names[1]}: up to {most:.3g} mm apart; expected volumes on one grid: resample one of them"
-        )
+def _check_same_grid(a: Volume, b: Volume) -> None:
+    if on_one_grid(a, b):
+        return
+    shapes = (" x ".join(map(str, stack(one, "axial").shape)) for one in (a, b))
+    far = apart(a, b)
+    what = f"up to {far:.3g} mm apart" if far < np.inf else f"{' and '.join(shapes)} voxels"
+    names = " and ".join(one.path or "a volume" for one in (a, b))
+    raise UserError(f"{names}: {what}; expected volumes on one grid: resample one of them")
 
 
 def generate(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import look_alikes
 import look_alikes_volumes
+import numpy as np
 from absl import flags
 from micro import micro, unmeasured
 
@@ -61,6 +62,6 @@ if __name__ == "__main__":
         index, record = next((i, r) for i, r in enumerate(source.records) if make in r.streams and len(r.streams) > 1)
         stream = next(s for s in record.streams if s != make)
         image = stream in images_of(record.streams)
-        given = {stream: source.picture(index, stream) if image else source.read(index, stream, None)}
+        given = {stream: source.picture(index, stream) if image else source.read(index, stream, np.random.default_rng(0))}
     made = model.generate(given, [make], count=1, steps=2)
     print(f"made {make} of {', '.join(given) or 'nothing'}: {len(made.samples[make])}")

@@ -1,5 +1,6 @@
 """A model over a whole data set: what is missing is made, marked, and taken as data; a stopped run goes on."""
 
+import io
 import json
 
 import numpy as np
@@ -9,7 +10,10 @@ from PIL import Image
 
 from medm2g_jax import cli, fill
 from medm2g_jax.data.manifest import Manifest
+from medm2g_jax.data.picture import normalised
+from medm2g_jax.data.shards import Writer
 from medm2g_jax.errors import UserError
+from medm2g_jax.modality import MODALITIES
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +65,27 @@ def test_what_is_missing_is_made_on_the_given_grid_and_marked(model, data, tmp_p
     assert source.records[0].grid == ("ct", "mri:t2")
     rng = np.random.default_rng(0)
     np.testing.assert_array_equal(source.read(0, "ct", rng), Manifest(data, 32).read(0, "ct", rng))
+
+
+def test_records_in_shards_keep_their_names_and_units(model, data, tmp_path):
+    rows = [json.loads(line) for line in (data / "manifest.jsonl").read_text().splitlines()]
+    with Writer(data, "train") as writer:
+        for row in rows:
+            values = np.asarray(Image.open(data / row["images"]["ct"]), np.uint16) * 5  # HU + 1024
+            content = io.BytesIO()
+            Image.fromarray(values).save(content, format="PNG")
+            row["images"]["ct"] = writer.add(content.getvalue())
+            row["scale"] = {"ct": [1, -1024]}
+    (data / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    written = filled(model, data, tmp_path / "out")
+    ours, theirs = Manifest(written.parent, 32), Manifest(data, 32)
+    for i in range(6):
+        a, b = (source.picture(i, "ct") for source in (ours, theirs))
+        np.testing.assert_array_equal(a.pixels, b.pixels)
+        assert a.span is None and a.pixels.max() < 255 * 5 - 1023
+    sheet = np.asarray(Image.open(written.parent / "sheet.png"))
+    given = normalised(theirs.picture(1, "ct"), MODALITIES["ct"])  # in the first tile
+    assert abs(float(sheet[40:150, 125:245].mean()) - float((given.mean() + 1) * 127.5)) < 5
 
 
 def test_a_stopped_run_goes_on_and_ends_with_the_same(model, data, tmp_path, monkeypatch):

@@ -8,8 +8,8 @@ from look_alikes_volumes import RADII, grid, head
 from scipy.spatial.transform import Rotation
 
 from medm2g_jax.data import registration
-from medm2g_jax.data.registration import along, on_one_grid, register
-from medm2g_jax.data.volume import Volume
+from medm2g_jax.data.registration import along, register
+from medm2g_jax.data.volume import Volume, on_one_grid
 from medm2g_jax.errors import UserError
 
 itk = pytest.importorskip("SimpleITK")

@@ -14,8 +14,10 @@ from medm2g_jax.data.volume import (
     PLANES,
     PRESETS,
     Volume,
+    apart,
     checked,
     from_slices,
+    on_one_grid,
     plane_of,
     ranged,
     resample,
@@ -70,6 +72,19 @@ def test_every_orientation_gives_the_same_slices_and_takes_them_back(code):
         np.testing.assert_array_equal(made.values, volume.values)
         np.testing.assert_array_equal(made.affine, volume.affine)
         assert made.unit == "HU" and made.modality == "CT"
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_a_grid_is_one_however_its_voxels_are_stored(code):
+    volume, other = turned("RAS"), turned(code)
+    assert apart(volume, other) < 1e-9 and on_one_grid(volume, other)
+    for share, one in ((0.4, True), (0.6, False)):
+        moved = other.affine.copy()
+        moved[0, 3] += share * min(volume.spacing)
+        assert on_one_grid(volume, dataclasses.replace(other, affine=moved)) == one
+    assert not on_one_grid(volume, dataclasses.replace(volume, values=volume.values[:-1]))
+    mirrored = dataclasses.replace(volume, values=volume.values, affine=volume.affine @ np.diag([-1.0, 1, 1, 1]))
+    assert not on_one_grid(volume, mirrored)
 
 
 @pytest.mark.parametrize("seed", range(20))

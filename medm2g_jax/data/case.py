@@ -7,7 +7,6 @@ cutting and writing is the same for all sets (`prepare`).
 
 import csv
 import dataclasses
-import gzip
 import io
 import itertools
 import os
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from medm2g_jax.data.formats.content import opened, unreadable
 from medm2g_jax.data.picture import Span
 from medm2g_jax.data.source import is_open
 from medm2g_jax.errors import UserError
@@ -132,8 +132,8 @@ class Root:
         Raises:
           UserError: it is missing, or lies outside.
         """
-        if not self.has(name):
-            raise UserError(f"{self.path}: no {name} in it")
+        if why := self.lacks(name):
+            raise UserError(f"{self.path / name}: {why}")
         return self.path / name
 
     def one(self, *names: str) -> str:
@@ -168,25 +168,20 @@ class Root:
         """
         path = self.file(name)
         try:
-            with path.open("rb") as file:
-                packed = file.read(2) == b"\x1f\x8b"
-                file.seek(0)
-                stream = gzip.GzipFile(fileobj=file) if packed else file
-                while line := stream.readline(2**20):
+            with opened(path) as file:
+                while line := file.readline(2**20):
                     if text := line.decode("utf-8", "replace").strip():
                         yield text
         except (OSError, EOFError, zlib.error) as error:
-            raise _unreadable(path, error) from error
+            raise unreadable(path, error) from error
 
     def _bytes(self, name: str, most: int) -> bytes:
         path = self.file(name)
         try:
-            with path.open("rb") as file:
-                packed = file.read(2) == b"\x1f\x8b"
-                file.seek(0)
-                content = (gzip.GzipFile(fileobj=file) if packed else file).read(most + 1)
+            with opened(path) as file:
+                content = file.read(most + 1)
         except (OSError, EOFError, zlib.error) as error:
-            raise _unreadable(path, error) from error
+            raise unreadable(path, error) from error
         if len(content) > most:
             raise UserError(f"{path}: more than {most} bytes, more than a table or a text has")
         return content
@@ -215,10 +210,6 @@ class Root:
                     yield dict(itertools.zip_longest(head, (value.strip() for value in row[: len(head)]), fillvalue=""))
         except csv.Error as error:
             raise UserError(f"{self.path / name}: line {rows.line_num}: not comma-separated ({error})") from error
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})")
 
 
 def _listing(folder: Path) -> str:

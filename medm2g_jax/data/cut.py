@@ -7,8 +7,6 @@ numbers exactly, the rest to a 65535th of their range; "scale" and "span" in the
 import dataclasses
 import functools
 import hashlib
-import io
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,13 +18,14 @@ from jaxtyping import Num
 from PIL import Image as Pillow
 
 from medm2g_jax.data import checks, formats
-from medm2g_jax.data.case import Case, Image
+from medm2g_jax.data.case import Case, Image, Root
 from medm2g_jax.data.clean import clean
-from medm2g_jax.data.formats import dicom
-from medm2g_jax.data.formats.content import DAMAGED
+from medm2g_jax.data.formats import dicom, raster
+from medm2g_jax.data.formats.content import DAMAGED, levels, written
 from medm2g_jax.data.picture import MOST_PIXELS, Picture, Span
-from medm2g_jax.data.registration import Registered, along, on_one_grid, register
-from medm2g_jax.data.volume import MOST_VOXELS, Volume, ranged, shares, slices, squared, stack
+from medm2g_jax.data.registration import Registered, along, register
+from medm2g_jax.data.source import key_of
+from medm2g_jax.data.volume import MOST_VOXELS, Volume, on_one_grid, ranged, shares, slices, squared, stack
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES, Modality, split_stream
 
@@ -92,13 +91,13 @@ class Outcome(NamedTuple):
 
 def cut(case: Case, how: Cutting) -> Outcome:
     """Make a case into rows; whatever is wrong with it is in the outcome, never raised."""
-    name, rejected = how.named(case.id), []
+    root, name, rejected = Root(how.root), how.named(case.id), []
     images: dict[str, Picture | Volume] = {}
     for stream, image in case.images.items():
         modality = MODALITIES[split_stream(stream)[0]]
         try:
             span = dict(how.ranges).get(stream, dict(how.ranges).get(modality.name, image.span))
-            images[stream] = _read(Path(how.root), image._replace(span=span), modality, how.preset)
+            images[stream] = _read(root, image._replace(span=span), modality, how.preset)
         except UserError as error:
             rejected.append((name, stream, _said(error, how)))
         except DAMAGED as error:  # of a library that was given what it does not expect
@@ -106,7 +105,7 @@ def cut(case: Case, how: Cutting) -> Outcome:
     text = clean(case.text, how.clean)
     if case.text.strip() and not text:
         rejected.append((name, "text", f"report empty after cleaning ({how.clean})"))
-    work = _Case(case, how, name, text, rejected)
+    work = _Case(case, how, root, name, text, rejected)
     pictures = {s: i for s, i in images.items() if isinstance(i, Picture)}
     volumes = {s: i for s, i in images.items() if isinstance(i, Volume)}
     if pictures:
@@ -126,8 +125,9 @@ def cut(case: Case, how: Cutting) -> Outcome:
 class _Case:
     """The rows of one case as they are made."""
 
-    def __init__(self, case: Case, how: Cutting, name: str, text: str, rejected: list):
-        self.case, self.how, self.name, self.text, self.rejected = case, how, name, text, rejected
+    def __init__(self, case: Case, how: Cutting, root: Root, name: str, text: str, rejected: list):
+        self.case, self.how, self.root = case, how, root
+        self.name, self.text, self.rejected = name, text, rejected
         self.rows: list[dict[str, Any]] = []
         self.registered: list[tuple[str, float, float, float, float, float]] = []
 
@@ -209,7 +209,9 @@ class _Case:
     def _mask(self, first: Volume) -> Volume | None:
         if not self.case.mask:
             return None
-        mask = formats.read_volume(_inside(Path(self.how.root), self.case.mask))
+        mask = formats.read_volume(self.root.file(self.case.mask))
+        if on_one_grid(mask, first):
+            return mask
         # One of its image's voxels, whose origin some writers leave out.
         if not on_one_grid(dataclasses.replace(mask, affine=_at(mask.affine, first.affine)), first):
             raise UserError(f"{mask.path}: a mask that is not on the grid of its image")
@@ -223,7 +225,7 @@ class _Case:
             if wrong := checks.blank(picture.pixels):
                 self.rejected.append((name, stream, wrong))
                 continue
-            key = stream.replace(":", "_")
+            key = key_of(stream)
             found = stored(picture, MODALITIES[split_stream(stream)[0]], self.how.size)
             place = f"images/{key}/{hashlib.sha256(name.encode()).hexdigest()[:2]}/{name}.png"
             _write(Path(self.how.out) / place, found.pixels)
@@ -241,7 +243,7 @@ class _Case:
             row["registered"] = True
         if self.case.licence:
             row["license"] = self.case.licence
-        burned = [s.replace(":", "_") for s, picture in pictures.items() if dicom.BURNED_IN in picture.notes]
+        burned = [key_of(s) for s, picture in pictures.items() if dicom.BURNED_IN in picture.notes]
         if self.case.info or burned:
             row["info"] = dict(self.case.info) | ({"burned_in_annotation": burned} if burned else {})
         self.rows.append(row)
@@ -294,22 +296,11 @@ def _sixteen(values: np.ndarray, whole: bool, zero: int) -> tuple[np.ndarray, tu
     if whole and round(high) - min(zero, round(low)) <= 65535:
         low = min(zero, round(low))
         return np.round(values - low).astype(np.uint16), (1.0, float(low))
-    slope = (high - low) / 65535 or 1.0
-    return np.round((values - low) / slope).astype(np.uint16), (slope, low)
+    return levels(values)
 
 
-def _inside(root: Path, name: str) -> Path:
-    path = root / name
-    try:
-        if path.resolve().is_relative_to(root.resolve()):
-            return path
-    except (OSError, ValueError, RuntimeError):
-        pass
-    raise UserError(f"{path}: leads out of {root}; nothing there is read")
-
-
-def _read(root: Path, image: Image, modality: Modality, preset: str) -> Picture | Volume:
-    path = _inside(root, image.path)
+def _read(root: Root, image: Image, modality: Modality, preset: str) -> Picture | Volume:
+    path = root.file(image.path)
     if image.which and path.suffix == ".npy":
         found = _of_stack(path, int(image.which))
     elif image.which:
@@ -382,8 +373,4 @@ def _said(error: UserError, how: Cutting) -> str:
 def _write(path: Path, pixels: Num[np.ndarray, "h w"]) -> None:
     """A PNG, whole or not at all, the same bytes whenever it is written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = io.BytesIO()
-    Pillow.fromarray(pixels).save(content, format="PNG", compress_level=4)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_bytes(content.getvalue())
-    part.replace(path)
+    written(path, lambda part: raster.write_png(part, Picture(pixels, None), {}))

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Num
 
 from medm2g_jax.data.checks import edge_overlap, mutual_information
-from medm2g_jax.data.volume import LPS, Volume
+from medm2g_jax.data.volume import LPS, Volume, corners
 from medm2g_jax.errors import UserError
 
 HOW = ("none", "grid", "rigid", "affine")
@@ -46,14 +46,6 @@ class Registered(NamedTuple):
     edges: tuple[float, float]
     moved: float
     transform: Any
-
-
-def on_one_grid(a: Volume, b: Volume) -> bool:
-    """Do two volumes share a grid, each corner to half a voxel?"""
-    if a.values.shape != b.values.shape:
-        return False
-    apart = np.linalg.norm(_corners(a, a.affine) - _corners(a, b.affine), axis=1)
-    return bool(apart.max() < 0.5 * min(a.spacing))
 
 
 def register(moving: Volume, fixed: Volume, how: str) -> Registered:
@@ -93,8 +85,8 @@ def along(moving: Volume, fixed: Volume, transform: Any) -> Registered:
         tuple(of(fixed.values, volume.values) for volume in (before, after))
         for of in (mutual_information, edge_overlap)
     ]
-    corners = _corners(fixed, LPS @ fixed.affine)
-    moved = max(float(np.linalg.norm(np.subtract(transform.TransformPoint(c.tolist()), c))) for c in corners)
+    ends = corners(fixed.values.shape, LPS @ fixed.affine)
+    moved = max(float(np.linalg.norm(np.subtract(transform.TransformPoint(end.tolist()), end))) for end in ends)
     return Registered(after, *measured, moved, transform)
 
 
@@ -104,12 +96,6 @@ def _itk() -> Any:
     except ImportError:
         raise UserError("registration needs SimpleITK: pip install 'medm2g-jax[itk]'") from None
     return SimpleITK
-
-
-def _corners(volume: Volume, affine: Float[np.ndarray, "4 4"]) -> Float[np.ndarray, "8 3"]:
-    far = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)], float)
-    far[:, :3] *= np.array(volume.values.shape) - 1
-    return (affine @ far.T)[:3].T
 
 
 def _image(itk: Any, volume: Volume, values: Num[np.ndarray, "i j k"] | None = None) -> Any:
@@ -210,7 +196,7 @@ def _resampled(itk: Any, moving: Volume, fixed: Volume, transform: Any) -> Volum
 
 def _overlap(a: Volume, b: Volume) -> float:
     """What part of the smaller box both cover, in the patient's coordinates."""
-    boxes = [(corners.min(0), corners.max(0)) for corners in (_corners(v, v.affine) for v in (a, b))]
+    boxes = [(ends.min(0), ends.max(0)) for ends in (corners(v.values.shape, v.affine) for v in (a, b))]
     shared = np.minimum(boxes[0][1], boxes[1][1]) - np.maximum(boxes[0][0], boxes[1][0])
     smaller = min(float(np.prod(high - low + 1e-3)) for low, high in boxes)
     return float(np.prod(np.maximum(shared + 1e-3, 0))) / smaller

@@ -156,6 +156,11 @@ def stream_of(key: str) -> str | None:
     return stream if any(stream in modality.streams for modality in MODALITIES.values()) else None
 
 
+def key_of(stream: str) -> str:
+    """The image key, and the feature's name, of a stream: "mri:t2" -> "mri_t2"."""
+    return stream.replace(":", "_")
+
+
 def is_open(licence: str) -> bool:
     """Whether pictures and texts under `licence` may be shown in logs: only where it begins with an open licence."""
     return bool(_OPEN.match(licence.strip()))

@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 
 from medm2g_jax.data.manifest import Manifest
 from medm2g_jax.data.shards import Shards, split_name
-from medm2g_jax.data.source import images_of
+from medm2g_jax.data.source import images_of, key_of
 from medm2g_jax.errors import UserError
 
 SPLITS = {"train": "train", "val": "validation", "test": "test"}
@@ -48,7 +48,7 @@ class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         streams = sorted({s for r in self._source.records for s in r.streams})
         features: dict[str, Any] = dict.fromkeys(("id", "subject", "row"), tfds.features.Text())
         for stream in streams:
-            key = stream.replace(":", "_")
+            key = key_of(stream)
             features[key] = tfds.features.Text()
             if images_of((stream,)):
                 features[key] = tfds.features.Image(shape=(None, None, 1), dtype=self._dtype(stream))
@@ -71,7 +71,7 @@ class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         for index, record in enumerate(self._source.records):
             if record.split != split:
                 continue
-            keys = {s.replace(":", "_"): s for s in record.streams}
+            keys = {key_of(s): s for s in record.streams}
             example = {"id": record.id, "subject": record.subject, "row": json.dumps(self._row(index))}
             for key in streams:
                 if key not in keys:
@@ -87,11 +87,11 @@ class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         record = self._source.records[index]
         row: dict[str, Any] = dict(id=record.id, subject=record.subject, split=record.split, images={})
         for stream in images_of(record.streams):
-            key = stream.replace(":", "_")
+            key = key_of(stream)
             for field, value in self._source.entry(index, stream).items():
                 row.setdefault(field, {})[key] = key if field == "images" else value
-        row["registered"] = [s.replace(":", "_") for s in record.grid]
-        row["synthetic"] = [s.replace(":", "_") for s in record.synthetic]
+        row["registered"] = [key_of(s) for s in record.grid]
+        row["synthetic"] = [key_of(s) for s in record.synthetic]
         return row | {"license": record.licence}
 
     def _content(self, index: int, stream: str) -> bytes:

@@ -146,6 +146,27 @@ def stack_affine(volume: Volume, plane: str) -> Float[np.ndarray, "4 4"]:
     return volume.affine @ turned
 
 
+def corners(shape: tuple[int, int, int], affine: Float[np.ndarray, "4 4"]) -> Float[np.ndarray, "8 3"]:
+    """Where the middles of a grid's eight outermost voxels lie, mm."""
+    ends = np.array(list(itertools.product((0, 1), repeat=3)), float) * (np.array(shape) - 1)
+    return ends @ affine[:3, :3].T + affine[:3, 3]
+
+
+def apart(a: Volume, b: Volume) -> float:
+    """How far, at most, a voxel of one lies from that of the other in the same place of the same slice, mm, in
+    whichever order both are stored; inf where they have not as many."""
+    shapes = [stack(volume, "axial").shape for volume in (a, b)]
+    if shapes[0] != shapes[1]:
+        return np.inf
+    ends = [corners(shapes[0], stack_affine(volume, "axial")) for volume in (a, b)]
+    return float(np.linalg.norm(ends[0] - ends[1], axis=1).max())
+
+
+def on_one_grid(a: Volume, b: Volume) -> bool:
+    """Do the slices of two volumes lie on each other, each voxel to half of its side?"""
+    return apart(a, b) <= min(a.spacing) / 2
+
+
 def plane_of(volume: Volume) -> str:
     """The plane its slices were taken in: across the one axis of a single voxel, else across the last."""
     single = [n for n, length in enumerate(volume.values.shape) if length == 1]

@@ -24,7 +24,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
@@ -155,10 +155,10 @@ def _write(folder: epath.Path, made: Made, record: Mapping[str, Any], form: str,
                 written.append(folder / f"{stem}{suffix}")
                 write_volume(written[-1], volume, notes(record, which))
         else:
-            for stem, value, window, which in _pictures(name, stream, made, first):
-                about = notes(record, which) | {"Window": f"{window[0]} {window[1]}"}
-                write = _png if form not in PICTURES or form == "png" else _dicom
-                written.append(write(folder, stem, value, _modality(stream), window, about))
+            write = _dicom if form == "dicom" else _png  # of a volume's form: what lies not on its grid
+            for one in _pictures(name, stream, made, first):
+                about = notes(record, one.which) | {"Window": f"{one.window[0]} {one.window[1]}"}
+                written.append(write(folder, one, about))
     units = {s: dict(unit=m.unit, window=m.window) for s in made.samples if (m := _modality(s)).window}
     own = dict(make=tuple(made.samples), pairs=made.pairs, notes=made.notes, units=units)
     if made.agreement is not None:
@@ -194,50 +194,45 @@ def _text(stem: epath.Path, value: str, about: Mapping[str, str], form: str) -> 
     return [plain, report]
 
 
-def _pictures(
-    name: str, stream: str, made: Made, first: int
-) -> Iterator[tuple[str, Float[np.ndarray, "h w"], Span, str]]:
-    """(stem of the file, values, the window they are shown over, which they are) of each sample of a stream, and of
-    several draws of their mean and deviation."""
-    low, high = window = _modality(stream).window
+class _Shown(NamedTuple):
+    """One image that is to be written: the file's stem, its values in the modality's unit, the window that it is shown
+    over, and which sample it is."""
+
+    stem: str
+    values: Float[np.ndarray, "h w"]
+    modality: Modality
+    window: Span
+    which: str
+
+
+def _pictures(name: str, stream: str, made: Made, first: int) -> Iterator[_Shown]:
+    """Each sample of a stream, and of several draws their mean and deviation."""
+    modality = _modality(stream)
+    low, high = window = modality.window
     for i, value in enumerate(made.samples[stream]):
-        yield f"{name}_{first + i:03d}", value, window, _which(made, i)
+        yield _Shown(f"{name}_{first + i:03d}", value, modality, window, _which(made, i))
     if made.draws == 1:
         return
     for what, maps, over in ("mean", made.mean(stream), window), ("std", made.std(stream), (0.0, (high - low) / 4)):
         for i, value in enumerate(maps):
-            which = f"sample {i}, {what} of {made.draws} draws"
-            yield f"{name}-{what}_{first + i * made.draws:03d}", value, over, which
+            stem = f"{name}-{what}_{first + i * made.draws:03d}"
+            yield _Shown(stem, value, modality, over, f"sample {i}, {what} of {made.draws} draws")
 
 
-def _png(
-    folder: epath.Path,
-    stem: str,
-    value: Float[np.ndarray, "h w"],
-    modality: Modality,
-    window: Span,
-    about: Mapping[str, str],
-) -> epath.Path:
+def _png(folder: epath.Path, one: _Shown, about: Mapping[str, str]) -> epath.Path:
     """Write an image and its values; returns the image's path."""
-    path = folder / f"{stem}.png"
-    format_of(path.name).write(path, shown(value, dataclasses.replace(modality, window=window)), about)
-    with (folder / f"{stem}.npy").open("wb") as f:
-        np.save(f, np.asarray(value, np.float32))
+    path = folder / f"{one.stem}.png"
+    format_of(path.name).write(path, shown(one.values, dataclasses.replace(one.modality, window=one.window)), about)
+    with (folder / f"{one.stem}.npy").open("wb") as f:
+        np.save(f, np.asarray(one.values, np.float32))
     return path
 
 
-def _dicom(
-    folder: epath.Path,
-    stem: str,
-    value: Float[np.ndarray, "h w"],
-    modality: Modality,
-    window: Span,
-    about: Mapping[str, str],
-) -> epath.Path:
+def _dicom(folder: epath.Path, one: _Shown, about: Mapping[str, str]) -> epath.Path:
     """Write an image's values; a deviation, whose window is another, is none of the modality to its reader."""
-    own = window == modality.window
-    path = folder / f"{stem}.dcm"
-    picture = Picture(value, None if own else window, modality=modality.dicom if own else "")
+    own = one.window == one.modality.window
+    path = folder / f"{one.stem}.dcm"
+    picture = Picture(one.values, None if own else one.window, modality=one.modality.dicom if own else "")
     format_of(path.name).write(path, picture, about)
     return path
 

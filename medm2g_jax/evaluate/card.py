@@ -1,6 +1,5 @@
 """A prepared data set described: its figures, its data card, a look at it."""
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -95,18 +94,18 @@ def lines(stats: Mapping[str, Any]) -> list[str]:
     return out
 
 
-def markdown(adapter: Adapter, command: Mapping[str, Any], stats: Mapping[str, Any]) -> str:
+def markdown(adapter: Adapter, settings: Mapping[str, Any], stats: Mapping[str, Any]) -> str:
     """The data card.
 
     Args:
-      command: how it was made, name -> value.
+      settings: how it was made, name -> value.
     """
     held = stats["streams"].items()
     table = "\n".join(f"| {key} | {one['images']} | {one['spacing_mm'] or ''} |" for key, one in held)
     texts = stats["texts"]["rows"]
     splits = "\n".join(f"| {s} | {stats['subjects'][s]} | {n} | {texts[s]} |" for s, n in stats["rows"].items())
     rejected = "\n".join(f"| {reason} | {n} |" for reason, n in stats["rejected"].items()) or "| nothing | 0 |"
-    made = "\n".join(f"- {key}: `{value}`" for key, value in command.items())
+    made = "\n".join(f"- {key}: `{value}`" for key, value in settings.items())
     return f"""# {adapter.title}
 
 Licence: {adapter.licence}
@@ -161,11 +160,3 @@ def preview(folder: Path, path: Path, shown: bool) -> None:
         captions.append(source.read(i, texts[0], rng)[:160] if shown and texts else record.split)
     foot = "real data, see README.md; not for clinical use"
     pictures.grid(epath.Path(path), rows, captions, source.name, _SIDE, foot)
-
-
-def command(how: Any, order: Any) -> dict[str, Any]:
-    """Settings as the card lists them: no place on a disk, no salt."""
-    both = dataclasses.asdict(how) | dataclasses.asdict(order)
-    both |= {k: v for k, v in dataclasses.asdict(how).items() if both[k] is None}
-    hidden = "hashed" if both.pop("salt") else "kept"
-    return {k: v for k, v in both.items() if k not in ("root", "out", "workers", "keep_ids")} | {"ids": hidden}

@@ -143,6 +143,14 @@ def storable(volume: Volume, values: Num[np.ndarray, "..."] | None = None) -> Nu
     return values if keep else values.astype(np.float32)
 
 
+def levels(values: Num[np.ndarray, "*shape"]) -> tuple[Num[np.ndarray, "*shape"], tuple[float, float]]:
+    """Values as 16 bits: (uint16 levels, the slope and intercept that give the values back, to half a 65535th of their
+    range)."""
+    low, high = float(values.min()), float(values.max())
+    slope = (high - low) / 65535 or 1.0
+    return np.round((values.astype(np.float64) - low) / slope).astype(np.uint16), (slope, low)
+
+
 def written(path: epath.PathLike, write: Callable[[epath.Path], None]) -> None:
     """Give `write` a name beside `path`, with its suffixes, and put what it leaves there in its place."""
     path = epath.Path(path)

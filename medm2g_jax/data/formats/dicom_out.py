@@ -18,7 +18,7 @@ from etils import epath
 from jaxtyping import Num
 
 import medm2g_jax
-from medm2g_jax.data.formats.content import storable, written
+from medm2g_jax.data.formats.content import levels, storable, written
 from medm2g_jax.data.picture import Picture, Span
 from medm2g_jax.data.volume import LPS, PLANES, Volume, plane_of, stack, stack_affine
 from medm2g_jax.errors import UserError
@@ -157,11 +157,9 @@ def _pixels(volume: Volume, whole: Num[np.ndarray, "n h w"]) -> tuple[Num[np.nda
     steps from the lowest to the highest."""
     if volume.unit == "HU":
         return storable(volume, whole), (1.0, 0.0)
-    low, high = float(whole.min()), float(whole.max())
-    slope = (high - low) / 65535 or 1.0
-    if whole.dtype.kind in "iu" and 0 <= low and high <= 65535:
+    if whole.dtype.kind in "iu" and 0 <= whole.min() and whole.max() <= 65535:
         return whole.astype(np.uint16), (1.0, 0.0)
-    return np.round((whole.astype(np.float64) - low) / slope).astype(np.uint16), (slope, low)
+    return levels(whole)
 
 
 def _window(volume: Volume) -> Span:
