@@ -16,7 +16,6 @@ import medm2g_jax
 from medm2g_jax import device, prepare, run
 from medm2g_jax.data.adapters import adapter_of
 from medm2g_jax.data.manifest import Manifest
-from medm2g_jax.data.source import images_of
 
 # Set -> writer of its look-alike, the stage that it can serve, its words, listing, and what is asked for in the end.
 XRAY = ("ldm", "xray,tiny,alone", "default", "xray")
@@ -61,7 +60,7 @@ if __name__ == "__main__":
     if target != "ldm":  # from the first record that has something else
         index, record = next((i, r) for i, r in enumerate(source.records) if make in r.streams and len(r.streams) > 1)
         stream = next(s for s in record.streams if s != make)
-        image = stream in images_of(record.streams)
-        given = {stream: source.picture(index, stream) if image else source.read(index, stream, np.random.default_rng(0))}
+        picture = source.picture(index, stream)  # None of a text
+        given = {stream: picture or source.read(index, stream, np.random.default_rng(0))}
     made = model.generate(given, [make], count=1, steps=2)
     print(f"made {make} of {', '.join(given) or 'nothing'}: {len(made.samples[make])}")
