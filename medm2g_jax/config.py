@@ -232,7 +232,9 @@ _LONG: dict[str, dict[str, Any]] = dict(
     align=dict(steps=2000, batch=96),
     ldm=dict(steps=6000),
     ldm_text=dict(steps=6000),
+    ldm_mri=dict(steps=4000),  # trains on in ct_mri
     round=dict(steps=2400),
+    ct_mri=dict(steps=3600),
 )
 
 
@@ -291,7 +293,7 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
             # Of the known partner nothing trains ("paper"), all of its guide ("partner_open"), or, where it may have
             # sources on its grid, its flow ("auto"), which then practises with its earlier partners in a share of rows.
             freeze="paper" if paper else "auto",
-            rehearse=0.25,
+            rehearse=0.5 if variant == "long" else 0.25,
             # What theta_c's queries, keys and values are at first: those of the flow's prompt attention, or "fresh".
             guide_init="fresh" if paper else "prompt",
             others=0 if paper else 3,  # other contrasts of a modality, at most, that guide it beside the partner
