@@ -273,6 +273,24 @@ def test_a_chunk_is_rendered_once(monkeypatch):
     assert calls == ["ct"]  # 63 subjects show it: one chunk, whoever asks
 
 
+def test_what_fits_the_memory_is_rendered_once(monkeypatch):
+    """CT has one channel, MRI one a contrast: a place in the memory costs what its images take."""
+    monkeypatch.setattr(phantom, "CHUNK", 2)
+    rows = 12
+    contrasts = len(MODALITIES["mri"].contrasts)
+    monkeypatch.setattr(phantom, "MEMORY", rows * SIZE**2 * 2 * (1 + contrasts))
+    source = Phantom(SIZE, seed=0, train=rows, val=0, test=0, pairs=(("ct", "mri"),))
+    calls = []
+    inner = phantom._render
+    monkeypatch.setattr(phantom, "_render", lambda *args: (calls.append(args[0]), inner(*args))[1])
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        for index in rng.permutation(rows):
+            source.read(int(index), "ct", rng)
+            source.read(int(index), "mri:t1", rng)
+    assert sorted(calls) == ["ct"] * (rows // 2) + ["mri"] * (rows // 2)
+
+
 def test_windows():
     assert MODALITIES["ct"].window == (-1000.0, 400.0)
     assert tuple(phantom.CONTRASTS) == MODALITIES["mri"].streams[1:]

@@ -201,8 +201,17 @@ class Phantom:
         self._rows = {m: [i for i, r in enumerate(self.records) if m in r.streams] for m in RENDERERS}
         self._place = {m: {index: k for k, index in enumerate(rows)} for m, rows in self._rows.items()}
         self._chunk = max(1, min(CHUNK, CHUNK * 128**2 // size**2))
-        kept = max(1, MEMORY // (self._chunk * size**2 * 2 * len(CONTRASTS)))
-        self._kept = functools.lru_cache(maxsize=kept)(self._rendered)
+        # Each modality keeps the same share of what it has: rows come in random order, and a cache that is a little too
+        # small renders nearly all of it again.
+        widths = {m: len(CONTRASTS) if MODALITIES[m].contrasts else 1 for m in RENDERERS}
+        whole = sum(len(rows) * size**2 * 2 * widths[m] for m, rows in self._rows.items())
+        share = min(1.0, MEMORY / max(1, whole))
+        self._kept = {
+            m: functools.lru_cache(maxsize=max(1, int(share * -(-len(rows) // self._chunk))))(
+                functools.partial(self._rendered, m)
+            )
+            for m, rows in self._rows.items()
+        }
         self._lock = threading.Lock()  # threads that want the same chunk wait for it instead of rendering it too
 
     def __reduce__(self):
@@ -233,7 +242,7 @@ class Phantom:
             channel = list(CONTRASTS).index(stream) if contrast else rng.integers(len(CONTRASTS))
         chunk, row = divmod(self._place[modality][index], self._chunk)
         with self._lock:
-            images = self._kept(modality, chunk)
+            images = self._kept[modality](chunk)
         return images[row, :, :, channel, None].astype(np.float32)
 
     def images(self, indices: Sequence[int] | np.ndarray, stream: str) -> Float[np.ndarray, "n h w 1"]:
