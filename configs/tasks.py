@@ -1,21 +1,46 @@
-"""What `medm2g evaluate` measures.
+"""What `medm2g evaluate` measures: a row a task.
 
-    medm2g evaluate --model runs/phantom-tiny --config=configs/tasks.py:phantom
+    medm2g evaluate --model runs/phantom-tiny --config=configs/tasks.py:translation
 
-`phantom`: lesion findings of generated images and reports, by exact labels and a probe trained on real phantoms; of
-images made from others on their grid (MRI synthesis, MRI -> CT) also their distance from the true one, beside identity,
-the mean image and another subject's.
+findings: lesion findings of generated images and reports, by the data set's exact labels and a probe trained on real
+images; on the phantom alone. synthesis: (what is given, what is made), images made from others, each where the model
+was trained for it and the data hold it. regression: steps of the regression UNet beside it (0: none).
 """
 
 from medm2g_jax.config import tasks_config as _get
 
+TASKS = dict(
+    phantom=dict(
+        findings=True,
+        synthesis=(
+            (("mri:t1", "mri:t2"), "mri:flair"),
+            (("mri:t1", "mri:t2"), "mri:pd"),
+            (("mri:t2",), "ct"),
+        ),
+    ),
+    # MRI -> CT (the paper's table 6), on the phantom, or with --data on one's own pairs
+    translation=dict(
+        synthesis=(
+            (("mri:t2",), "ct"),
+            (("mri:t1",), "ct"),
+            (("mri",), "ct"),
+            (("ct",), "mri:t2"),
+            (("ct",), "mri"),
+        ),
+        regression=800,
+    ),
+    # one contrast of MRI from others (tables 2 and 7: T1 + T2 -> FLAIR and PD)
+    mri=dict(
+        synthesis=(
+            (("mri:t1", "mri:t2"), "mri:flair"),
+            (("mri:t1", "mri:t2"), "mri:pd"),
+            (("mri:t1", "mri:flair"), "mri:t2"),
+            (("mri:t1", "mri:t2", "mri:flair"), "mri:t1ce"),
+        ),
+        regression=800,
+    ),
+)
+
 
 def get_config(words=""):
-    config = _get(words)
-    # What is given, and what is made of it, each where the model was trained for it.
-    config.synthesis = (
-        (("mri:t1", "mri:t2"), "mri:flair"),
-        (("mri:t1", "mri:t2"), "mri:pd"),
-        (("mri:t2",), "ct"),
-    )
-    return config
+    return _get(words, TASKS)

@@ -199,23 +199,41 @@ def _verify(args: argparse.Namespace) -> None:
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help=MODEL)
-    parser.add_argument("--config", default="configs/tasks.py:phantom", help="which measurements")
-    parser.add_argument("--rows", type=int, help="test subjects; default the config's")
+    parser.add_argument("--config", default="configs/tasks.py:phantom", help="which measurements, as in "
+                        "configs/tasks.py:translation")  # fmt: skip
+    parser.add_argument("--data", default="", metavar="SOURCE", help="manifest:DIR, tfds:NAME; default what the model "
+                        "was trained on")  # fmt: skip
+    parser.add_argument("--rows", type=int, help="test subjects; default all, at most the config's")
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--out", default="", metavar="DIR", help="for the figures as JSON, CSV and Markdown, and "
+                        "pictures; default evaluation.json beside the result")  # fmt: skip
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from medm2g_jax.evaluate.phantom import measure
+    from medm2g_jax.data.write import check_writable
+    from medm2g_jax.evaluate.measure import measure
     from medm2g_jax.limits import check_sampling
     from medm2g_jax.main import config_file
     from medm2g_jax.train.log import quiet
 
     quiet()
     check_sampling("--{}", rows=args.rows, seed=args.seed)
+    if args.out:
+        check_writable(args.out)
     path, _, words = config_file(args.config).partition(":")
     config = runpy.run_path(path)["get_config"](words)
-    rows, seed = args.rows or config.rows, config.seed if args.seed is None else args.seed
-    measure(args.model, rows, seed, config.synthesis)
+    measure(
+        args.model,
+        args.rows,
+        config.seed if args.seed is None else args.seed,
+        config.synthesis,
+        task=config.task,
+        findings=config.findings,
+        regression=config.regression,
+        data=args.data,
+        out=args.out,
+        most=config.rows,
+    )
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -372,7 +390,7 @@ VERBS = {
         "What files say of themselves: made by medm2g_jax or not marked by it, the model's fingerprint, the seed. Exit "
         "status 0 if all could be read. A file without a mark may be synthetic all the same.",
     ),
-    "evaluate": Verb("measure a trained model", _evaluate_arguments, _evaluate, "Tables on the phantom."),
+    "evaluate": Verb("measure a trained model", _evaluate_arguments, _evaluate, "Tasks are rows of configs/tasks.py."),
     "convert": Verb(
         "published weights in, ours out",
         _convert_arguments,

@@ -490,11 +490,12 @@ def get_config(target: str, words: str | None = "", listing: str | tuple[str, ..
     return config
 
 
-def tasks_config(words: str | None = "") -> ConfigDict:
-    """What `medm2g evaluate` measures; `words` names the task."""
-    if (words or "phantom") != "phantom":
-        raise UserError(f"unknown task {words!r} after the colon of the config; tasks: phantom")
-    return ConfigDict(dict(task="phantom", rows=200, seed=0))
+def tasks_config(words: str | None, tasks: Mapping[str, Mapping[str, Any]]) -> ConfigDict:
+    """What `medm2g evaluate` measures: the row of `tasks` that `words` names."""
+    name = words or "phantom"
+    if name not in tasks:
+        raise UserError(f"unknown task {name!r} after the colon of the config; tasks: {', '.join(tasks)}")
+    return ConfigDict(dict(task=name, rows=200, seed=0, findings=False, synthesis=(), regression=0) | tasks[name])
 
 
 def stage_config(config: ConfigDict, name: str) -> ConfigDict:

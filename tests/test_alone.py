@@ -19,7 +19,8 @@ from medm2g_jax.data.phantom.render import Phantom
 from medm2g_jax.data.pipeline import Rows, batches
 from medm2g_jax.data.source import Record
 from medm2g_jax.errors import UserError
-from medm2g_jax.evaluate import phantom, samples, synthesis
+from medm2g_jax.evaluate import baselines, phantom, samples, synthesis
+from medm2g_jax.evaluate.measure import measure
 from medm2g_jax.evaluate.probes import FIELDS
 from medm2g_jax.generate import Request
 from medm2g_jax.loading import load, newest_result
@@ -222,15 +223,17 @@ def test_given_contrasts_guide_wanted_ones_and_these_each_other(contrasts):
     assert not np.array_equal(other.latents["mri:flair"], same.latents["mri:flair"]), "the guide alone carries T1"
 
 
-def test_synthesis_is_measured_against_what_costs_nothing(roots, monkeypatch):
+def test_synthesis_is_measured_against_what_costs_nothing(roots, tmp_path, monkeypatch):
     monkeypatch.setattr(samples, "CHUNK", 4)
     monkeypatch.setattr(synthesis, "MEAN_OF", 20)
     monkeypatch.setattr(synthesis, "DRAWS", 2)
     judge = lambda x: dict.fromkeys(FIELDS, np.zeros(len(x), int))  # noqa: E731
     monkeypatch.setattr(phantom, "train_probe", lambda *_: judge)  # what it reads is not the question here
     asked = [(("mri:t1", "mri:t2"), "mri:flair"), (("mri:t2",), "ct")]  # the second has never been trained
-    figures = phantom.measure(str(roots / "mri"), 4, 0, asked)
+    out = tmp_path / "out"
+    figures = measure(str(roots / "mri"), 4, 0, asked, task="mri", regression=2, out=str(out))
     psnr = {f.task: f for f in figures if f.metric.startswith("PSNR dB") and f.n == 4}
+    beside = {*baselines.IMAGES, "regression, 2 steps"} - {"the last source taken for it"}
     assert set(psnr) == {
         "MRI flair -> MRI flair",
         "MRI t1 + MRI t2 -> MRI flair",
@@ -239,6 +242,8 @@ def test_synthesis_is_measured_against_what_costs_nothing(roots, monkeypatch):
         "MRI t1 + MRI t2 of another subject -> MRI flair",
         "MRI t2 taken for MRI flair",
         "MRI t1 + MRI t2 -> MRI flair, beyond MRI t2 alone",
+        "MRI t1 + MRI t2 -> MRI flair in one step",
+        *(f"MRI t1 + MRI t2 -> MRI flair{how}{name}" for how in (" by ", ", beyond ") for name in beside),
     }
     lesions = {f.metric: f for f in figures if f.task == "MRI t1 + MRI t2 -> MRI flair" and f.protocol == "probe"}
     assert set(lesions) >= {f"{field} right" for field in ("kind", "size", "side", "level")} | {"lesion seen"}
@@ -253,8 +258,12 @@ def test_synthesis_is_measured_against_what_costs_nothing(roots, monkeypatch):
     t2, flair = (source.images(held, s) for s in ("mri:t2", "mri:flair"))
     each = -10 * np.log10(np.mean(((t2 - flair) / 2) ** 2, axis=(1, 2, 3)))
     assert each.min() <= psnr["MRI t2 taken for MRI flair"].value <= each.max()
-    written = json.loads((roots / "mri" / "mri" / "evaluation.json").read_text())
-    assert len(written["figures"]) == len(figures)
+    assert len(json.loads((out / "mri.json").read_text())["figures"]) == len(figures)
+    assert {p.name for p in out.iterdir()} == {
+        "mri.json", "mri.csv", "mri.md", "mri_mri-t1_mri-t2_to_mri-flair.png"
+    }  # fmt: skip
+    table = (out / "mri.md").read_text()
+    assert f"| MRI t1 + MRI t2 -> MRI flair | {made.value:#.4g} [" in table and "- range1: data_range:" in table
 
 
 # --- what a row of such a round holds -------------------------------------------------------------------------------

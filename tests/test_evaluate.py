@@ -1,6 +1,7 @@
 """`medm2g evaluate`: which data it takes, and what it calls joint."""
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from medm2g_jax.data.phantom.render import Phantom
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate import phantom, synthesis
+from medm2g_jax.evaluate.measure import measure
 from medm2g_jax.evaluate.metrics import METRICS
 from medm2g_jax.evaluate.probes import FIELDS
 from medm2g_jax.generate import Request
@@ -55,9 +57,9 @@ class Answering(Model):
 def bench(monkeypatch):
     """An evaluation whose generator and judge answer at once: CT and MRI show the left, X-rays the right."""
     shown = {"ct": 0, "mri": 0, "xray": 1}
-    monkeypatch.setattr(phantom._Bench, "images", lambda self, m, i: np.full((len(i), 1, 1, 1), shown[m]))
+    monkeypatch.setattr(phantom.Bench, "images", lambda self, m, i: np.full((len(i), 1, 1, 1), shown[m]))
     monkeypatch.setattr(
-        phantom._Bench,
+        phantom.Bench,
         "generate",
         lambda self, given, make, **_: {m: np.full((len(self.indices), 1, 1, 1), shown[m]) for m in make},
     )
@@ -65,7 +67,7 @@ def bench(monkeypatch):
     monkeypatch.setattr(phantom, "train_probe", lambda *_: judge)
 
     source = Phantom(size=32, seed=0, train=6, val=2, test=40)
-    return lambda pairs, rows=20: phantom._Bench(Answering(pairs), source, rows, 0)
+    return lambda pairs, rows=20: phantom.Bench(Answering(pairs), source, rows, 0)
 
 
 def measured(bench) -> dict[str, float]:
@@ -146,7 +148,7 @@ def test_a_folder_called_phantom_has_no_exact_labels(tmp_path):
     meta = dict(stage="text_ct", rounds=["text_ct"], shared=shared(manifest(tmp_path / "phantom")), **about)
     checkpoint.save_model(tmp_path / "text_ct", {"ct/guide/x": jnp.ones(1)}, meta)
     with pytest.raises(UserError, match=r"text_ct was trained on manifest:.*/phantom, whose findings have no exact"):
-        phantom.measure(str(tmp_path / "text_ct"))
+        measure(str(tmp_path / "text_ct"))
 
 
 def test_the_phantom_is_opened_as_its_run_had_it():
@@ -160,7 +162,7 @@ def test_too_few_test_subjects(bench):
     with pytest.raises(UserError, match=r"--rows=999: phantom holds \d+ test subjects with a lesion"):
         bench(TEXT_CT, rows=999)
     with pytest.raises(UserError, match="--rows=-3: expected at least one"):
-        phantom.measure("RUN", rows=-3)
+        measure("RUN", rows=-3)
 
 
 def test_the_truth_lies_among_draws_of_its_own_distribution_as_often_as_it_should():
@@ -169,3 +171,19 @@ def test_the_truth_lies_among_draws_of_its_own_distribution_as_often_as_it_shoul
     figure = synthesis._coverage("a -> b", x, drawn, 0)
     assert figure.value == pytest.approx(7 / 9, abs=0.02) and figure.ceiling.value == pytest.approx(7 / 9)
     assert synthesis._coverage("a -> b", x, 0.1 * drawn, 0).value < 0.2  # draws that are too sure
+
+
+def test_what_a_model_was_trained_on_is_no_test_of_it(tmp_path):
+    """Another folder with the same records, split in another way."""
+    own = manifest(tmp_path / "own")
+    rows = [json.loads(row) for row in (tmp_path / "own" / "manifest.jsonl").read_text().splitlines()]
+    assert any(row["split"] == "train" for row in rows)
+    shutil.copytree(tmp_path / "own", tmp_path / "other")
+    (tmp_path / "other" / "manifest.jsonl").write_text("\n".join(json.dumps(row | {"split": "test"}) for row in rows))
+    trained = {f"{m}/{part}": {} for m in ("text", "ct", "mri") for part in ("flow", "guide")}
+    about = {"modalities": {"ct": {}, "mri": {}}, "from": trained, "pairs": {"guide": [["mri", "ct"]]}}
+    meta = dict(stage="ct_mri", rounds=["ct_mri"], shared=shared(own), **about)
+    checkpoint.save_model(tmp_path / "ct_mri", {"ct/guide/x": jnp.ones(1)}, meta)
+    asked = dict(synthesised=[(("mri",), "ct")], data=f"manifest:{tmp_path / 'other'}")
+    with pytest.raises(UserError, match="test subjects are among those that the model was trained on"):
+        measure(str(tmp_path / "ct_mri"), **asked)

@@ -1,4 +1,4 @@
-"""`medm2g evaluate`: what a round has learnt, measured on data whose findings are known exactly: the phantom.
+"""What a round has learnt, measured on data whose findings are known exactly: the phantom.
 
 For every pair of the report and an imaging modality whose guides are trained (section 3.5):
 
@@ -13,19 +13,15 @@ For a model of more than one imaging modality also all of them from one report: 
 jointly, beside each made on its own. Others share the report alone: made together they are bit for bit what they are
 made one by one, so they are measured once and called independent.
 
-For images made from others on their grid, MRI synthesis and translation: `synthesis`, and by the probe whether the
-lesion is the true one.
+Of an image made from others on its grid: whether the lesion is the true one, by the probe.
 
-Every figure is printed and goes to evaluation.json. All of it is phantom, not evidence for clinical performance.
+All of it is phantom, not evidence for clinical performance.
 """
 
 import functools
 import itertools
-import json
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,80 +34,19 @@ from medm2g_jax.data.open import source_of
 from medm2g_jax.data.source import Source, labeller, labels
 from medm2g_jax.diffusion import denoising_loss
 from medm2g_jax.errors import UserError
-from medm2g_jax.evaluate.figures import Figure, Reference, line, to_json
+from medm2g_jax.evaluate.figures import Figure, Reference, line
 from medm2g_jax.evaluate.metrics import METRICS, text_figures
 from medm2g_jax.evaluate.probes import FIELDS, as_indices, train_probe
 from medm2g_jax.evaluate.samples import samples
-from medm2g_jax.evaluate.synthesis import can_synthesise, synthesis, task_words
+from medm2g_jax.evaluate.synthesis import task_words
 from medm2g_jax.inference import Model
-from medm2g_jax.loading import BOX, load, locate, makes
 from medm2g_jax.modality import MODALITIES, centre, stream_word
 from medm2g_jax.model import null_context
 from medm2g_jax.nn.attention import mask
 from medm2g_jax.recipes import EVAL_TIMES
-from medm2g_jax.train import checkpoint
 
 PROBE_SUBJECTS = 4000
 CONSTANTS = 12  # reports that the best constant one is chosen from
-
-
-def measure(
-    path: str, rows: int = 200, seed: int = 0, synthesised: Sequence[tuple[Sequence[str], str]] = ()
-) -> list[Figure]:
-    """Measure the model at `path`, print its figures, and write them to evaluation.json beside the round's result, or
-    here where the model came with the package.
-
-    Args:
-      synthesised: (streams given, stream made) of `synthesis`, each where the model's guides are trained for that.
-
-    Raises:
-      UserError: the data that it was trained on has no exact labels to judge by, or too few test subjects; nothing that
-        is measured here has been trained.
-    """
-    began = time.time()
-    if rows < 1:
-        raise UserError(f"--rows={rows}: expected at least one test subject")
-    folder = locate(path)
-    meta = checkpoint.read_meta(folder)
-    text, able, pairs = centre().name, makes(meta), [tuple(p) for p in meta["pairs"]["guide"]]
-    reports = [m for m in able if (text, m) in pairs and text in able]
-    synthesised = [task for task in synthesised if can_synthesise(pairs, able, *task)]
-    if not reports and not synthesised:
-        raise UserError(
-            f"{path}: `medm2g evaluate` measures what is made from reports, reports made from images, and contrasts "
-            f"made from others; this model makes {', '.join(able)} by the guides "
-            f"{', '.join(f'{a} -> {b}' for a, b in pairs) or 'of nobody'}; give it a round that was trained for one"
-        )
-    source = labelled_source(meta["shared"], path) if reports else source_of(meta["shared"])
-    model = load(path)
-    print(
-        f"{path}: {model.meta['stage']}; {rows} test subjects; {source.name}, {model.size} px, "
-        f"{model.meta['rounds']} trained",
-        flush=True,
-    )
-    figures: list[Figure] = []
-    bench = _Bench(model, source, rows, seed) if labels(source) else None
-    if reports:
-        for image in reports:
-            bench.image_from_report(image)
-            bench.report_from_image(image)
-            bench.denoising(image)
-        images = [m for m in model.modalities if MODALITIES[m].is_image]
-        if len(images) > 1:
-            bench.together(images)
-            bench.from_nothing(images)
-    for given, target in synthesised:
-        found = synthesis(model, source, given, target, rows, seed)
-        print("\n".join(f"  {line(figure)}" for figure in found), flush=True)
-        figures += found
-        if bench:
-            bench.translated(given, target)
-    figures += bench.figures if bench else []
-    seconds = round(time.time() - began, 1)
-    print(f"{seconds:.0f} s. {source.name}: not evidence for clinical performance.")
-    file = (Path.cwd() if folder.parent == BOX else folder) / "evaluation.json"
-    file.write_text(json.dumps(dict(figures=to_json(figures), seconds=seconds), indent=1))
-    return figures
 
 
 def labelled_source(shared: Mapping[str, Any], path: str) -> Source:
@@ -133,7 +68,7 @@ def _words(streams: Sequence[str]) -> str:
     return " + ".join(MODALITIES[m].word for m in streams)
 
 
-class _Bench:
+class Bench:
     """One evaluation: the model, the test subjects, the probes, and the figures so far."""
 
     def __init__(self, model: Model, source: Source, rows: int, seed: int):
@@ -160,6 +95,17 @@ class _Bench:
         for figure in figures:
             print(f"  {line(figure)}", flush=True)
         self.figures += figures
+
+    def reports_and_images(self, images: Sequence[str]) -> None:
+        """All that reports and these modalities have to do with each other."""
+        for image in images:
+            self.image_from_report(image)
+            self.report_from_image(image)
+            self.denoising(image)
+        every = [m for m in self.model.modalities if MODALITIES[m].is_image]
+        if len(every) > 1:
+            self.together(every)
+            self.from_nothing(every)
 
     # --- reading images ----------------------------------------------------------------------------------------
 

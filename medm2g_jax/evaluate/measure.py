@@ -1,0 +1,143 @@
+"""`medm2g evaluate`: a task of `configs/tasks.py`, measured. Prints each figure as it comes, then leaves them as JSON,
+CSV and a table in Markdown, and pictures of the worst, the median and the best case.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from medm2g_jax.data.open import source_of
+from medm2g_jax.data.source import Source, labels
+from medm2g_jax.errors import UserError
+from medm2g_jax.evaluate import table
+from medm2g_jax.evaluate.figures import Figure, line, to_json
+from medm2g_jax.evaluate.phantom import Bench, labelled_source
+from medm2g_jax.evaluate.synthesis import can_synthesise, synthesis, task_words
+from medm2g_jax.loading import BOX, load, locate, makes
+from medm2g_jax.modality import centre
+from medm2g_jax.train import checkpoint
+
+
+def measure(
+    path: str,
+    rows: int | None = None,
+    seed: int = 0,
+    synthesised: Sequence[tuple[Sequence[str], str]] = (),
+    *,
+    task: str = "phantom",
+    findings: bool = True,
+    regression: int = 0,
+    data: str = "",
+    out: str = "",
+    most: int = 200,
+) -> list[Figure]:
+    """Measure the model at `path`, print its figures, and write them down.
+
+    Args:
+      rows: test subjects; None: as many as there are, at most `most`.
+      synthesised: (streams given, stream made) of `synthesis`, each where the model's guides are trained for that and
+        the data hold it.
+      findings: measure what reports and images say of exact labels, where the model was trained on data that have them.
+      regression: steps of the regression beside each synthesis; 0: none.
+      data: another data set than the model's own, as config.data.source names it.
+      out: a folder for TASK.json, TASK.csv, TASK.md and TASK_*.png; "": evaluation.json beside the round's result, or
+        here where the model came with the package.
+
+    Raises:
+      UserError: the data that it was trained on has no exact labels to judge by, or too few test subjects; it was
+        trained on test subjects of `data`; nothing that is measured here has been trained.
+    """
+    began = time.time()
+    if rows is not None and rows < 1:
+        raise UserError(f"--rows={rows}: expected at least one test subject")
+    folder = locate(path)
+    meta = checkpoint.read_meta(folder)
+    text, able, pairs = centre().name, makes(meta), [tuple(p) for p in meta["pairs"]["guide"]]
+    reports = [m for m in able if (text, m) in pairs and text in able] if findings else []
+    trained = [case for case in synthesised if can_synthesise(pairs, able, *case)]
+    if not reports and not trained:
+        raise UserError(
+            f"{path}: `medm2g evaluate` measures what is made from reports, reports made from images, and images "
+            f"made from others; this model makes {', '.join(able)} by the guides "
+            f"{', '.join(f'{a} -> {b}' for a, b in pairs) or 'of nobody'}; give it a round that was trained for one"
+        )
+    shared = meta["shared"]
+    if data:
+        source = source_of({**shared, "data": {**shared["data"], "source": data}})
+        _apart(source, shared, data)
+    else:
+        source = labelled_source(shared, path) if reports else source_of(shared)
+    held = {case: _held(source, case) for case in trained}
+    for (given, target), count in held.items():
+        if not count:
+            print(f"{' -> '.join(task_words(given, target))}: no test record of {source.name} holds both", flush=True)
+    if not reports and not any(held.values()):
+        raise UserError(f"{source.name}: no test record holds what the task gives and makes")
+    model = load(path)
+    print(f"{path}: {model.meta['stage']}; {source.name}, {model.size} px, {model.meta['rounds']} trained", flush=True)
+    if out:
+        epath.Path(out).mkdir(parents=True, exist_ok=True)
+    figures: list[Figure] = []
+    bench = Bench(model, source, rows or most, seed) if findings and labels(source) else None
+    if reports:
+        bench.reports_and_images(reports)
+    for given, target in (case for case, count in held.items() if count):
+        sheet = epath.Path(out) / f"{task}_{_plain(given, target)}.png" if out else None
+        asked = rows or min(most, held[given, target])
+        found = synthesis(model, source, given, target, asked, seed, regression=regression, sheet=sheet)
+        print("\n".join(f"  {line(figure)}" for figure in found), flush=True)
+        figures += found
+        if bench:
+            bench.translated(given, target)
+    figures += bench.figures if bench else []
+    seconds = round(time.time() - began, 1)
+    print(f"{seconds:.0f} s. {source.name}: not evidence for clinical performance.")
+    record = dict(task=task, model=model.fingerprint, data=source.name, seed=seed)
+    _write(figures, record | dict(seconds=seconds), folder, task, out)
+    return figures
+
+
+def _held(source: Source, case: tuple[Sequence[str], str]) -> int:
+    needed = {*case[0], case[1]}
+    return sum(r.split == "test" and needed <= set(r.streams) for r in source.records)
+
+
+def _plain(given: Sequence[str], target: str) -> str:
+    return "_".join([*given, "to", target]).replace(":", "-")
+
+
+def _apart(source: Source, shared: Mapping[str, Any], data: str) -> None:
+    """None of the test subjects may be one that the model has learnt from.
+
+    Raises:
+      UserError: some are.
+    """
+    try:
+        own = source_of(shared)
+    except UserError as error:
+        print(f"not checked whether the model was trained on test subjects of {data}: {error}", flush=True)
+        return
+    # Subjects of other sets may go by the same names; hardly with the same records.
+    seen = {(r.subject, r.id) for r in own.records if r.split == "train"}
+    both = {r.subject for r in source.records if r.split == "test" and (r.subject, r.id) in seen}
+    if both:
+        raise UserError(
+            f"{data}: {len(both)} of its test subjects are among those that the model was trained on "
+            f"({shared['data']['source']}); a figure of them says nothing. Take them out, or evaluate a model that has "
+            "not seen them"
+        )
+
+
+def _write(figures: Sequence[Figure], record: dict[str, Any], folder: Path, task: str, out: str) -> None:
+    told = json.dumps(dict(figures=to_json(figures), **record), indent=1)
+    if not out:
+        ((Path.cwd() if folder.parent == BOX else folder) / "evaluation.json").write_text(told)
+        return
+    for ending, text in (("json", told), ("csv", table.csv(figures)), ("md", table.markdown(figures, record))):
+        file = epath.Path(out) / f"{task}.{ending}"
+        file.write_text(text)
+        print(file)

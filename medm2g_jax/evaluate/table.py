@@ -1,0 +1,49 @@
+"""Figures as a table: CSV for machines, Markdown for people."""
+
+import csv as csv_
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from medm2g_jax.evaluate.figures import Figure, number
+from medm2g_jax.evaluate.protocols import PROTOCOLS
+
+COLUMNS = ("task", "metric", "protocol", "value", "low", "high", "n", "seed", "floor", "ceiling")
+
+
+def csv(figures: Sequence[Figure]) -> str:
+    """A line a figure, all digits."""
+    text = io.StringIO()
+    writer = csv_.writer(text)
+    writer.writerow(COLUMNS)
+    for f in figures:
+        low, high = f.interval or ("", "")
+        ends = (end.value if end else "" for end in (f.floor, f.ceiling))
+        writer.writerow([f.task, f.metric, f.protocol, f.value, low, high, f.n, f.seed, *ends])
+    return text.getvalue()
+
+
+def markdown(figures: Sequence[Figure], record: Mapping[str, Any]) -> str:
+    """A row a task, a column a metric; one table for each set of metrics, with their protocols below."""
+    rows: dict[str, dict[tuple[str, str], Figure]] = {}
+    for f in figures:
+        rows.setdefault(f.task, {})[f.metric, f.protocol] = f
+    tables: dict[tuple, list[str]] = {}
+    for task, of in rows.items():
+        tables.setdefault(tuple(of), []).append(task)
+    lines = [", ".join(f"{name} {value}" for name, value in record.items()), ""]
+    for metrics, tasks in tables.items():
+        lines += [f"| | {' | '.join(metric for metric, _ in metrics)} | n |", "|---" * (len(metrics) + 2) + "|"]
+        for task in tasks:
+            cells = [_cell(rows[task][m]) for m in metrics]
+            lines.append(f"| {task} | {' | '.join(cells)} | {max(f.n for f in rows[task].values())} |")
+        lines.append("")
+    for name in dict.fromkeys(f.protocol for f in figures):
+        said = (f"{field}: {text}" for field, text in vars(PROTOCOLS[name]).items() if text)
+        lines.append(f"- {name}: {'; '.join(said)}")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(f: Figure) -> str:
+    interval = f" [{', '.join(map(number, f.interval))}]" if f.interval else ""
+    return f"{number(f.value)}{interval}"
