@@ -234,7 +234,6 @@ _LONG: dict[str, dict[str, Any]] = dict(
     ldm_text=dict(steps=6000),
     ldm_mri=dict(steps=4000),  # trains on in ct_mri
     round=dict(steps=2400),
-    ct_mri=dict(steps=3600),
 )
 
 
