@@ -3,18 +3,21 @@
     METRICS["SSIM"](real, made)                              the value
     METRICS["SSIM"].figure("report -> CT", real, made, ...)  with its interval, floor and ceiling
     figures_of("image", "report -> CT", real, made, ...)     by every metric of images
+    figures_of("selfrdb", "T1 -> T2", real, made, ...)       as a public evaluator has it
 
 A new metric is one function in a file here and one row below; every task that compares such things then reports it.
+Which equals what: docs/metrics.md.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from medm2g_jax.evaluate.figures import Figure, Reference
-from medm2g_jax.evaluate.metrics import image, labels, retrieval, text
+from medm2g_jax.evaluate.metrics import image, labels, published, retrieval, text
 from medm2g_jax.evaluate.metrics.intervals import bootstrap, wilson
 
 
@@ -27,7 +30,9 @@ class Metric:
     """One row of the table.
 
     Attributes:
-      of: what it compares: "image", "text", "findings" (texts, and a labeller), "embedding", "label".
+      of: what it compares: "image", "text", "findings" (texts, and a labeller), "embedding", "label"; "image in ...",
+        in other ways; "masked", "lesion" (images, and masks); a public evaluator's name, of whose arguments its
+        functions tell; "draws in ..." (k of each row, nothing else).
       scores: (real, made, ...) -> (n ...), of each row.
       protocol: see `protocols.PROTOCOLS`.
       value: of all scores; of shares, which are true or false, the interval is Wilson's.
@@ -56,6 +61,29 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "PSNR dB": Metric("image", image.squared_error, "range1", image.decibel),
     "SSIM": Metric("image", image.ssim, "range1"),
+    "SSIM, [0, 1]": Metric("image in [0, 1]", image.unit_ssim, "range1, [0, 1]"),
+    "MAE, [0, 1]": Metric("image in [0, 1]", image.absolute_error, "range1, [0, 1]", higher=False),
+    **{
+        f"MS-SSIM, {k} scales": Metric(f"image in {k} scales", partial(image.ms_ssim, scales=k), "range1, [0, 1]")
+        for k in (2, 3, 4, 5)
+    },
+    **{
+        f"MS-SSIM among draws, {k} scales": Metric(
+            f"draws in {k} scales", partial(image.diversity, scales=k), "range1, [0, 1]", higher=False
+        )
+        for k in (2, 3, 4, 5)
+    },
+    "PSNR dB, masked": Metric("masked", image.masked_squared_error, "masked", image.decibel),
+    "SSIM, masked": Metric("masked", image.masked_ssim, "masked"),
+    "MAE, masked": Metric("masked", image.masked_absolute_error, "masked", higher=False),
+    "MAE, lesion": Metric("lesion", image.masked_absolute_error, "lesion", higher=False),
+    "bias, lesion": Metric("lesion", image.masked_bias, "lesion"),
+    "PSNR dB, syndiff": Metric("syndiff", published.syndiff_psnr, "syndiff"),
+    "PSNR dB, selfrdb": Metric("selfrdb", published.selfrdb_psnr, "selfrdb"),
+    "SSIM %, selfrdb": Metric("selfrdb", published.selfrdb_ssim, "selfrdb"),
+    "MAE HU, synthrad2025": Metric("synthrad2025", published.synthrad_mae, "synthrad2025", higher=False),
+    "PSNR dB, synthrad2025": Metric("synthrad2025", published.synthrad_psnr, "synthrad2025"),
+    "MS-SSIM, synthrad2025": Metric("synthrad2025", published.synthrad_ms_ssim, "synthrad2025"),
     "exact": Metric("text", text.exact, "word for word"),
     "finding F1": Metric("findings", text.fact_counts, "findings", text.micro_f1),
     "retrieval@1": Metric("embedding", retrieval.both_ways, "gallery, own partner"),
