@@ -88,6 +88,12 @@ PROTOCOLS: dict[str, Protocol] = {
     "gallery, same findings": Protocol(
         judge="cosine; the n rows; a hit states the same findings by the source's labeller", interval=_BOOTSTRAP
     ),
+    "features": Protocol(
+        judge="an extractor, named after @; FID of sample covariances; KID unbiased, kernel (x y / d + 1)^3, all rows "
+        "at once; precision, recall, density and coverage by Euclidean balls to the fifth neighbour",
+        interval=f"of precision, recall and coverage {_WILSON}, of density {_BOOTSTRAP}: of the rows beside the other "
+        "set as it is",
+    ),
     "nearest partner": Protocol(
         judge="cosine; what the source's labeller reads in the report of a row and in that of its nearest of the n",
         interval=_WILSON,

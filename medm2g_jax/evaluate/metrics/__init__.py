@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.figures import Figure, Reference
-from medm2g_jax.evaluate.metrics import image, labels, published, retrieval, text
+from medm2g_jax.evaluate.metrics import distribution, image, labels, published, retrieval, text
 from medm2g_jax.evaluate.metrics.intervals import bootstrap, wilson
 
 
@@ -32,7 +33,7 @@ class Metric:
     Attributes:
       of: what it compares: "image", "text", "findings" (texts, and a labeller), "embedding", "label"; "image in ...",
         in other ways; "masked", "lesion" (images, and masks); a public evaluator's name, of whose arguments its
-        functions tell; "draws in ..." (k of each row, nothing else).
+        functions tell; "draws in ..." (k of each row, nothing else); "features".
       scores: (real, made, ...) -> (n ...), of each row.
       protocol: see `protocols.PROTOCOLS`.
       value: of all scores; of shares, which are true or false, the interval is Wilson's.
@@ -58,7 +59,30 @@ class Metric:
         return Figure(task=task, metric=name, value=self.value(scores), n=n, seed=seed, **given)
 
 
-METRICS: dict[str, Metric] = {
+@dataclass(frozen=True)
+class OfSets:
+    """A row of the table that compares whole sets: it is made of no scores of rows, and has no interval.
+
+    Attributes:
+      of, protocol, higher: as `Metric`'s.
+      value: (real, made, ...) -> the number.
+    """
+
+    of: str
+    value: Callable[..., float]
+    protocol: str
+    higher: bool = True
+
+    def __call__(self, *arguments: Any) -> float:
+        return self.value(*arguments)
+
+    def figure(self, task: str, name: str, *sets: Any, seed: int, **fields: Any) -> Figure:
+        """Measured; its n is that of the smaller set. `fields` are floor, ceiling, or another protocol."""
+        given = {"protocol": self.protocol} | fields
+        return Figure(task=task, metric=name, value=self(*sets), n=min(map(len, sets)), seed=seed, **given)
+
+
+METRICS: dict[str, Metric | OfSets] = {
     "PSNR dB": Metric("image", image.squared_error, "range1", image.decibel),
     "SSIM": Metric("image", image.ssim, "range1"),
     "SSIM, [0, 1]": Metric("image in [0, 1]", image.unit_ssim, "range1, [0, 1]"),
@@ -84,6 +108,12 @@ METRICS: dict[str, Metric] = {
     "MAE HU, synthrad2025": Metric("synthrad2025", published.synthrad_mae, "synthrad2025", higher=False),
     "PSNR dB, synthrad2025": Metric("synthrad2025", published.synthrad_psnr, "synthrad2025"),
     "MS-SSIM, synthrad2025": Metric("synthrad2025", published.synthrad_ms_ssim, "synthrad2025"),
+    "FID": OfSets("features", distribution.fid, "features", higher=False),
+    "KID": OfSets("features", distribution.kid, "features", higher=False),
+    "precision": Metric("features", distribution.precision, "features"),
+    "recall": Metric("features", distribution.recall, "features"),
+    "density": Metric("features", distribution.density, "features"),
+    "coverage": Metric("features", distribution.coverage, "features"),
     "exact": Metric("text", text.exact, "word for word"),
     "finding F1": Metric("findings", text.fact_counts, "findings", text.micro_f1),
     "retrieval@1": Metric("embedding", retrieval.both_ways, "gallery, own partner"),
@@ -132,3 +162,16 @@ def text_figures(
     those of `figures_of`."""
     figures = figures_of("text", task, real, made, **options)
     return figures + (figures_of("findings", task, real, made, labeller, **options) if labeller else [])
+
+
+def feature_figures(task: str, real: Any, made: Any, extractor: str, *, seed: int) -> list[Figure]:
+    """Sets of features (n d) by every metric of them, with the extractor's name: "ours" of `Model.embed`. What cannot
+    be measured is left out, and said."""
+    out = []
+    for name, metric in METRICS.items():
+        if metric.of == "features":
+            try:
+                out.append(metric.figure(task, f"{name} @{extractor}", real, made, seed=seed))
+            except UserError as why:
+                print(f"  {task}: {name} @{extractor} is left out: {why}", flush=True)
+    return out
