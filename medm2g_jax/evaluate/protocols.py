@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from medm2g_jax.data.clean import CLEANINGS
+
 _BOOTSTRAP = "95 %, percentile bootstrap over the rows, 1000 draws"
 _WILSON = "95 %, Wilson"
 
@@ -82,6 +84,14 @@ PROTOCOLS: dict[str, Protocol] = {
         interval=_BOOTSTRAP,
     ),
     "word for word": Protocol(judge="equality of the decoded texts", interval=_WILSON),
+    **{
+        f"words, {how}": Protocol(
+            judge=f"both texts cleaned by `--clean {how}`, split at blanks, not cut off, no word made unknown; one "
+            "real report each; BLEU of all reports together, ROUGE-L (beta 1.2) and CIDEr-D averaged over them",
+            interval=_BOOTSTRAP,
+        )
+        for how in CLEANINGS
+    },
     "findings": Protocol(judge="what the source's own labeller reads, micro-averaged", interval=_BOOTSTRAP),
     "gallery, own partner": Protocol(judge="cosine; the n rows; a hit is one's own partner", interval=_BOOTSTRAP),
     "gallery, same words": Protocol(judge="cosine; the n rows; a hit has the same words", interval=_BOOTSTRAP),

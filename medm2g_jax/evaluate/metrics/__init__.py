@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from medm2g_jax.data.clean import clean
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.figures import Figure, Reference
-from medm2g_jax.evaluate.metrics import distribution, image, labels, published, retrieval, text
+from medm2g_jax.evaluate.metrics import distribution, image, labels, published, retrieval, text, words
 from medm2g_jax.evaluate.metrics.intervals import bootstrap, wilson
 
 
@@ -33,7 +34,8 @@ class Metric:
     Attributes:
       of: what it compares: "image", "text", "findings" (texts, and a labeller), "embedding", "label"; "image in ...",
         in other ways; "masked", "lesion" (images, and masks); a public evaluator's name, of whose arguments its
-        functions tell; "draws in ..." (k of each row, nothing else); "features".
+        functions tell; "draws in ..." (k of each row, nothing else); "features"; "words"
+        (cleaned texts).
       scores: (real, made, ...) -> (n ...), of each row.
       protocol: see `protocols.PROTOCOLS`.
       value: of all scores; of shares, which are true or false, the interval is Wilson's.
@@ -115,6 +117,14 @@ METRICS: dict[str, Metric | OfSets] = {
     "density": Metric("features", distribution.density, "features"),
     "coverage": Metric("features", distribution.coverage, "features"),
     "exact": Metric("text", text.exact, "word for word"),
+    **{
+        f"BLEU-{k}": Metric("words", words.bleu_counts, "words, none", partial(words.bleu, order=k))
+        for k in range(1, words.ORDER + 1)
+    },
+    "ROUGE-L": Metric("words", words.rouge_l, "words, none"),
+    "CIDEr": Metric("words", words.cider, "words, none"),
+    "words a report": Metric("words", words.lengths, "words, none"),
+    "distinct reports": OfSets("words", words.distinct, "words, none"),
     "finding F1": Metric("findings", text.fact_counts, "findings", text.micro_f1),
     "retrieval@1": Metric("embedding", retrieval.both_ways, "gallery, own partner"),
     "right": Metric("label", labels.right, "probe"),
@@ -167,11 +177,30 @@ def text_figures(
 def feature_figures(task: str, real: Any, made: Any, extractor: str, *, seed: int) -> list[Figure]:
     """Sets of features (n d) by every metric of them, with the extractor's name: "ours" of `Model.embed`. What cannot
     be measured is left out, and said."""
+    return _what_can_be("features", task, f" @{extractor}", real, made, seed=seed)
+
+
+def report_figures(task: str, real: Sequence[str], made: Sequence[str], cleaning: str, *, seed: int) -> list[Figure]:
+    """Reports by every metric of their words, both cleaned by a named way of `data.clean`; beside them how long the
+    real ones are and how many of those differ. What cannot be measured is left out, and said.
+
+    Raises:
+      UserError: no such way; a real report that has no word left.
+    """
+    a, b = ([clean(text, cleaning) for text in texts] for texts in (real, made))
+    words.tokens(a, b)
+    how = dict(seed=seed, protocol=f"words, {cleaning}")
+    figures = _what_can_be("words", task, "", a, b, **how)
+    beside = ("words a report", "distinct reports")
+    return figures + [METRICS[name].figure(f"{task}, the real ones", name, a, a, **how) for name in beside]
+
+
+def _what_can_be(of: str, task: str, suffix: str, real: Any, made: Any, **how: Any) -> list[Figure]:
     out = []
     for name, metric in METRICS.items():
-        if metric.of == "features":
+        if metric.of == of:
             try:
-                out.append(metric.figure(task, f"{name} @{extractor}", real, made, seed=seed))
+                out.append(metric.figure(task, name + suffix, real, made, **how))
             except UserError as why:
-                print(f"  {task}: {name} @{extractor} is left out: {why}", flush=True)
+                print(f"  {task}: {name}{suffix} is left out: {why}", flush=True)
     return out
