@@ -98,6 +98,20 @@ PROTOCOLS: dict[str, Protocol] = {
     "gallery, same findings": Protocol(
         judge="cosine; the n rows; a hit states the same findings by the source's labeller", interval=_BOOTSTRAP
     ),
+    "gallery, own partner, ties shared": Protocol(
+        judge="cosine; the n rows; a hit is one's own partner; rows of equal cosine in the mean over their orders",
+        interval=_BOOTSTRAP,
+    ),
+    "gallery, same words, ties shared": Protocol(
+        judge="cosine; the n rows; a hit has the same words; rows of equal cosine in the mean over their orders",
+        interval=_BOOTSTRAP,
+    ),
+    "modalities": Protocol(
+        judge="embeddings of unit length; a linear reader (ridge 1) of one half of the subjects, of the modality of "
+        "the other half; the ten nearest by cosine; silhouette by Euclidean distance; distance of the modalities' "
+        "means",
+        interval=f"of what is read {_WILSON}, else {_BOOTSTRAP}; none of the gap",
+    ),
     "features": Protocol(
         judge="an extractor, named after @; FID of sample covariances; KID unbiased, kernel (x y / d + 1)^3, all rows "
         "at once; precision, recall, density and coverage by Euclidean balls to the fifth neighbour",

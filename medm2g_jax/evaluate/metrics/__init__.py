@@ -9,7 +9,7 @@ A new metric is one function in a file here and one row below; every task that c
 Which equals what: docs/metrics.md.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,8 +19,12 @@ import numpy as np
 from medm2g_jax.data.clean import clean
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.figures import Figure, Reference
-from medm2g_jax.evaluate.metrics import distribution, image, labels, published, retrieval, text, words
+from medm2g_jax.evaluate.metrics import distribution, image, labels, modalities, published, retrieval, text, words
 from medm2g_jax.evaluate.metrics.intervals import bootstrap, wilson
+
+
+def _median(scores: np.ndarray) -> float:
+    return float(np.median(scores))
 
 
 def _mean(scores: np.ndarray) -> float:
@@ -35,7 +39,8 @@ class Metric:
       of: what it compares: "image", "text", "findings" (texts, and a labeller), "embedding", "label"; "image in ...",
         in other ways; "masked", "lesion" (images, and masks); a public evaluator's name, of whose arguments its
         functions tell; "draws in ..." (k of each row, nothing else); "features"; "words"
-        (cleaned texts).
+        (cleaned texts); "gallery" (rows and their partners, and classes); "modalities" (of each row its modality and
+        its subject, and the rows).
       scores: (real, made, ...) -> (n ...), of each row.
       protocol: see `protocols.PROTOCOLS`.
       value: of all scores; of shares, which are true or false, the interval is Wilson's.
@@ -127,6 +132,15 @@ METRICS: dict[str, Metric | OfSets] = {
     "distinct reports": OfSets("words", words.distinct, "words, none"),
     "finding F1": Metric("findings", text.fact_counts, "findings", text.micro_f1),
     "retrieval@1": Metric("embedding", retrieval.both_ways, "gallery, own partner"),
+    **{
+        f"R@{k}": Metric("gallery", partial(retrieval.hits, k=k), "gallery, own partner, ties shared")
+        for k in (1, 5, 10)
+    },
+    "median rank": Metric("gallery", retrieval.ranks, "gallery, own partner, ties shared", _median, higher=False),
+    "modality read": Metric("modalities", modalities.read, "modalities"),
+    "same modality of the 10 nearest": Metric("modalities", modalities.purity, "modalities"),
+    "silhouette of modalities": Metric("modalities", modalities.silhouette, "modalities"),
+    "modality gap": OfSets("modalities", modalities.gap, "modalities"),
     "right": Metric("label", labels.right, "probe"),
     "agree": Metric("label", labels.agree, "probe"),
     "kappa": Metric("labels", labels.beside, "probe", labels.kappa),
@@ -204,3 +218,34 @@ def _what_can_be(of: str, task: str, suffix: str, real: Any, made: Any, **how: A
             except UserError as why:
                 print(f"  {task}: {name}{suffix} is left out: {why}", flush=True)
     return out
+
+
+def retrieval_figures(
+    names: tuple[str, str], a: Any, b: Any, captions: Sequence[str] | None = None, *, seed: int
+) -> list[Figure]:
+    """Rows of embeddings (n d) and their partners, each looked for among the other, both ways; the floor is a random
+    order. Where captions are given one of the same words is a hit: repeated ones cannot be told apart."""
+    classes = None if captions is None else np.unique(np.asarray(captions), return_inverse=True)[1]
+    hit, out = "own partner" if captions is None else "same words", []
+    for (first, second), x, y in ((names, a, b), (names[::-1], b, a)):
+        task = f"{first} -> {second}"
+        for name, metric in METRICS.items():
+            if metric.of == "gallery":
+                nothing = np.ones((len(x), 1))  # tells nothing apart: all are ties
+                floor = Reference(metric(nothing, nothing, classes), "a random order")
+                how = dict(seed=seed, protocol=f"gallery, {hit}, ties shared", floor=floor)
+                out.append(metric.figure(task, name, x, y, classes, **how))
+    return out
+
+
+def modality_figures(task: str, embeddings: Mapping[str, Any], *, seed: int) -> list[Figure]:
+    """How far modalities lie apart in a shared space.
+
+    Args:
+      embeddings: {modality: (n d)}, row i of each of subject i.
+    """
+    modality = np.concatenate([np.full(len(x), i) for i, x in enumerate(embeddings.values())])
+    subject = np.concatenate([np.arange(len(x)) for x in embeddings.values()])
+    x = np.concatenate(list(embeddings.values()))
+    of = {name: metric for name, metric in METRICS.items() if metric.of == "modalities"}
+    return [metric.figure(task, name, modality, subject, x, seed=seed) for name, metric in of.items()]
