@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.protocols import PROTOCOLS
 
 
@@ -50,6 +51,21 @@ class Figure:
     def __post_init__(self):
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"protocol {self.protocol!r}: expected one of {', '.join(PROTOCOLS)}")
+
+
+def difference(a: Figure, b: Figure) -> float:
+    """How much more a is than b.
+
+    Raises:
+      UserError: they were not measured alike: unlike numbers are not compared.
+    """
+    for field in ("metric", "protocol"):
+        if (one := getattr(a, field)) != (other := getattr(b, field)):
+            raise UserError(
+                f"{a.task!r} is in {field} {one!r}, {b.task!r} in {field} {other!r}: such numbers are not comparable; "
+                "measure both alike"
+            )
+    return a.value - b.value
 
 
 def to_json(figures: Iterable[Figure]) -> list[dict[str, Any]]:

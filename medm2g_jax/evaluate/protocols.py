@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from medm2g_jax.data.clean import CLEANINGS
+
 _BOOTSTRAP = "95 %, percentile bootstrap over the rows, 1000 draws"
 _WILSON = "95 %, Wilson"
 
@@ -27,7 +29,8 @@ class Protocol:
 
 PROTOCOLS: dict[str, Protocol] = {
     "range1": Protocol(
-        data_range="the modality's window: 2 of images in [-1, 1], which is 1 of images in [0, 1]",
+        data_range="the modality's window: 2 of images in [-1, 1], which to PSNR, though not to SSIM, is 1 of "
+        "images in [0, 1]",
         window="the whole image; PSNR of the mean squared error over all rows, else the mean over rows; local "
         "statistics in uniform 7 x 7 windows",
         resize="at the model's size, as its networks read them",
@@ -39,17 +42,81 @@ PROTOCOLS: dict[str, Protocol] = {
         resize="as range1",
         interval=_BOOTSTRAP,
     ),
+    "range1, [0, 1]": Protocol(
+        data_range="1 of images brought from [-1, 1] to [0, 1], where the SSIM of the literature is measured",
+        window="the whole image, mean over the rows; SSIM in uniform 7 x 7 windows, MS-SSIM in Gaussian ones of "
+        "11 x 11, sigma 1.5, of as many scales as its name says",
+        resize="as range1",
+        interval=_BOOTSTRAP,
+    ),
+    "masked": Protocol(
+        data_range="as range1, [0, 1]",
+        window="the pixels in a mask, of the body or the brain; PSNR of the mean over rows of their mean squared "
+        "error, else the mean over rows; SSIM in uniform 7 x 7 windows, which see what is around the mask",
+        resize="as range1",
+        interval=_BOOTSTRAP,
+    ),
+    "lesion": Protocol(
+        data_range="as range1, [0, 1]", window="the pixels of a lesion's mask", resize="as range1", interval=_BOOTSTRAP
+    ),
+    "syndiff": Protocol(
+        data_range="the greatest value of the made image; each image in [0, 1] over its own maximum",
+        window="the middle 256 x 152 where the image is larger; PSNR of each slice, averaged over slices",
+        judge="as SynDiff's test.py, github.com/icon-lab/SynDiff @8e5064e",
+        interval=_BOOTSTRAP,
+    ),
+    "selfrdb": Protocol(
+        data_range="the greatest value of the real image; each image in [0, 1], times its mask, over its own mean",
+        window="the middle of the mask's size; of each slice, SSIM in percent in uniform 7 x 7 windows; averaged over "
+        "slices, or over subjects the mean of each",
+        judge="as compute_metrics of SelfRDB's utils.py, github.com/icon-lab/SelfRDB @6262ede",
+        interval="95 %, percentile bootstrap over the slices or, where they are given, the subjects, 1000 draws",
+    ),
+    "synthrad2025": Protocol(
+        data_range="4095 HU, from -1024 to 3071; MAE is not cut off",
+        window="volumes inside a mask; MS-SSIM of five scales in uniform 7 x 7 x 7 windows, averaged within the mask",
+        judge="as image_metrics.py of github.com/SynthRAD2025/evaluation @17cac47",
+        interval="95 %, percentile bootstrap over the volumes, 1000 draws",
+    ),
     "pixels among draws": Protocol(
         judge="the share of pixels whose truth lies between the least and the greatest of their draws",
         resize="as range1",
         interval=_BOOTSTRAP,
     ),
     "word for word": Protocol(judge="equality of the decoded texts", interval=_WILSON),
+    **{
+        f"words, {how}": Protocol(
+            judge=f"both texts cleaned by `--clean {how}`, split at blanks, not cut off, no word made unknown; one "
+            "real report each; BLEU of all reports together, ROUGE-L (beta 1.2) and CIDEr-D averaged over them",
+            interval=_BOOTSTRAP,
+        )
+        for how in CLEANINGS
+    },
     "findings": Protocol(judge="what the source's own labeller reads, micro-averaged", interval=_BOOTSTRAP),
     "gallery, own partner": Protocol(judge="cosine; the n rows; a hit is one's own partner", interval=_BOOTSTRAP),
     "gallery, same words": Protocol(judge="cosine; the n rows; a hit has the same words", interval=_BOOTSTRAP),
     "gallery, same findings": Protocol(
         judge="cosine; the n rows; a hit states the same findings by the source's labeller", interval=_BOOTSTRAP
+    ),
+    "gallery, own partner, ties shared": Protocol(
+        judge="cosine; the n rows; a hit is one's own partner; rows of equal cosine in the mean over their orders",
+        interval=_BOOTSTRAP,
+    ),
+    "gallery, same words, ties shared": Protocol(
+        judge="cosine; the n rows; a hit has the same words; rows of equal cosine in the mean over their orders",
+        interval=_BOOTSTRAP,
+    ),
+    "modalities": Protocol(
+        judge="embeddings of unit length; a linear reader (ridge 1) of one half of the subjects, of the modality of "
+        "the other half; the ten nearest by cosine; silhouette by Euclidean distance; distance of the modalities' "
+        "means",
+        interval=f"of what is read {_WILSON}, else {_BOOTSTRAP}; none of the gap",
+    ),
+    "features": Protocol(
+        judge="an extractor, named after @; FID of sample covariances; KID unbiased, kernel (x y / d + 1)^3, all rows "
+        "at once; precision, recall, density and coverage by Euclidean balls to the fifth neighbour",
+        interval=f"of precision, recall and coverage {_WILSON}, of density {_BOOTSTRAP}: of the rows beside the other "
+        "set as it is",
     ),
     "nearest partner": Protocol(
         judge="cosine; what the source's labeller reads in the report of a row and in that of its nearest of the n",

@@ -2,6 +2,9 @@
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
+from scipy.stats import hypergeom
+
+from medm2g_jax.errors import UserError
 
 Rows = Float[np.ndarray, "n d"]
 
@@ -32,3 +35,55 @@ def both_ways(a: Rows, b: Rows, classes: Shaped[np.ndarray, "n"] | None = None) 
 def chance(classes: Shaped[np.ndarray, "n"]) -> float:
     """What `retrieval_at_1` of a random order is: the mean share of the gallery that counts as a hit."""
     return float(np.mean([np.mean(classes == c) for c in classes]))
+
+
+# --- among the first k, ties shared ----------------------------------------------------------------------------------
+
+CHUNK = 1024  # rows whose cosines are in memory together
+Partners = Float[np.ndarray, "_ _"]  # as many as rows, or they are refused in words
+TIE = 1e-9  # cosines nearer than this are equal
+
+
+def hits(a: Rows, b: Partners, classes: Shaped[np.ndarray, "n"] | None = None, *, k: int = 1) -> Float[np.ndarray, "n"]:
+    """Of each row of `a`, the chance that its own partner in `b`, or one of the same class, is among the first k, where
+    rows of equal cosine come in any order: 0 or 1 without ties.
+
+    Raises:
+      UserError: a row of zeros, which has no direction; unlike numbers of rows.
+    """
+    nearer, equal, right = _places(a, b, classes)
+    draws = np.clip(k - nearer, 0, equal)  # of the ties, those among the first k; none of which is right:
+    return np.where(k > nearer, 1 - hypergeom.pmf(0, equal, right, draws), 0.0)
+
+
+def ranks(a: Rows, b: Partners, classes: Shaped[np.ndarray, "n"] | None = None) -> Float[np.ndarray, "n"]:
+    """Of each row of `a`, the place of its own partner in `b`, or of the first of the same class, from 1; of ties the
+    mean over their orders."""
+    nearer, equal, right = _places(a, b, classes)
+    return nearer + (equal + 1) / (right + 1)
+
+
+def _places(a: Rows, b: Partners, classes: Shaped[np.ndarray, "n"] | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each row of `a`: how many rows of `b` are nearer than the nearest right one; how many are as near, right ones
+    included; how many of those are right."""
+    x, y = (_unit(z, word) for z, word in ((a, "first"), (b, "second")))
+    if len(x) != len(y):
+        raise UserError(f"retrieval: {len(x)} rows and {len(y)} partners; expected one of each")
+    classes = np.arange(len(x)) if classes is None else np.asarray(classes)
+    out = []
+    for first in range(0, len(x), CHUNK):
+        cosine = x[first : first + CHUNK] @ y.T
+        right = classes[first : first + CHUNK, None] == classes
+        best = np.where(right, cosine, -np.inf).max(1, keepdims=True)
+        equal = np.abs(cosine - best) <= TIE
+        out.append([(cosine > best + TIE).sum(1), equal.sum(1), (equal & right).sum(1)])
+    nearer, equal, right = np.concatenate(out, axis=1)
+    return nearer, equal, right
+
+
+def _unit(rows: Partners, word: str) -> Partners:
+    x = np.asarray(rows, np.float64)
+    lengths = np.linalg.norm(x, axis=1, keepdims=True)
+    if not lengths.all():
+        raise UserError(f"retrieval: row {int(np.argmin(lengths))} of the {word} is 0 and has no direction")
+    return x / lengths
