@@ -124,9 +124,12 @@ def read(path: epath.PathLike, most_pixels: int) -> Picture | Volume:
     return read_series(found[0], most_pixels)
 
 
-def series(folder: epath.PathLike, most_pixels: int) -> list[Series]:
+def series(folder: epath.PathLike, most_pixels: int, broken: list[Path] | None = None) -> list[Series]:
     """The series of images in a folder and the folders in it, in the order of their numbers. Links that lead out of the
     folder, other files and DICOM without an image are passed over.
+
+    Args:
+      broken: takes up damaged files, which are then passed over as well; None: the first one is an error.
 
     Raises:
       UserError: a damaged file; names it.
@@ -139,16 +142,25 @@ def series(folder: epath.PathLike, most_pixels: int) -> list[Series]:
     for path, inside in _files(Path(folder)):
         if not inside:
             out += 1
-        elif is_dicom(path) and _is_image(str(path), header := _parsed(path, most_pixels, _TELLING)):
+            continue
+        try:
+            if not (is_dicom(path) and _is_image(str(path), header := _parsed(path, most_pixels, _TELLING))):
+                continue
             uid, group = str(get(str(path), header, "SOPInstanceUID", "")), _group(str(path), header)
-            if uid and uid in seen:
-                again += 1
-            else:
-                groups.setdefault(group, []).append(path)
-                places.setdefault(group, []).append(numbers(str(path), header, "ImagePositionPatient", 3) or ())
-                seen.add(uid)
-                if group not in told:
-                    told[group] = _told(str(path), header)
+            place = numbers(str(path), header, "ImagePositionPatient", 3) or ()
+            about = told.get(group) or _told(str(path), header)
+        except UserError:
+            if broken is None:
+                raise
+            broken.append(path)
+            continue
+        if uid and uid in seen:
+            again += 1
+            continue
+        groups.setdefault(group, []).append(path)
+        places.setdefault(group, []).append(place)
+        seen.add(uid)
+        told[group] = about
     times: dict[str, int] = {}
     notes = (f"{out} links that lead out of the folder were passed over",) if out else ()
     notes += (f"{again} files that hold the same image as another were passed over",) if again else ()
