@@ -329,6 +329,8 @@ def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="of that split")
     parser.add_argument("--limit", type=int, help="cases, for a first try")
     parser.add_argument("--pack", type=int, metavar="MB", help="write shards of so many MB, not a file an image")
+    parser.add_argument("--tfds", metavar="NAME", help="then also as the TFDS set prepared/NAME, in TFDS's own folder "
+                        "(TFDS_DATA_DIR): --config.data.source=tfds:prepared/NAME")  # fmt: skip
     parser.add_argument("--keep-ids", action="store_true", default=None, help="also where the licence is not open")
     parser.add_argument("--workers", type=int, help="processes; default one a core")
 
@@ -362,7 +364,11 @@ def _prepare(args: argparse.Namespace) -> None:
             raise UserError(f"--files {item!r}: expected STREAM=PATTERN, as in ct='{{subject}}/ct.nii.gz'")
         patterns[stream] = pattern
     options = dict(item.partition("=")[::2] for item in args.option)
-    prepare.prepare(adapter, args.root, args.out, prepare.Order(**asked), patterns, options=options)
+    manifest = prepare.prepare(adapter, args.root, args.out, prepare.Order(**asked), patterns, options=options)
+    if args.tfds is not None:
+        from medm2g_jax.data.tfds_builder import build
+
+        print(f"train with --config.data.source={build(manifest.parent, args.tfds)}")
 
 
 class Verb(NamedTuple):

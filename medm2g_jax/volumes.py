@@ -44,6 +44,7 @@ from medm2g_jax.train.log import duration
 
 Say = Callable[[str], Any]
 EVERY = 5.0  # seconds between two lines of progress, at least
+UNLIKE = 1.2  # times as wide as any image of training
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,10 +82,7 @@ class Cut:
         return dataclasses.replace(resample(made, self.source.spacing), affine=self.source.affine)
 
     def seen(self, size: int) -> str:
-        """What networks of `size` pixels a side lose of it, in words; "" where they lose nothing.
-
-        No model says which spacing or field of view it was trained at, so none is compared.
-        """
+        """What networks of `size` pixels a side lose of it, in words; "" where they lose nothing."""
         (_, height, width), mm = stack(self.square, self.plane).shape, _pixel(self.square, self.plane)
         side = max(height, width)
         if side <= size:
@@ -92,6 +90,28 @@ class Cut:
         said = f"{height} x {width} pixels, {height * mm:.0f} x {width * mm:.0f} mm"
         coarse = f"{size} x {size}: {mm * side / size:.3g} mm a pixel for {mm:.3g}"
         return f"slices of {said}, are read and made as {coarse}; nothing finer is in what is made"
+
+    def unlike(self, extents: Mapping[str, Sequence[int | float]]) -> str:
+        """How its slices' field of view differs from that of images a model was trained on, in words; "" where it does
+        not, or nobody knows.
+
+        Args:
+          extents: of the model, see `data.source.extents`.
+        """
+        known = [span for stream, span in extents.items() if _modality(stream) is self.modality]
+        if not known:
+            return ""
+        low, high = min(span[0] for span in known), max(span[1] for span in known)
+        (_, height, width), mm = stack(self.square, self.plane).shape, _pixel(self.square, self.plane)
+        side = max(height, width) * mm
+        if low / UNLIKE <= side <= high * UNLIKE:
+            return ""
+        size, do = ("larger", "pad") if side < low else ("smaller", "crop")
+        span = f"{low:.0f}" if round(low) == round(high) else f"{low:.0f} to {high:.0f}"
+        return (
+            f"slices of {height * mm:.0f} x {width * mm:.0f} mm; the images of training are {span} mm wide: what these "
+            f"show is {size} to the networks than what they know; {do} the volume"
+        )
 
 
 def _modality(stream: str) -> Modality:
@@ -184,10 +204,16 @@ def generate(
     return dataclasses.replace(
         passes[0],
         samples=joined,
-        notes=_told(passes),
+        notes=(*_told(passes), *_odd(cut, model)),
         latents={s: np.concatenate([m.latents[s] for m in passes]) for s in passes[0].latents},
         **{name: None if some[0] is None else np.concatenate(some) for name, some in parts.items()},
     )
+
+
+def _odd(cut: Cut, model: Model) -> Iterator[str]:
+    """What is to say of a volume as a model's networks see it."""
+    extents = model.meta["extents"] if "extents" in model.meta else {}  # results of before have none
+    return filter(None, (cut.seen(model.size), cut.unlike(extents)))
 
 
 def _told(passes: Sequence[Generated]) -> tuple[str, ...]:
@@ -312,7 +338,7 @@ def translate(
         {s: deviation(cut.volume(s, std)) for s, (_, std) in maps.items()} if draws > 1 else {},
         (notes(record, which[0]), notes(record, which[1])),
         passes[0].pairs,
-        (*_told(passes), *filter(None, (cut.seen(model.size), left))),
+        (*_told(passes), *_odd(cut, model), *filter(None, (left,))),
     )
 
 

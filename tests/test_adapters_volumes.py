@@ -17,6 +17,7 @@ from PIL import Image as Pillow
 from medm2g_jax.data.adapters import ADAPTERS, adapter_of
 from medm2g_jax.data.case import Adapter, Case, Image
 from medm2g_jax.errors import UserError
+from medm2g_jax.evaluate import card
 from medm2g_jax.prepare import Order, prepare
 
 
@@ -238,7 +239,7 @@ def test_every_orientation_is_stored_with_the_patients_right_on_the_left(tmp_pat
     assert len(dark) > 4  # the one in front, on top
 
 
-def test_names_and_sessions_of_bids(tmp_path):
+def test_names_and_sessions_of_bids(tmp_path, monkeypatch):
     shape, affine = (24, 24, 4), grid((24, 24, 4), (6, 6, 20))
     names = (
         "sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz",
@@ -264,6 +265,11 @@ def test_names_and_sessions_of_bids(tmp_path):
         ("", "a mask, by its name"): 1,
         ("", "its name says no modality (--files STREAM=PATTERN does)"): 1,
     }
+    monkeypatch.setattr(card.pictures, "grid", lambda path, rows, captions, *rest: shown.update(rows=rows, of=captions))
+    shown: dict = {}
+    card.preview(made.out, tmp_path / "preview.png", shown=False)
+    assert [stream for stream, _ in shown["rows"]] == ["mri:flair", "mri:t1", "mri:t1ce", "mri:t2"]
+    assert set(shown["of"]) == {row["split"] for row in made.rows.values()} and len(shown["of"]) == 8
 
 
 def test_patterns_and_a_ct_in_no_unit(tmp_path):
@@ -319,12 +325,18 @@ def test_a_folder_of_dicom_of_all_kinds(tmp_path):
     (tmp_path / "down/dora").mkdir()
     whole = save(dataset(np.zeros((8, 8), np.int16), **placed(lps, 0)), tmp_path / "down/dora/x.dcm").read_bytes()
     (tmp_path / "down/dora/x.dcm").write_bytes(whole[:400])
+    save(film, tmp_path / "down/loose")
+    second = next(f for f in (tmp_path / "down/anna/t2").iterdir()
+                  if np.isclose(pydicom.dcmread(f).ImagePositionPatient[2], lps[2, 3] + 20))  # fmt: skip
+    second.write_bytes(second.read_bytes()[:400])
     made = Made(tmp_path / "down", tmp_path / "out", "folder:dicom", share=0.0)
     assert made.left == {
         ("", "a localizer"): 1,
         ("", "a series of modality PT"): 1,
         ("", "a folder without DICOM images"): 1,
-        ("", "a damaged DICOM file in its folder"): 1,
+        ("", "a damaged DICOM file"): 2,
+        ("", "a DICOM file in no subject's folder"): 1,
+        ("mri:t2", "slices that are missing, filled in from those on both sides"): 1,
     }
     assert set(made.rows["anna-001"]["images"]) == {"ct", "mri_t1", "mri_t1ce", "mri_t2"}
     assert made.rows["anna-001"]["info"] == {"burned_in_annotation": ["ct"]}

@@ -63,6 +63,21 @@ def test_a_range_is_found_when_it_is_first_needed_and_by_one_thread():
     assert examined.ranged("xray", unit).span is None
 
 
+def test_how_wide_pictures_are_is_kept_by_stream_and_in_the_cache(tmp_path):
+    class Wide(Set):
+        def read(self, number):
+            self.opened.append(number)
+            mm = (None, (0.5, 0.5), (2.0, 1.0), (0.25, 0.25), (0.5, 3.0))[number]
+            return Picture(np.zeros((100, 50), np.uint8), (0, 255), spacing=mm)
+
+    for opened in ([0, 1, 2, 3, 4], []):
+        data = Wide([0] * 5)
+        examined = data.examined()
+        examined.check(tmp_path / "cache.json")
+        assert examined.extents == {"ct": (25.0, 50.0), "xray": (150.0, 200.0)} and sorted(data.opened) == opened
+    assert Set([1]).examined().extents == {}
+
+
 def test_all_broken_ones_are_listed_in_one_line(monkeypatch):
     data = Set([1] * 6, broken=(1, 4))
     with pytest.raises(UserError, match=r"set: 2 of 6 images .*: row 1: 1.png: damaged; row 4: 4.png: damaged$"):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -350,6 +351,34 @@ def test_compressed_files_hold_what_plain_ones_do(packed, plain):
     a, b = (dicom.read(get_testdata_file(f"{name}.dcm"), MOST_PIXELS) for name in (packed, plain))
     np.testing.assert_array_equal(a.values, b.values)
     np.testing.assert_array_equal(a.affine, b.affine)
+
+
+def test_deflated_files_hold_what_plain_ones_do_and_are_no_bombs(tmp_path):
+    def deflated(path, content: bytes) -> Path:
+        """The file of `written` with another data set in it."""
+        whole = written.read_bytes()
+        end = 144 + int.from_bytes(whole[140:144], "little")
+        packer = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+        path.write_bytes(whole[:end] + packer.compress(content) + packer.flush())
+        return path
+
+    plain = one(tmp_path / "plain.dcm")
+    header = pydicom.dcmread(plain)
+    header.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    written = tmp_path / "deflated.dcm"
+    header.save_as(written)
+    found, same = (dicom.read(path, MOST_PIXELS) for path in (written, plain))
+    np.testing.assert_array_equal(found.values, same.values)
+    np.testing.assert_array_equal(found.affine, same.affine)
+    meta = b"\2\0\x10\0UI\x16\x001.2.840.10008.1.2.1.99"  # a second syntax inside: deflated twice
+    for content, said in ((bytes(2**27), "bytes inflated"), (meta + bytes(99), "not a whole deflated")):
+        with pytest.raises(UserError, match=said):
+            dicom.read(deflated(tmp_path / "bad.dcm", content), 1000)
+    whole = written.read_bytes()
+    for cut in (len(whole) - 9, 200, 143):
+        (tmp_path / "bad.dcm").write_bytes(whole[:cut])
+        with pytest.raises(UserError, match="bad.dcm: "):
+            dicom.read(tmp_path / "bad.dcm", MOST_PIXELS)
 
 
 def test_rle_by_pydicom_itself(tmp_path):

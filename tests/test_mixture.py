@@ -1,5 +1,6 @@
 """Several data sets as one: whose records are whose, and how often each is drawn."""
 
+import json
 from collections import Counter
 from types import SimpleNamespace
 
@@ -65,6 +66,14 @@ def test_ranges_hold_for_the_parts_that_have_the_stream(spec):
     assert source.ranges == {"xray": (0, 8190)}
     with pytest.raises(UserError, match=r"data range of 'mri': a\+b has images of ct, xray"):
         open_source(spec, **OPTIONS, range="mri=0:1")
+
+
+def test_images_are_as_wide_as_in_any_part(spec, tmp_path):
+    for part, mm in (("a", 1), ("b", 3)):
+        (one, *rest) = (tmp_path / part / "manifest.jsonl").read_text().splitlines()
+        said = json.dumps(json.loads(one) | {"spacing": {"xray": [mm, 0.5]}})
+        (tmp_path / part / "manifest.jsonl").write_text("\n".join([said, *rest]))
+    assert open_source(spec, **OPTIONS).extents == {"xray": (8, 24)}
 
 
 def test_wrong_parts_and_weights(spec, tmp_path):

@@ -168,6 +168,23 @@ def test_a_volume_as_networks_read_it_is_its_slices(model):
     assert volumes.cut(Volume(RAMP, AFFINE), "ct").seen(32) == ""
 
 
+def test_a_field_of_view_unlike_trainings_is_said(echo):
+    volume = Volume(RAMP * 900, AFFINE)  # 40 x 48 mm
+    cut = volumes.cut(volume, "mri:t2")
+    for span in ((45, 60), (57, 90), (10, 40.1)):
+        assert cut.unlike({"mri:t1": span, "ct": (1, 2)}) == "", span
+    assert cut.unlike({}) == cut.unlike({"ct": (500, 500)}) == ""
+    assert "48 x 40 mm; the images of training are 58 to 70 mm wide" in cut.unlike({"mri": (58, 70)})
+    assert "larger to the networks" in (said := cut.unlike({"mri": (58, 70)})) and "pad the volume" in said
+    assert "39 mm wide" in (said := cut.unlike({"mri": (39, 39)})) and "smaller" in said and "crop" in said
+    echo.meta = echo.meta | {"extents": {"mri:t2": [10, 20]}}
+    made = volumes.translate(echo, {"mri:t2": volume}, ["ct"], **QUIET)
+    assert sum("10 to 20 mm wide" in note for note in made.notes) == 1
+    values, cut = volumes.opened({"mri:t2": volume})
+    made = volumes.generate(echo, values, cut, ["ct"], **QUIET)
+    assert sum("10 to 20 mm wide" in note for note in made.notes) == 1
+
+
 @pytest.fixture
 def head_file(tmp_path):
     path = tmp_path / "mr.nii.gz"

@@ -4,6 +4,7 @@ A broken file met at step 5000 ends a run; here all broken ones are listed toget
 file seldom uses its 16 bits: 12-bit X-rays (0 .. 4095) taken over 0 .. 65535 would be a flat dark grey. The range is
 never one picture's own, which would make brightness mean something else in each: it is what a stream's greatest value
 over the whole set needs, 0 .. 2^bits - 1, or what the user says (`parse_ranges`). 8-bit pictures are 0 .. 255.
+How many millimetres pictures are wide is kept as well, for a model to know what it was trained on.
 """
 
 import dataclasses
@@ -84,6 +85,7 @@ class Examined:
         self._part = part
         self.name, self._asked, self._most_pixels, self._items = name, dict(asked), most_pixels, items
         self._found: dict[str, Span] | None = None
+        self._extents: dict[str, Span] = {}
         self._lock = threading.Lock()
 
     @property
@@ -93,6 +95,14 @@ class Examined:
             if self._found is None:
                 self._check(None, _log)
             return dict(self._found or {})
+
+    @property
+    def extents(self) -> dict[str, Span]:
+        """Stream -> least and greatest length of its pictures' longer side, mm, of those that say it; likewise."""
+        with self._lock:
+            if self._found is None:
+                self._check(None, _log)
+            return dict(self._extents)
 
     def ranged(self, stream: str, picture: Picture) -> Picture:
         """The picture, with the range that the set's 16-bit pictures of this stream have."""
@@ -137,6 +147,7 @@ class Examined:
                 raise UserError(f"data range of {stream!r}: {self.name} has images of {said}")
         now: dict[str, list] = {}
         tops: dict[str, int] = {}
+        extents: dict[str, Span] = {}
         broken, number = [], 0
         began = said = time.monotonic()
         for item, entry, error in _examined(self._items(), known):
@@ -144,8 +155,12 @@ class Examined:
                 broken.append(item.where + error)
             else:
                 now[item.key] = entry
-                if (top := entry[2]) is not None:
+                top, mm = entry[2:]
+                if top is not None:
                     tops[item.stream] = max(top, tops.get(item.stream, 0))
+                if mm is not None:
+                    low, high = extents.get(item.stream, (mm, mm))
+                    extents[item.stream] = min(low, mm), max(high, mm)
             number += entry is not known.get(item.key)
             if (moment := time.monotonic()) - said > SLOW and number:
                 left = (moment - began) / number * (todo - number)
@@ -160,6 +175,7 @@ class Examined:
                 f"out: {'; '.join(broken[:LISTED])}{more}"
             )
         first = self._found is None
+        self._extents = dict(sorted(extents.items()))
         self._found = {s: self._said(s) or (0, 2 ** max(8, top.bit_length()) - 1) for s, top in sorted(tops.items())}
         if first and self._found:
             why = {s: "as said" if self._said(s) else f"the greatest value is {top}" for s, top in tops.items()}
@@ -185,18 +201,19 @@ def _examined(items: Iterable[Item], known: Mapping[str, list]) -> Iterator[tupl
                 waiting.append((item, entry, None) if fresh else (item, None, pool.submit(_examine, item)))
             if waiting and (item is None or len(waiting) > AHEAD * threads):
                 done, entry, future = waiting.popleft()
-                top, error = future.result() if future else (entry[2], "")
-                yield done, entry or [*done.stamp, top], error
+                found, error = future.result() if future else (entry[2:], "")
+                yield done, entry or [*done.stamp, *found], error
 
 
-def _examine(item: Item) -> tuple[int | None, str]:
-    """(greatest stored value if it is of 16 bits and windowed, what is wrong with it)."""
+def _examine(item: Item) -> tuple[tuple[int | None, float | None], str]:
+    """((greatest stored value if it is of 16 bits and windowed, mm of its longer side), what is wrong with it)."""
     try:
         picture = item.read()
     except UserError as error:
-        return None, str(error)
+        return (None, None), str(error)
     deep = picture.pixels.dtype == np.uint16 and picture.span is not None
-    return (int(picture.pixels.max()) if deep else None), ""
+    mm = picture.spacing and round(max(n * mm for n, mm in zip(picture.pixels.shape, picture.spacing, strict=True)), 1)
+    return ((int(picture.pixels.max()) if deep else None), mm), ""
 
 
 def _read_cache(path: epath.PathLike | None, most_pixels: int) -> dict[str, list]:
@@ -204,7 +221,7 @@ def _read_cache(path: epath.PathLike | None, most_pixels: int) -> dict[str, list
         return {}
     try:
         content = json.loads(epath.Path(path).read_text())
-        whole = {k: v for k, v in content["pictures"].items() if isinstance(v, list) and len(v) == 3}
+        whole = {k: v for k, v in content["pictures"].items() if isinstance(v, list) and len(v) == 4}
         return whole if content["most_pixels"] == most_pixels else {}
     except (
         ValueError,

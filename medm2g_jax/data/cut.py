@@ -22,6 +22,7 @@ from medm2g_jax.data.case import Case, Image, Root
 from medm2g_jax.data.clean import clean
 from medm2g_jax.data.formats import dicom, raster
 from medm2g_jax.data.formats.content import DAMAGED, levels, written
+from medm2g_jax.data.formats.dicom_grid import FILLED
 from medm2g_jax.data.picture import MOST_PIXELS, Picture, Span
 from medm2g_jax.data.registration import Registered, along, register
 from medm2g_jax.data.source import key_of
@@ -134,6 +135,8 @@ class _Case:
     def volumes(self, volumes: dict[str, Volume]) -> None:
         """Slices of volumes: rows of several streams where these share a grid, else of one each."""
         for stream in list(volumes):
+            if any(FILLED in note for note in volumes[stream].notes):
+                self.rejected.append((self.name, stream, "slices that are missing, filled in from those on both sides"))
             unit = MODALITIES[split_stream(stream)[0]].unit
             if unit == "HU" and volumes[stream].span is None and (wrong := checks.hounsfield(volumes[stream])):
                 self.rejected.append((self.name, stream, wrong))
@@ -338,7 +341,7 @@ def _windowed(picture: Picture, modality: Modality) -> Picture:
 
 @functools.lru_cache(maxsize=1)  # of a case, whose images are often in one folder
 def _series(folder: Path) -> list[dicom.Series]:
-    return dicom.series(folder, MOST_VOXELS)
+    return dicom.series(folder, MOST_VOXELS, broken=[])  # which the adapter has named
 
 
 def _at(affine: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -112,6 +112,11 @@ class Manifest:
         return self._examined.ranges
 
     @property
+    def extents(self) -> dict[str, Span]:
+        """See `source.extents`."""
+        return self._examined.extents
+
+    @property
     def steady(self) -> tuple[str, ...]:
         """See `source.steady`: all that is in files."""
         return images_of({stream for streams in {record.streams for record in self.records} for stream in streams})

@@ -115,6 +115,16 @@ class Mixture:
         return {stream: spans.pop() for stream, spans in sorted(found.items()) if len(spans) == 1}
 
     @property
+    def extents(self) -> dict[str, Span]:
+        """See `source.extents`; of all parts."""
+        found: dict[str, Span] = {}
+        for part in self._parts:
+            for stream, (low, high) in sources.extents(part).items():
+                least, most = found.get(stream, (low, high))
+                found[stream] = min(low, least), max(high, most)
+        return found
+
+    @property
     def steady(self) -> tuple[str, ...]:
         """See `source.steady`: what is so in every part that holds it."""
         held = [{s for streams in {r.streams for r in part.records} for s in streams} for part in self._parts]

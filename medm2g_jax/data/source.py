@@ -86,6 +86,12 @@ def ranges(source: Source) -> dict[str, tuple[int | float, int | float]]:
     return dict(getattr(source, "ranges", {}))
 
 
+def extents(source: Source) -> dict[str, tuple[int | float, int | float]]:
+    """How long the longer side of the source's images is, by stream, `source.extents`: least and most, mm; nothing of
+    streams of which nobody knows."""
+    return dict(getattr(source, "extents", {}))
+
+
 def steady(source: Source, stream: str) -> bool:
     """Is an image of this stream the same whenever it is read, and does reading it draw nothing from `rng`?
     `source.steady` names those streams; none where it does not say."""

@@ -153,6 +153,11 @@ class Tfds:
         return self._examined.ranges
 
     @property
+    def extents(self) -> dict[str, Span]:
+        """See `source.extents`."""
+        return self._examined.extents
+
+    @property
     def steady(self) -> tuple[str, ...]:
         """See `source.steady`: all images."""
         return images_of({stream for record in self.records for stream in record.streams})

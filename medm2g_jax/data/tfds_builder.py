@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from medm2g_jax.data.contents import contents
 from medm2g_jax.data.manifest import Manifest
 from medm2g_jax.data.shards import Shards, split_name
 from medm2g_jax.data.source import images_of, key_of
@@ -58,6 +59,7 @@ class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             features=tfds.features.FeaturesDict(features),
             description="Medical images and reports, prepared.",
             license=licences or None,
+            metadata=tfds.core.MetadataDict(contents=contents(self._source).fingerprint),
             disable_shuffling=True,  # records in the manifest's order
         )
 
@@ -116,16 +118,24 @@ class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def build(folder: str | Path, name: str, data_dir: str | Path | None = None) -> str:
-    """Write a prepared folder as the TFDS set "prepared/`name`"; returns the data spec that reads it.
+    """Write a prepared folder as the TFDS set "prepared/`name`"; returns the data spec that reads it. One that is there
+    already is left as it is. Of a set that is not open its owner alone may enter the folder.
 
     Args:
       data_dir: TFDS's own default if None; where it is another, TFDS_DATA_DIR has to say so when it is read.
 
     Raises:
-      UserError: the folder cannot be opened, an image is in no file that TFDS keeps, or the name is none of a set.
+      UserError: the folder cannot be opened, an image is in no file that TFDS keeps, the name is none of a set, or that
+        of one which holds something else.
     """
     try:
         builder = Prepared(folder, name, None if data_dir is None else Path(data_dir).expanduser())
+        place = Path(builder.data_dir)
+        if place.exists() and builder.info.metadata.get("contents") != contents(builder._source).fingerprint:
+            raise UserError(f"{place}: a TFDS set of other contents; delete it, or name another")
+        if not builder._source.open:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.parent.chmod(0o700)
         builder.download_and_prepare()
     except ValueError as error:
         raise UserError(f"tfds:prepared/{name}: {' '.join(str(error).split())[:300]}") from error

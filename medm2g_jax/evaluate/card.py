@@ -136,15 +136,14 @@ How it was made:
 
 
 def preview(folder: Path, path: Path, shown: bool) -> None:
-    """A look at rows of all splits, those with most images first, read as the trainer reads them.
+    """A look at rows of all splits and with all images that there are, those with most of them first, read as the
+    trainer reads them.
 
     Args:
       shown: may texts be seen?
     """
     source = Manifest(folder, _SIDE, template_text=True)
-    order = sorted(range(len(source.records)), key=lambda i: (-len(source.records[i].streams), i))
-    best = [i for i in order if len(source.records[i].streams) == len(source.records[order[0]].streams)]
-    chosen = best[:: max(1, len(best) // _SHOWN)][:_SHOWN]
+    chosen = _spread(source)
     streams = sorted({s for i in chosen for s in images_of(source.records[i].streams)})
     if not streams:
         return
@@ -160,3 +159,17 @@ def preview(folder: Path, path: Path, shown: bool) -> None:
         captions.append(source.read(i, texts[0], rng)[:160] if shown and texts else record.split)
     foot = "real data, see README.md; not for clinical use"
     pictures.grid(epath.Path(path), rows, captions, source.name, _SIDE, foot)
+
+
+def _spread(source: Manifest) -> list[int]:
+    """Records of every kind (which images it holds, its split), of each about as many, evenly out of all of them."""
+    kinds: dict[tuple, list[int]] = {}
+    for i, record in enumerate(source.records):
+        if held := images_of(record.streams):
+            kinds.setdefault((-len(held), SPLITS.index(record.split), held), []).append(i)
+    groups = [kinds[kind] for kind in sorted(kinds)][:_SHOWN]
+    counts = [0] * len(groups)
+    while sum(counts) < min(_SHOWN, sum(map(len, groups))):
+        counts[min((c, n) for n, c in enumerate(counts) if c < len(groups[n]))[1]] += 1
+    of_each = zip(groups, counts, strict=True)
+    return [group[(2 * k + 1) * len(group) // (2 * n)] for group, n in of_each for k in range(n)]

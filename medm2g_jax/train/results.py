@@ -24,7 +24,7 @@ from medm2g_jax.config import stage_graph
 from medm2g_jax.convert import converted, weights
 from medm2g_jax.data.contents import contents_of
 from medm2g_jax.data.pipeline import registers
-from medm2g_jax.data.source import ranges
+from medm2g_jax.data.source import extents, ranges
 from medm2g_jax.device import host_device, jit
 from medm2g_jax.diffusion import Process
 from medm2g_jax.errors import UserError
@@ -544,6 +544,7 @@ def describe(config: ConfigDict, graph: rounds.Graph, data, upstream: Upstream, 
         "rounds": done,
         "pairs": graph.trained_pairs(flows, done) | {"registered": tuple(dict.fromkeys(registered))},
         "ranges": ranges(data.source),
+        "extents": extents(data.source),
         "slots": {m: model.flows[m].slots for m in graph.modalities if model.flows[m].slots},
         "predict": {m: model.flows[m].process.predict for m in flows},
         "vocab": data.vocab,

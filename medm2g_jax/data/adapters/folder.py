@@ -8,6 +8,7 @@ ct={subject}/ct.nii.gz. Files whose words agree belong together.
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from medm2g_jax.data.case import Adapter, Case, Image, Left, Root, glob_of, matched
 from medm2g_jax.data.formats import FORMATS, dicom, format_of
@@ -114,15 +115,21 @@ def _dicom(root: Root) -> Iterator[Case | Left]:
     """A folder in the root is a subject, whatever is in it. Series of one frame of reference (one session, as a rule)
     are a case; a second series of the same kind in it is a case of its own. Which contrast an MRI has is said by the
     series' description or its times, or not at all (`mri`)."""
-    folders = [name for name in root.files("*") if (root.path / name).is_dir()]
+    names = root.files("*")
+    folders = [name for name in names if (root.path / name).is_dir()]
+    loose = [name for name in names if name not in folders and dicom.is_dicom(root.path / name)]
     if not folders:
-        raise UserError(f"{root.path}: expected a folder for each subject, with its DICOM files in it")
+        found = f"{len(loose)} DICOM files" if loose else "no folder"
+        raise UserError(f"{root.path}: expected a folder for each subject, with its DICOM files in it, found {found}")
+    yield from [Left(name, "a DICOM file in no subject's folder") for name in loose]
     for subject in folders:
+        broken: list[Path] = []
         try:
-            found = dicom.series(root.path / subject, MOST_VOXELS)
+            found = dicom.series(root.path / subject, MOST_VOXELS, broken)
         except UserError:
-            yield Left(subject, "a damaged DICOM file in its folder")
+            yield Left(subject, "more files in its folder than one patient has")
             continue
+        yield from [Left(path.relative_to(root.path).as_posix(), "a damaged DICOM file") for path in broken]
         frames: dict[str, dict[str, Image]] = {}
         alone: list[tuple[str, str, Image]] = []
         for number, series in enumerate(found):
@@ -137,7 +144,7 @@ def _dicom(root: Root) -> Iterator[Case | Left]:
                 alone.append((f"{subject}-{stream.replace(':', '-')}-{number}", stream, image))
             else:
                 together[stream] = image
-        if not found:
+        if not (found or broken):
             yield Left(subject, "a folder without DICOM images")
         for n, images in enumerate(frames.values()):
             order = sorted(images, key=_ORDER.index)

@@ -16,6 +16,7 @@ a quarter in each of two directions by hearsay, is neither: say with a figure wh
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from medm2g_jax.data.case import Adapter, Case, Image, Left, Root
 from medm2g_jax.data.formats import dicom
@@ -28,11 +29,13 @@ def _find(root: Root) -> Iterator[Case | Left]:
     if not folders:
         raise UserError(f"{root.path}: no folders in it; expected one for each patient (unpacked), 1_01_P and the like")
     for patient in folders:
+        broken: list[Path] = []
         try:
-            found = [one for one in dicom.series(root.path / patient, MOST_VOXELS) if not one.localizer]
+            found = [one for one in dicom.series(root.path / patient, MOST_VOXELS, broken) if not one.localizer]
         except UserError:
-            yield Left(patient, "a damaged DICOM file in its folder")
+            yield Left(patient, "more files in its folder than one patient has")
             continue
+        yield from [Left(path.relative_to(root.path).as_posix(), "a damaged DICOM file") for path in broken]
         mri = {f"mri:{one.contrast}": one for one in reversed(found) if one.modality == "MR" and one.contrast}
         t2 = mri.get("mri:t2")
         if t2 is None:

@@ -16,6 +16,7 @@ import io
 import os
 import re
 import stat
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,7 +56,7 @@ _PER_FRAME = """ImagePositionPatient ImageOrientationPatient PixelSpacing SliceT
     RescaleType""".split()  # in an enhanced file
 _ITEM, _ITEMS = b"\xfe\xff\x00\xe0", 200_000  # of sequences and fragments: a real file has some dozens a frame
 _FILES = 100_000  # looked at in one folder
-_DEFLATED = b"1.2.840.10008.1.2.1.99"
+_DEFLATED, _PLAIN = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1"
 
 
 class Series(NamedTuple):
@@ -123,9 +124,12 @@ def read(path: epath.PathLike, most_pixels: int) -> Picture | Volume:
     return read_series(found[0], most_pixels)
 
 
-def series(folder: epath.PathLike, most_pixels: int) -> list[Series]:
+def series(folder: epath.PathLike, most_pixels: int, broken: list[Path] | None = None) -> list[Series]:
     """The series of images in a folder and the folders in it, in the order of their numbers. Links that lead out of the
     folder, other files and DICOM without an image are passed over.
+
+    Args:
+      broken: takes up damaged files, which are then passed over as well; None: the first one is an error.
 
     Raises:
       UserError: a damaged file; names it.
@@ -138,16 +142,25 @@ def series(folder: epath.PathLike, most_pixels: int) -> list[Series]:
     for path, inside in _files(Path(folder)):
         if not inside:
             out += 1
-        elif is_dicom(path) and _is_image(str(path), header := _parsed(path, most_pixels, _TELLING)):
+            continue
+        try:
+            if not (is_dicom(path) and _is_image(str(path), header := _parsed(path, most_pixels, _TELLING))):
+                continue
             uid, group = str(get(str(path), header, "SOPInstanceUID", "")), _group(str(path), header)
-            if uid and uid in seen:
-                again += 1
-            else:
-                groups.setdefault(group, []).append(path)
-                places.setdefault(group, []).append(numbers(str(path), header, "ImagePositionPatient", 3) or ())
-                seen.add(uid)
-                if group not in told:
-                    told[group] = _told(str(path), header)
+            place = numbers(str(path), header, "ImagePositionPatient", 3) or ()
+            about = told.get(group) or _told(str(path), header)
+        except UserError:
+            if broken is None:
+                raise
+            broken.append(path)
+            continue
+        if uid and uid in seen:
+            again += 1
+            continue
+        groups.setdefault(group, []).append(path)
+        places.setdefault(group, []).append(place)
+        seen.add(uid)
+        told[group] = about
     times: dict[str, int] = {}
     notes = (f"{out} links that lead out of the folder were passed over",) if out else ()
     notes += (f"{again} files that hold the same image as another were passed over",) if again else ()
@@ -276,13 +289,33 @@ def _parsed(path: epath.PathLike, most_pixels: int, instead: Sequence[str] = ())
     bare = content[:2] in (b"\2\0", b"\x08\0") and content[3:4] == b"\0" or content[:3] == b"\0\x08\0"  # no preamble
     if content[128:132] != b"DICM" and not bare:
         raise UserError(f"{name}: {'does not begin as DICOM does' if content else 'empty, not DICOM'}")
+    if _DEFLATED in content:
+        content = _inflated(name, content, limit)
     if content.count(_ITEM) > _ITEMS:
         raise UserError(f"{name}: more than {_ITEMS} items in its sequences, more than an image has")
-    if _DEFLATED in content[:4096]:
-        raise UserError(f"{name}: deflated as a whole; save it in another transfer syntax, as `dcmconv +te` does")
     with readable(name):
         tags = [*TAGS, *instead]
         return pydicom.dcmread(io.BytesIO(content), force=True, specific_tags=tags, stop_before_pixels=bool(instead))
+
+
+def _inflated(name: str, content: bytes, limit: int) -> bytes:
+    """A file whose data set is deflated as it is without that; pydicom would take whatever memory it asks for.
+
+    Raises:
+      UserError: it is damaged, or of more than `limit` bytes.
+    """
+    end = 144 + int.from_bytes(content[140:144], "little")  # of the meta group, by the length that it begins with
+    head, plain = content[:end], b""
+    if content[132:138] == b"\2\0\0\0UL" and _DEFLATED in head:
+        with readable(name):
+            inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+            plain = inflater.decompress(content[end:], limit + 1)
+            if len(plain) > limit:
+                raise UserError(f"{name}: more than {limit} bytes inflated, more than an image that is read here has")
+            plain = plain if inflater.eof else b""
+    if not plain or _DEFLATED in plain:  # which pydicom would inflate once more
+        raise UserError(f"{name}: not a whole deflated DICOM file")
+    return head.replace(_DEFLATED, _PLAIN.ljust(len(_DEFLATED), b"\0")) + plain
 
 
 def _placed(header: Any) -> bool:

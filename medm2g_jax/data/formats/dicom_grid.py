@@ -10,6 +10,7 @@ from medm2g_jax.data.formats.content import check_count
 from medm2g_jax.data.volume import LPS, Volume, checked
 from medm2g_jax.errors import UserError
 
+FILLED = "filled in from those on both sides"
 _SAME = 1e-3  # mm: two slices nearer than this are at one place
 _UNEVEN = 0.1  # of the step between slices, by which one may be off
 
@@ -97,7 +98,7 @@ def _steps(
     where = [f"{n - 1} between {a:.1f} and {b:.1f} mm" for n, a, b in zip(counts, *_ends(places @ normal), strict=True)
              if n > 1]  # fmt: skip
     more = f" and at {len(where) - 3} more places" if len(where) > 3 else ""
-    note = f"{missing} slices are missing ({'; '.join(where[:3])}{more}), filled in from those on both sides"
+    note = f"{missing} slices are missing ({'; '.join(where[:3])}{more}), {FILLED}"
     return numbers, way, (note,)
 
 
