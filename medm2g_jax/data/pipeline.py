@@ -487,15 +487,20 @@ def of_streams(
 ) -> Batch:
     """{stream: a batch's value} of `count` records of `split` that hold all these streams, always the same; fewer where
     there are fewer, {} where there is none."""
-    index = [i for i, r in enumerate(source.records) if r.split == split and set(streams) <= set(r.streams)]
-    chosen = np.random.default_rng(seed).permutation(index)[:count].astype(int)
     out: Batch = {}
-    for stream in streams if len(chosen) else ():
-        values = [source.read(int(i), stream, np.random.default_rng([seed, int(i)])) for i in chosen]
+    for stream, values in read_streams(source, streams, split, count, seed).items():
         rows = [tokenizers.encode(v, lengths) if isinstance(v, str) else {"": v} for v in values]
         columns = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         out[stream] = columns if isinstance(values[0], str) else columns[""]
     return out
+
+
+def read_streams(source: Source, streams: Sequence[str], split: str, count: int, seed: int) -> dict[str, list]:
+    """What `of_streams` makes a batch of: the same records' values as the source reads them, texts as texts."""
+    index = [i for i, r in enumerate(source.records) if r.split == split and set(streams) <= set(r.streams)]
+    chosen = np.random.default_rng(seed).permutation(index)[:count].astype(int)
+    read = lambda i, stream: source.read(int(i), stream, np.random.default_rng([seed, int(i)]))  # noqa: E731
+    return {stream: [read(i, stream) for i in chosen] for stream in streams if len(chosen)}
 
 
 def share_a_grid(source: Source, streams: Sequence[str], split: str) -> bool:
