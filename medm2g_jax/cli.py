@@ -293,6 +293,38 @@ def _evaluate(args: argparse.Namespace) -> None:
     measure(args.model, rows, seed, config.synthesis)
 
 
+def _audit_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help=MODEL)
+    parser.add_argument("--data", metavar="SOURCE", help="what it was trained on, where that has moved: manifest:DIR, "
+                        "tfds:NAME; default the run's own")  # fmt: skip
+    parser.add_argument("--make", default="", metavar="STREAM[,STREAM]", help="audit these; default all images that it "
+                        "makes")  # fmt: skip
+    parser.add_argument("--rows", type=int, default=200, help="samples of each")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", metavar="DIR", help="where to write; default the folder of the model's stage")
+
+
+def _audit(args: argparse.Namespace) -> int:
+    from medm2g_jax import audit, fill
+    from medm2g_jax.limits import check_sampling
+    from medm2g_jax.loading import BOX, load, locate
+    from medm2g_jax.train.log import quiet
+
+    start = time.time()
+    quiet()
+    check_sampling("--{}", rows=args.rows, seed=args.seed)
+    folder = locate(args.model)
+    out = args.out or ("." if folder.parent == BOX else str(folder))
+    model = load(args.model)
+    source = fill.data_of(model, args.data or model.meta["shared"]["data"]["source"])
+    make = [s.strip() for s in args.make.split(",") if s.strip()]
+    reasons = audit.audit(model, source, out, make=make, rows=args.rows, seed=args.seed)
+    for reason in reasons:
+        print(f"flagged: {reason}")
+    print(f"{out}/audit.json: {f'flagged; exit status {SEEN}' if reasons else 'passes'}; {time.time() - start:.1f} s")
+    return SEEN if reasons else 0
+
+
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     sources = ("sd15", "clip", "vd", "optimus", "bert-gpt2", "prompt_in", "export")
     parser.add_argument("source", choices=sources, metavar="SOURCE", help=", ".join(sources))
@@ -462,6 +494,13 @@ VERBS = {
         "status 0 if all could be read. A file without a mark may be synthetic all the same.",
     ),
     "evaluate": Verb("measure a trained model", _evaluate_arguments, _evaluate, "Tables on the phantom."),
+    "audit": Verb(
+        "does a model give back the people it was trained on",
+        _audit_arguments,
+        _audit,
+        "Samples for held-out records beside training and held-out rows, in pixels and in the aligned space. Exit "
+        "status 0 if it passes, 3 if it is flagged.",
+    ),
     "convert": Verb(
         "published weights in, ours out",
         _convert_arguments,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from medm2g_jax.evaluate.figures import Figure, Reference
-from medm2g_jax.evaluate.metrics import image, labels, retrieval, text
+from medm2g_jax.evaluate.metrics import image, labels, neighbours, retrieval, text
 from medm2g_jax.evaluate.metrics.intervals import bootstrap, wilson
 
 
@@ -27,7 +27,8 @@ class Metric:
     """One row of the table.
 
     Attributes:
-      of: what it compares: "image", "text", "findings" (texts, and a labeller), "embedding", "label".
+      of: what it compares: "image", "text", "findings" (texts, and a labeller), "embedding", "label",
+        "pools" and "subjects" (distances).
       scores: (real, made, ...) -> (n ...), of each row.
       protocol: see `protocols.PROTOCOLS`.
       value: of all scores; of shares, which are true or false, the interval is Wilson's.
@@ -62,6 +63,11 @@ METRICS: dict[str, Metric] = {
     "right": Metric("label", labels.right, "probe"),
     "agree": Metric("label", labels.agree, "probe"),
     "kappa": Metric("labels", labels.beside, "probe", labels.kappa),
+    "train / held-out distance": Metric("pools", neighbours.log_ratios, "neighbours, pixels", neighbours.geometric),
+    "train / held-out distance, over real images'": Metric(
+        "pools", neighbours.beside_real, "neighbours, pixels", neighbours.geometric
+    ),
+    "share of copies": Metric("subjects", neighbours.copies, "neighbours, pixels", higher=False),
 }
 
 
