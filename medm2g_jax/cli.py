@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import runpy
 import shlex
@@ -13,6 +14,7 @@ from typing import NamedTuple
 from medm2g_jax.errors import UserError
 
 MODEL = "a run root, one stage's folder in it, or an exported folder"
+SEEN = 3  # exit status of what was done and has found something that somebody has to look at
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -181,6 +183,79 @@ def _translate(args: argparse.Namespace) -> None:
     print(f"{time.time() - start:.1f} s. {NOTE}")
 
 
+def _embed_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="*", metavar="FILE", help="an image or a volume of any format, or a folder of "
+                        "them; a folder of DICOM slices is a volume")  # fmt: skip
+    parser.add_argument("--model", required=True, help=MODEL)
+    parser.add_argument("--out", required=True, metavar="FILE", help="vectors.npz, or vectors.parquet")
+    parser.add_argument("--stream", help="what the files are of, as in mri:t2; default what each says. With --data the "
+                        "one that is embedded; default all")  # fmt: skip
+    parser.add_argument("--text", action="append", default=[], metavar="TEXT", help="a text, or a .txt file of one a "
+                        "line; repeat for more")  # fmt: skip
+    parser.add_argument("--data", metavar="SOURCE", help="a data set: manifest:DIR, tfds:NAME or phantom")
+    parser.add_argument("--split", default="test", help="of --data")
+    parser.add_argument("--volumes", choices=("mean", "slices"), default="mean", help="a volume is one vector, the "
+                        "mean of its slices', or one a slice")  # fmt: skip
+    parser.add_argument("--plane", default="axial", help="of volumes: axial, coronal or sagittal slices")
+
+
+def _embed(args: argparse.Namespace) -> int:
+    from medm2g_jax import embed, vectors
+    from medm2g_jax.loading import load
+    from medm2g_jax.train.log import quiet
+
+    start = time.time()
+    quiet()
+    vectors.check_out(args.out)
+    if not (args.files or args.text or args.data):
+        raise UserError("nothing to embed: name files or folders, --text or --data")
+    model = load(args.model, ())
+    items = embed.of_files(args.files, args.stream, args.plane) + embed.of_texts(model, args.text)
+    items += embed.of_data(model, args.data, args.split, args.stream) if args.data else []
+    print(f"{model.meta['stage']}, {model.fingerprint}: {len(items)} to embed", flush=True)
+    found, left = embed.embed(model, items, args.volumes == "slices")
+    vectors.write(args.out, found)
+    for name, why in left:
+        print(f"left out: {why if name in why else f'{name}: {why}'}")
+    print(f"{args.out}: {len(found.names)} vectors of {found.values.shape[1]}; {time.time() - start:.1f} s")
+    if left:
+        print(f"{len(left)} of {len(items)} were left out; exit status {SEEN}")
+    return SEEN if left else 0
+
+
+def _retrieve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help=MODEL)
+    parser.add_argument("--given", required=True, metavar="STREAM=VALUE", help="a text, or an image or volume's file")
+    parser.add_argument("--among", required=True, metavar="VECTORS", help="what `medm2g embed` wrote, or a folder of "
+                        "images")  # fmt: skip
+    parser.add_argument("--stream", help="what is looked for, as in ct; default all there is")
+    parser.add_argument("-k", type=int, default=5, help="how many are named")
+    parser.add_argument("--sheet", metavar="PNG", help="where to draw what was given and what was found")
+    parser.add_argument("--json", action="store_true", help="one object of JSON")
+
+
+def _retrieve(args: argparse.Namespace) -> None:
+    from medm2g_jax import retrieve
+    from medm2g_jax.limits import check_sampling
+    from medm2g_jax.loading import load
+    from medm2g_jax.train.log import quiet
+
+    quiet()
+    check_sampling("-{}", k=args.k)
+    model = load(args.model, ())
+    query = retrieve.query_of(model, args.given)
+    say = functools.partial(print, file=sys.stderr)  # what is found alone goes to the output
+    found = retrieve.nearest(model, query, retrieve.among(model, args.among, args.stream, say), args.k)
+    if args.json:
+        nearest = [one._asdict() for one in found]
+        print(json.dumps(dict(given=args.given, model=model.fingerprint, nearest=nearest)))
+    else:
+        print("\n".join(map(str, found)))
+    if args.sheet:
+        blank = retrieve.sheet(args.sheet, model, query, found)
+        say(f"{args.sheet}{f': {len(blank)} of {len(found)} are texts, gone, or not to be shown' if blank else ''}")
+
+
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help="a file, or a folder of them")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each")
@@ -234,6 +309,38 @@ def _evaluate(args: argparse.Namespace) -> None:
         out=args.out,
         most=config.rows,
     )
+
+
+def _audit_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help=MODEL)
+    parser.add_argument("--data", metavar="SOURCE", help="what it was trained on, where that has moved: manifest:DIR, "
+                        "tfds:NAME; default the run's own")  # fmt: skip
+    parser.add_argument("--make", default="", metavar="STREAM[,STREAM]", help="audit these; default all images that it "
+                        "makes")  # fmt: skip
+    parser.add_argument("--rows", type=int, default=200, help="samples of each")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", metavar="DIR", help="where to write; default the folder of the model's stage")
+
+
+def _audit(args: argparse.Namespace) -> int:
+    from medm2g_jax import audit, fill
+    from medm2g_jax.limits import check_sampling
+    from medm2g_jax.loading import BOX, load, locate
+    from medm2g_jax.train.log import quiet
+
+    start = time.time()
+    quiet()
+    check_sampling("--{}", rows=args.rows, seed=args.seed)
+    folder = locate(args.model)
+    out = args.out or ("." if folder.parent == BOX else str(folder))
+    model = load(args.model)
+    source = fill.data_of(model, args.data or model.meta["shared"]["data"]["source"])
+    make = [s.strip() for s in args.make.split(",") if s.strip()]
+    reasons = audit.audit(model, source, out, make=make, rows=args.rows, seed=args.seed)
+    for reason in reasons:
+        print(f"flagged: {reason}")
+    print(f"{out}/audit.json: {f'flagged; exit status {SEEN}' if reasons else 'passes'}; {time.time() - start:.1f} s")
+    return SEEN if reasons else 0
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -372,11 +479,12 @@ def _prepare(args: argparse.Namespace) -> None:
 
 
 class Verb(NamedTuple):
-    """A row of VERBS: help in one line, its arguments, what it does with them, and what it is in more words."""
+    """A row of VERBS: help in one line, its arguments, what it does with them (and its exit status, where that is not
+    0), and what it is in more words."""
 
     help: str
     arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], None]
+    run: Callable[[argparse.Namespace], int | None]
     description: str = ""
     overrides: bool = False  # takes --config.FIELD=VALUE
 
@@ -389,6 +497,19 @@ VERBS = {
         _translate,
         "One volume in, one out: each slice is made of its slice, with one noise for all, and lies where that lay.",
     ),
+    "embed": Verb(
+        "unit vectors of texts and images in the aligned space",
+        _embed_arguments,
+        _embed,
+        "Of files of any format, texts and data sets. What cannot be read is listed and left out. Exit status 0 if all "
+        "were embedded, 3 if some were left out.",
+    ),
+    "retrieve": Verb(
+        "what lies nearest to a text or an image in the aligned space",
+        _retrieve_arguments,
+        _retrieve,
+        "Prints rank, cosine and name. Cosines of one stream can be compared: name what is looked for, --stream ct.",
+    ),
     "verify": Verb(
         "was a file made here, and by which model",
         _verify_arguments,
@@ -397,6 +518,13 @@ VERBS = {
         "status 0 if all could be read. A file without a mark may be synthetic all the same.",
     ),
     "evaluate": Verb("measure a trained model", _evaluate_arguments, _evaluate, "Tasks are rows of configs/tasks.py."),
+    "audit": Verb(
+        "does a model give back the people it was trained on",
+        _audit_arguments,
+        _audit,
+        "Samples for held-out records beside training and held-out rows, in pixels and in the aligned space. Exit "
+        "status 0 if it passes, 3 if it is flagged.",
+    ),
     "convert": Verb(
         "published weights in, ours out",
         _convert_arguments,
@@ -434,10 +562,12 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := [a for a in args.overrides if not verb.overrides or not a.startswith("--config.")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        verb.run(args)
+        status = verb.run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -159,10 +159,10 @@ class Model:
         """
         if split_stream(stream)[0] not in self.givable:
             raise UserError(f"{stream!r}: this model has no prompt encoder of it; it has {', '.join(self.givable)}")
-        return self._embedded(stream, self.model_input(stream, items))
+        return self.embedded(stream, self.model_input(stream, items))
 
-    def _embedded(self, stream: str, x: Any) -> Float[np.ndarray, "n d"]:
-        """`embed` of values as networks read them."""
+    def embedded(self, stream: str, x: Any) -> Float[np.ndarray, "n d"]:
+        """`embed` of values as networks read them (`model_input`)."""
         name = split_stream(stream)[0]
 
         def unit(p: Params, x: Any) -> Array:
@@ -286,10 +286,10 @@ class Model:
     def _agreement(self, given: Mapping[str, Any], made: Mapping[str, Any], n: int) -> Float[np.ndarray, "n k"]:
         """How well each draw agrees with what it was made from: the mean cosine, in the aligned space, of all made with
         all given."""
-        own = [self._embedded(s, x) for s, x in given.items()]
+        own = [self.embedded(s, x) for s, x in given.items()]
         out = []
         for stream, x in made.items():
-            drawn = self._embedded(stream, x if isinstance(x, np.ndarray) else self.ids(x))
+            drawn = self.embedded(stream, x if isinstance(x, np.ndarray) else self.ids(x))
             drawn = drawn.reshape(n, -1, drawn.shape[-1])
             out += [np.einsum("nd,nkd->nk", one, drawn) for one in own]
         return np.mean(out, axis=0)

@@ -59,6 +59,7 @@ SAMPLING = {
     "eta": _SHARE,
     "guidance": _SCALE,
     "guide_guidance": _SCALE,
+    "k": Range(1, 10_000),
 }
 # Every number of a config; "loss", "net" and "sample" say what holds for all numbers in them that have no row.
 RANGES: Mapping[str, Range] = {

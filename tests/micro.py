@@ -82,9 +82,10 @@ def unmeasured(config):
     return config
 
 
-def model_of(target: str, words: str = "tiny", listing="default"):
-    """A `Model` of a round without text, at test size, with random parameters whose V says nothing: what reaches a flow
-    and where it goes is tested, not what is made."""
+def model_of(target: str, words: str = "tiny", listing="default", tokenizers=None, parts: str = ""):
+    """A `Model` of a round, at test size, with random parameters whose V says nothing: what reaches a flow and where it
+    goes is tested, not what is made. Of one with text, the tokenizers; of one that makes nothing, the only `parts` it
+    has: "clip"."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -95,9 +96,10 @@ def model_of(target: str, words: str = "tiny", listing="default"):
     from medm2g_jax.train import results
 
     config = micro(target, words, listing=listing)
-    recipe, graph = results.build_model(config, {}, {}), stage_graph(config)
+    vocab = tokenizers.sizes if tokenizers else {}
+    recipe, graph = results.build_model(config, vocab, {}), stage_graph(config)
     stage = graph.stage(target)
-    groups = dict.fromkeys((*stage.reads, *stage.trains))
+    groups = [g for g in dict.fromkeys((*stage.reads, *stage.trains)) if g.endswith(parts)]
     shapes = jax.eval_shape(lambda k: init_group(recipe, k, tuple(groups)), jax.random.key(0))
     rng = np.random.default_rng(0)
     spread = lambda shape: np.prod(shape[:-1]) ** -0.5 if len(shape) > 1 else 0.5  # noqa: E731
@@ -105,8 +107,9 @@ def model_of(target: str, words: str = "tiny", listing="default"):
     params = {n: jnp.zeros_like(v) if "/guide/out/" in n else v for n, v in params.items()}
     pairs = graph.trained_pairs(graph.modalities, (target,))
     pairs["registered"] = tuple((s, m) for m, near in stage.registered.items() for s in near)
-    meta = dict(stage=target, lengths={}, pairs=pairs, shared=results.shared(config), ranges={}, rounds=[target])
-    return Model(recipe, params, None, meta | {"licences": [], "from": {}}, dict(config.sample))
+    lengths = {"clip": config.net.clip_text.length} if tokenizers else {}
+    meta = dict(stage=target, lengths=lengths, pairs=pairs, shared=results.shared(config), ranges={}, rounds=[target])
+    return Model(recipe, params, tokenizers, meta | {"licences": [], "from": {}}, dict(config.sample))
 
 
 def flags(devices: int) -> str:

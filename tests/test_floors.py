@@ -16,7 +16,7 @@ FLOORS = (
     ("cli", "__main__"),
     ("main",),
     ("demo", "plan", "export"),
-    ("run", "fill", "prepare", "volumes", "volume_files"),
+    ("run", "fill", "prepare", "volumes", "volume_files", "embed", "retrieve", "vectors", "audit"),
     ("evaluate",),
     ("loading",),
     ("inference",),

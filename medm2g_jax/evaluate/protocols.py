@@ -128,5 +128,17 @@ PROTOCOLS: dict[str, Protocol] = {
         resize="at the model's size",
         interval=f"{_WILSON}; of kappa {_BOOTSTRAP}",
     ),
+    "neighbours, pixels": Protocol(
+        judge="root mean square difference; a row a subject, pools equally large; a copy: its distance "
+        "to one training subject, over the mean of the next 10, is below 0.8 of the least among held-out subjects",
+        data_range="as range1",
+        resize="at the model's size, 64 px at most",
+        interval=f"{_BOOTSTRAP}, one a subject; of shares {_WILSON}",
+    ),
+    "neighbours, aligned space": Protocol(
+        judge="as neighbours, pixels, of unit vectors by the model's own prompt encoder",
+        resize="at the model's size",
+        interval=f"{_BOOTSTRAP}, one a subject; of shares {_WILSON}",
+    ),
     "fixed noise": Protocol(judge="mean square error of what the flow predicts, at ten fixed times with fixed noise"),
 }

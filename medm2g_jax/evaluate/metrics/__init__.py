@@ -19,7 +19,17 @@ import numpy as np
 from medm2g_jax.data.clean import clean
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.figures import Figure, Reference
-from medm2g_jax.evaluate.metrics import distribution, image, labels, modalities, published, retrieval, text, words
+from medm2g_jax.evaluate.metrics import (
+    distribution,
+    image,
+    labels,
+    modalities,
+    neighbours,
+    published,
+    retrieval,
+    text,
+    words,
+)
 from medm2g_jax.evaluate.metrics.intervals import bootstrap, wilson
 
 
@@ -40,7 +50,7 @@ class Metric:
         in other ways; "masked", "lesion" (images, and masks); a public evaluator's name, of whose arguments its
         functions tell; "draws in ..." (k of each row, nothing else); "features"; "words"
         (cleaned texts); "gallery" (rows and their partners, and classes); "modalities" (of each row its modality and
-        its subject, and the rows).
+        its subject, and the rows); "pools" and "subjects" (distances).
       scores: (real, made, ...) -> (n ...), of each row.
       protocol: see `protocols.PROTOCOLS`.
       value: of all scores; of shares, which are true or false, the interval is Wilson's.
@@ -144,6 +154,11 @@ METRICS: dict[str, Metric | OfSets] = {
     "right": Metric("label", labels.right, "probe"),
     "agree": Metric("label", labels.agree, "probe"),
     "kappa": Metric("labels", labels.beside, "probe", labels.kappa),
+    "train / held-out distance": Metric("pools", neighbours.log_ratios, "neighbours, pixels", neighbours.geometric),
+    "train / held-out distance, over real images'": Metric(
+        "pools", neighbours.beside_real, "neighbours, pixels", neighbours.geometric
+    ),
+    "share of copies": Metric("subjects", neighbours.copies, "neighbours, pixels", higher=False),
 }
 
 
