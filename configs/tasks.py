@@ -4,7 +4,8 @@
 
 findings: lesion findings of generated images and reports, by the data set's exact labels and a probe trained on real
 images; on the phantom alone. synthesis: (what is given, what is made), images made from others, each where the model
-was trained for it and the data hold it. regression: steps of the regression UNet beside it (0: none).
+was trained for it and the data hold it. regression: steps of the regression UNet beside it (0: none). reports: images
+that reports are made from, and how both are cleaned. sets: (what is given, what is made), free samples as a set.
 """
 
 from medm2g_jax.config import tasks_config as _get
@@ -39,6 +40,10 @@ TASKS = dict(
         ),
         regression=800,
     ),
+    # reports (table 1: IU X-ray, MIMIC-CXR; cleaned as R2Gen does)
+    reports=dict(reports=("xray", "ct"), cleaning="r2gen"),
+    # images from reports as a set (tables 4 and 5); FID needs more test records than the shared space has features
+    images=dict(sets=(("text", "xray"), ("text", "ct")), rows=1000),
 )
 
 

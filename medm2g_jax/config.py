@@ -494,7 +494,8 @@ def tasks_config(words: str | None, tasks: Mapping[str, Mapping[str, Any]]) -> C
     name = words or "phantom"
     if name not in tasks:
         raise UserError(f"unknown task {name!r} after the colon of the config; tasks: {', '.join(tasks)}")
-    return ConfigDict(dict(task=name, rows=200, seed=0, findings=False, synthesis=(), regression=0) | tasks[name])
+    empty = dict(findings=False, synthesis=(), regression=0, reports=(), cleaning="none", sets=())
+    return ConfigDict(dict(task=name, rows=200, seed=0) | empty | tasks[name])
 
 
 def stage_config(config: ConfigDict, name: str) -> ConfigDict:

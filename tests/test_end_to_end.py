@@ -16,6 +16,8 @@ from medm2g_jax import rounds
 from medm2g_jax.config import stage_graph
 from medm2g_jax.device import jit
 from medm2g_jax.errors import UserError
+from medm2g_jax.evaluate import samples
+from medm2g_jax.evaluate.measure import measure
 from medm2g_jax.generate import build_sampler, with_bridges
 from medm2g_jax.loading import load, newest_result
 from medm2g_jax.model import init_group
@@ -150,6 +152,23 @@ def test_draws_are_of_one_sample_and_the_best_of_them_is_one(model):
     assert again.shape == one.latents["ct"].shape and np.isfinite(again).all()
     reports = model.generate({"ct": np.zeros((32, 32))}, ["text"], best_of=2)
     assert len(reports.samples["text"]) == 1 and -1 <= reports.agreement[0] <= 1
+
+
+def test_reports_and_sets_of_images_are_measured_beside_what_needs_no_model(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "CHUNK", 8)
+    asked = dict(findings=False, reported=("ct",), cleaning="r2gen", sets=(("text", "ct"), ("mri:t2", "ct")))
+    figures = measure(str(root / "text_ct"), 8, 0, task="mine", out=str(tmp_path), **asked)
+    of = {(f.task, f.metric): f for f in figures}
+    nearest = of["CT -> report of the nearest training image", "BLEU-4"]
+    assert nearest.protocol == "words, r2gen" and 0 < nearest.value <= 1, "a report of the phantom is like another"
+    constant = of["the most frequent training report", "distinct reports"]
+    assert constant.value == pytest.approx(1 / 8)
+    assert {task for task, metric in of if metric == "BLEU-1"} >= {"CT -> report", "CT -> report, guide alone"}
+    real = of["real training CT", "KID @ours"]
+    assert of["report -> CT", "KID @ours"].value > real.value, "noise is no nearer to real images than real ones"
+    assert ("report -> CT", "FID @ours") not in of, "of eight rows there is no covariance"
+    assert of["report -> CT", "MS-SSIM among draws, 2 scales"].n == 8
+    assert {p.name for p in tmp_path.iterdir()} == {"mine.json", "mine.csv", "mine.md", "mine_text_to_ct.png"}
 
 
 def test_guides_have_a_scale_of_their_own(model):

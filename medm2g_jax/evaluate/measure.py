@@ -16,6 +16,8 @@ from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate import table
 from medm2g_jax.evaluate.figures import Figure, line, to_json
 from medm2g_jax.evaluate.phantom import Bench, labelled_source
+from medm2g_jax.evaluate.reports import reports_from
+from medm2g_jax.evaluate.sets import as_sets
 from medm2g_jax.evaluate.synthesis import can_synthesise, synthesis, task_words
 from medm2g_jax.loading import BOX, load, locate, makes
 from medm2g_jax.modality import centre
@@ -31,6 +33,9 @@ def measure(
     task: str = "phantom",
     findings: bool = True,
     regression: int = 0,
+    reported: Sequence[str] = (),
+    cleaning: str = "none",
+    sets: Sequence[tuple[str, str]] = (),
     data: str = "",
     out: str = "",
     most: int = 200,
@@ -43,6 +48,8 @@ def measure(
         the data hold it.
       findings: measure what reports and images say of exact labels, where the model was trained on data that have them.
       regression: steps of the regression beside each synthesis; 0: none.
+      reported: image streams that reports are made from (`reports`), both cleaned by the way `cleaning`.
+      sets: (stream given, stream made) of `sets`.
       data: another data set than the model's own, as config.data.source names it.
       out: a folder for TASK.json, TASK.csv, TASK.md and TASK_*.png; "": evaluation.json beside the round's result, or
         here where the model came with the package.
@@ -58,7 +65,10 @@ def measure(
     meta = checkpoint.read_meta(folder)
     text, able, pairs = centre().name, makes(meta), [tuple(p) for p in meta["pairs"]["guide"]]
     reports = [m for m in able if (text, m) in pairs and text in able] if findings else []
-    trained = [case for case in synthesised if can_synthesise(pairs, able, *case)]
+    asked = [*((synthesis, tuple(given), target) for given, target in synthesised)]
+    asked += [(reports_from, (image,), text) for image in reported]
+    asked += [(as_sets, (given,), target) for given, target in sets]
+    trained = [case for case in asked if can_synthesise(pairs, able, *case[1:])]
     if not reports and not trained:
         raise UserError(
             f"{path}: `medm2g evaluate` measures what is made from reports, reports made from images, and images "
@@ -72,7 +82,7 @@ def measure(
     else:
         source = labelled_source(shared, path) if reports else source_of(shared)
     held = {case: _held(source, case) for case in trained}
-    for (given, target), count in held.items():
+    for (_, given, target), count in held.items():
         if not count:
             print(f"{' -> '.join(task_words(given, target))}: no test record of {source.name} holds both", flush=True)
     if not reports and not any(held.values()):
@@ -85,13 +95,23 @@ def measure(
     bench = Bench(model, source, rows or most, seed) if findings and labels(source) else None
     if reports:
         bench.reports_and_images(reports)
-    for given, target in (case for case, count in held.items() if count):
+    options = {
+        synthesis: dict(regression=regression),
+        reports_from: dict(cleaning=cleaning),
+        as_sets: {},
+    }
+    for case, count in held.items():
+        if not count:
+            continue
+        how, given, target = case
+        if rows and rows > count:
+            needed = ", ".join((*given, target))
+            raise UserError(f"--rows={rows}: {source.name} holds {count} test records with {needed}")
         sheet = epath.Path(out) / f"{task}_{_plain(given, target)}.png" if out else None
-        asked = rows or min(most, held[given, target])
-        found = synthesis(model, source, given, target, asked, seed, regression=regression, sheet=sheet)
+        found = how(model, source, given, target, rows or min(most, count), seed, sheet=sheet, **options[how])
         print("\n".join(f"  {line(figure)}" for figure in found), flush=True)
         figures += found
-        if bench:
+        if bench and how is synthesis:
             bench.translated(given, target)
     figures += bench.figures if bench else []
     seconds = round(time.time() - began, 1)
@@ -101,8 +121,8 @@ def measure(
     return figures
 
 
-def _held(source: Source, case: tuple[Sequence[str], str]) -> int:
-    needed = {*case[0], case[1]}
+def _held(source: Source, case: tuple[Any, Sequence[str], str]) -> int:
+    needed = {*case[1], case[2]}
     return sum(r.split == "test" and needed <= set(r.streams) for r in source.records)
 
 

@@ -1,0 +1,67 @@
+"""Images made from texts as a set (the paper's tables 4 and 5): a free sample has no true pixels to be near to.
+
+Measured on the same test records: how near the set of what is made from their reports is to the set of real ones, by
+every metric of features, beside what the same flow makes of nothing and real training images, which a model cannot be
+expected to pass; and how much four draws of one report differ, beside real images of different subjects.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from medm2g_jax.data.pipeline import read_streams
+from medm2g_jax.data.source import Source
+from medm2g_jax.evaluate.figures import Figure
+from medm2g_jax.evaluate.metrics import METRICS, feature_figures
+from medm2g_jax.evaluate.pictures import grid
+from medm2g_jax.evaluate.samples import samples
+from medm2g_jax.inference import Model
+from medm2g_jax.modality import stream_word
+
+DRAWS = 4
+SHOWN = 8
+WINDOW = 11  # pixels of MS-SSIM's window: its coarsest scale must be as wide
+
+
+def as_sets(
+    model: Model,
+    source: Source,
+    given: Sequence[str],
+    target: str,
+    rows: int,
+    seed: int,
+    *,
+    sheet: epath.Path | None = None,
+) -> list[Figure]:
+    """Figures of `target` made from the streams `given`, of `rows` test records that have them. The extractor is the
+    model's own C, which also steers what it makes: it tells models apart, and is no witness from outside.
+
+    Args:
+      sheet: a picture of the first ones to write.
+    """
+    held = read_streams(source, (*given, target), "test", rows, seed)
+    x = np.stack(held[target])
+    asked = {s: held[s] if isinstance(held[s][0], str) else np.stack(held[s]) for s in given}
+    task = " -> ".join((" + ".join(map(stream_word, given)), stream_word(target)))
+    drawn = [samples(model, asked, [target], rows, seed + i)[target] for i in range(DRAWS)]
+    nothing = samples(model, {}, [target], rows, seed)[target]
+    train = read_streams(source, (target,), "train", rows, seed)
+    beside = {f"nothing -> {stream_word(target)}": nothing}
+    if train and len(train[target]) == rows:
+        beside[f"real training {stream_word(target)}"] = np.stack(train[target])
+    features = model.embedded(target, x)
+    out = []
+    for name, images in {task: drawn[0], **beside}.items():
+        out += feature_figures(name, features, model.embedded(target, images), "ours", seed=seed)
+    scales = max(k for k in (1, 2, 3, 4, 5) if x.shape[1] >> (k - 1) >= WINDOW)
+    if scales > 1:
+        name = f"MS-SSIM among draws, {scales} scales"
+        real = np.stack([x[np.random.default_rng(seed + i).permutation(rows)] for i in range(DRAWS)])
+        for who, some in ((task, np.stack(drawn)), (f"real {stream_word(target)} of {DRAWS} subjects", real)):
+            out.append(METRICS[name].figure(who, name, some, seed=seed))
+    if sheet is not None:
+        shown = {"real": x, **{f"made, draw {i + 1}": images for i, images in enumerate(drawn)}}
+        grid(sheet, [(name, list(images[:SHOWN])) for name, images in shown.items()], title=task)
+        print(sheet, flush=True)
+    return out
