@@ -297,6 +297,10 @@ def _evaluate(args: argparse.Namespace) -> None:
         check_writable(args.out)
     path, _, words = config_file(args.config).partition(":")
     config = runpy.run_path(path)["get_config"](words)
+    if config.paper:
+        print(f"the paper, {config.task}: {config.paper}", flush=True)
+    if not (config.findings or config.synthesis or config.reports or config.sets):
+        return
     measure(
         args.model,
         args.rows,
