@@ -48,8 +48,8 @@ TASKS = dict(
     ),
     table1=REPORTS
     | dict(
-        paper="IU X-ray: BLEU-1 0.533, BLEU-4 0.212, ROUGE-L 0.416; MIMIC-CXR: 0.412, 0.142, 0.309. Split, cleaning and "
-        "what is cut off are not printed; R2Gen's own code cuts references at 60 and 100 words."
+        paper="IU X-ray: BLEU-1 0.533, BLEU-4 0.212, ROUGE-L 0.416; MIMIC-CXR: 0.412, 0.142, 0.309. Split, cleaning "
+        "and what is cut off are not printed; R2Gen's own code cuts references at 60 and 100 words."
     ),
     table2=dict(
         synthesis=(
@@ -59,8 +59,8 @@ TASKS = dict(
             (("mri:t1", "mri:pd"), "mri:t2"),
         ),
         regression=800,
-        paper="BraTS: T1 29.89 dB, 95.36 %; T2 30.51, 96.60. IXI: T1 32.45, 97.64; T2 34.81, 98.23. Data range and mask "
-        "are not printed: they alone move PSNR by 6 dB.",
+        paper="BraTS: T1 29.89 dB, 95.36 %; T2 30.51, 96.60. IXI: T1 32.45, 97.64; T2 34.81, 98.23. Data range and "
+        "mask are not printed: they alone move PSNR by 6 dB.",
     ),
     table3=dict(
         paper="PSNR and SSIM of images made from texts: a free sample has no true pixels to be compared with, and the "
@@ -81,8 +81,8 @@ TASKS = dict(
     table7=dict(
         findings=True,
         synthesis=((("mri:t1", "mri:t2"), "mri:pd"), (("mri:t2",), "ct")),
-        paper="each of its rows is a training of its own, as --config.stages.align_text_xray.loss.invariant=0 and so of "
-        "the other pairs has no VI; BraTS has no PD, so that its column is IXI's at best.",
+        paper="each of its rows is a training of its own, as --config.stages.align_text_xray.loss.invariant=0 and so "
+        "of the other pairs has no VI; BraTS has no PD, so that its column is IXI's at best.",
     ),
     table9=dict(
         synthesis=((("mri:t1", "mri:t2"), "mri:pd"), (("mri:t2",), "ct")),
