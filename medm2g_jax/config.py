@@ -232,7 +232,7 @@ _LONG: dict[str, dict[str, Any]] = dict(
     align=dict(steps=2000, batch=96),
     ldm=dict(steps=6000),
     ldm_text=dict(steps=6000),
-    ldm_mri=dict(steps=4000),  # trains on in ct_mri
+    ldm_mri=dict(steps=3000),  # trains on in ct_mri
     round=dict(steps=2400),
 )
 
