@@ -19,7 +19,17 @@ import numpy as np
 from medm2g_jax.data.clean import clean
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.figures import Figure, Reference
-from medm2g_jax.evaluate.metrics import distribution, image, labels, modalities, published, retrieval, text, words
+from medm2g_jax.evaluate.metrics import (
+    distribution,
+    image,
+    labels,
+    modalities,
+    published,
+    regions,
+    retrieval,
+    text,
+    words,
+)
 from medm2g_jax.evaluate.metrics.intervals import bootstrap, wilson
 
 
@@ -36,11 +46,9 @@ class Metric:
     """One row of the table.
 
     Attributes:
-      of: what it compares: "image", "text", "findings" (texts, and a labeller), "embedding", "label"; "image in ...",
-        in other ways; "masked", "lesion" (images, and masks); a public evaluator's name, of whose arguments its
-        functions tell; "draws in ..." (k of each row, nothing else); "features"; "words"
-        (cleaned texts); "gallery" (rows and their partners, and classes); "modalities" (of each row its modality and
-        its subject, and the rows).
+      of: what it compares, and so its arguments (docs/metrics.md has them all): "image", "text", "findings" (texts, and
+        a labeller), "embedding", "label"; "masked", "lesion" (images, and masks); "features" of an extractor; "words"
+        of cleaned reports; the name of a public evaluator.
       scores: (real, made, ...) -> (n ...), of each row.
       protocol: see `protocols.PROTOCOLS`.
       value: of all scores; of shares, which are true or false, the interval is Wilson's.
@@ -115,6 +123,9 @@ METRICS: dict[str, Metric | OfSets] = {
     "MAE HU, synthrad2025": Metric("synthrad2025", published.synthrad_mae, "synthrad2025", higher=False),
     "PSNR dB, synthrad2025": Metric("synthrad2025", published.synthrad_psnr, "synthrad2025"),
     "MS-SSIM, synthrad2025": Metric("synthrad2025", published.synthrad_ms_ssim, "synthrad2025"),
+    "Dice": Metric("region", regions.dice, "regions"),
+    "HD95 px": Metric("boundary", partial(regions.hd95, spacing=None), "regions", higher=False),
+    "HD95 mm": Metric("boundary in mm", regions.hd95, "regions", higher=False),
     "FID": OfSets("features", distribution.fid, "features", higher=False),
     "KID": OfSets("features", distribution.kid, "features", higher=False),
     "precision": Metric("features", distribution.precision, "features"),
