@@ -30,6 +30,13 @@ def test_images_in_0_to_1_are_scikit_image_s():
     assert METRICS["MAE, [0, 1]"](real, made) == pytest.approx(np.abs(x - y).mean(), abs=1e-12)
 
 
+def test_an_image_smaller_than_a_window():
+    real, made = pictures(1, 6, 20)
+    for metric in (image.ssim, image.unit_ssim, published.selfrdb_ssim):
+        with pytest.raises(UserError, match="images of 6 x 20 are smaller than its window of 7 x 7"):
+            metric(real, made)
+
+
 @pytest.mark.parametrize(("scales", "h", "w"), [(1, 11, 30), (2, 33, 40), (3, 57, 41), (5, 161, 176)])
 def test_ms_ssim_is_scikit_image_s_maps_of_torch_s_pooled_images(scales, h, w):
     """With a k1 beyond all measure, scikit-image's SSIM is its second factor alone. The published one is that of Wang

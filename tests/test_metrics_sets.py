@@ -101,5 +101,10 @@ def test_what_cannot_be_measured_is_said(capsys):
             metric(real, made[:1])
         with pytest.raises(UserError, match="rows of .* features; expected those of one"):
             metric(real, made[:, :3])
+    broken = made.copy()
+    broken[4, 2] = np.nan
+    for metric in (distribution.fid, distribution.kid, distribution.precision):
+        with pytest.raises(UserError, match="features: row 4 is not finite"):
+            metric(real, broken)
     # All made alike is no mistake of the user's: nothing is recalled.
     assert distribution.recall(real, made * 0).sum() == 0 and distribution.fid(*sets(6, 30, 30, 3)) > 0
