@@ -65,12 +65,12 @@ def test_precision_recall_density_coverage_are_prdc_s(shape, expected):
 
 
 def test_balls_of_rows_that_are_drawn_twice():
-    """Six equal rows leave each other no ball, whatever rounding says; scipy's distances are exact there."""
-    real, made = sets(3, 40, 30, 16)
-    real[:7], made[:7] = real[0], made[0]
-    made[20] = real[0]
+    """Equal rows leave each other no ball, whatever rounding says; scipy's distances are exact there."""
+    real, made = (x + 100 for x in sets(3, 67, 53, 131))
+    same = [0, 3, 17, 30, 45, 50, 66]
+    real[same] = made[[1, 52]] = real[0]
     radii = np.sort(cdist(real, real))[:, 5]
-    assert (radii[:7] == 0).all()
+    assert (radii[same] == 0).all()
     expected = (cdist(made, real) < radii).sum(1)
     np.testing.assert_array_equal(5 * distribution.density(real, made), expected)
     np.testing.assert_array_equal(distribution.precision(real, made), expected > 0)
@@ -101,5 +101,10 @@ def test_what_cannot_be_measured_is_said(capsys):
             metric(real, made[:1])
         with pytest.raises(UserError, match="rows of .* features; expected those of one"):
             metric(real, made[:, :3])
+    broken = made.copy()
+    broken[4, 2] = np.nan
+    for metric in (distribution.fid, distribution.kid, distribution.precision):
+        with pytest.raises(UserError, match="features: row 4 is not finite"):
+            metric(real, broken)
     # All made alike is no mistake of the user's: nothing is recalled.
     assert distribution.recall(real, made * 0).sum() == 0 and distribution.fid(*sets(6, 30, 30, 3)) > 0

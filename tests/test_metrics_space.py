@@ -56,6 +56,8 @@ def test_both_ways_between_a_random_order_and_all():
         METRICS["R@1"](e, e * np.arange(8)[[3, 1, 2, 0, 4, 5, 6, 7], None])
     with pytest.raises(UserError, match="1 rows and 2 partners"):
         METRICS["R@1"](e[:1], e[:2])
+    with pytest.raises(UserError, match="one is always found"):
+        METRICS["R@1"](e[:1], e[:1])
 
 
 def space(seed: int, n: int = 60, d: int = 8) -> dict[str, np.ndarray]:

@@ -81,6 +81,8 @@ def test_what_has_no_answer_is_refused_in_words(capsys):
     for real in (["clear ."], ["clear ."] * 3):
         with pytest.raises(UserError, match=f"CIDEr of {len(real)} real reports that all have the same words"):
             METRICS["CIDEr"](real, real)
+    with pytest.raises(UserError, match="0 real reports"):
+        METRICS["BLEU-4"]([], [])
     with pytest.raises(UserError, match="--clean best"):
         report_figures("t", ["a"], ["a"], "best", seed=0)
     left = [f.metric for f in report_figures("t", ["clear ."] * 2, ["clear .", ""], "none", seed=0)]

@@ -59,6 +59,11 @@ PROTOCOLS: dict[str, Protocol] = {
     "lesion": Protocol(
         data_range="as range1, [0, 1]", window="the pixels of a lesion's mask", resize="as range1", interval=_BOOTSTRAP
     ),
+    "regions": Protocol(
+        judge="regions as they are given; HD95 of boundaries by the sides of pixels, the greater of both ways",
+        window="each row's region, averaged over the rows; Dice of two empty regions is 1",
+        interval=_BOOTSTRAP,
+    ),
     "syndiff": Protocol(
         data_range="the greatest value of the made image; each image in [0, 1] over its own maximum",
         window="the middle 256 x 152 where the image is larger; PSNR of each slice, averaged over slices",

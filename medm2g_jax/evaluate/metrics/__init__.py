@@ -26,6 +26,7 @@ from medm2g_jax.evaluate.metrics import (
     modalities,
     neighbours,
     published,
+    regions,
     retrieval,
     text,
     words,
@@ -46,22 +47,20 @@ class Metric:
     """One row of the table.
 
     Attributes:
-      of: what it compares: "image", "text", "findings" (texts, and a labeller), "embedding", "label"; "image in ...",
-        in other ways; "masked", "lesion" (images, and masks); a public evaluator's name, of whose arguments its
-        functions tell; "draws in ..." (k of each row, nothing else); "features"; "words"
-        (cleaned texts); "gallery" (rows and their partners, and classes); "modalities" (of each row its modality and
-        its subject, and the rows); "pools" and "subjects" (distances).
+      of: what it compares, and so its arguments (docs/metrics.md has them all): "image", "text", "findings" (texts, and
+        a labeller), "embedding", "label"; "masked", "lesion" (images, and masks); "features" of an extractor; "words"
+        of cleaned reports; the name of a public evaluator.
       scores: (real, made, ...) -> (n ...), of each row.
       protocol: see `protocols.PROTOCOLS`.
       value: of all scores; of shares, which are true or false, the interval is Wilson's.
-      higher: whether more is better.
+      higher: whether more is better; None: neither is, and such a number has no floor.
     """
 
     of: str
     scores: Callable[..., np.ndarray]
     protocol: str
     value: Callable[[np.ndarray], float] = _mean
-    higher: bool = True
+    higher: bool | None = True
 
     def __call__(self, *arguments: Any) -> float:
         return self.value(self.scores(*arguments))
@@ -88,7 +87,7 @@ class OfSets:
     of: str
     value: Callable[..., float]
     protocol: str
-    higher: bool = True
+    higher: bool | None = True
 
     def __call__(self, *arguments: Any) -> float:
         return self.value(*arguments)
@@ -118,13 +117,16 @@ METRICS: dict[str, Metric | OfSets] = {
     "SSIM, masked": Metric("masked", image.masked_ssim, "masked"),
     "MAE, masked": Metric("masked", image.masked_absolute_error, "masked", higher=False),
     "MAE, lesion": Metric("lesion", image.masked_absolute_error, "lesion", higher=False),
-    "bias, lesion": Metric("lesion", image.masked_bias, "lesion"),
+    "bias, lesion": Metric("lesion", image.masked_bias, "lesion", higher=None),
     "PSNR dB, syndiff": Metric("syndiff", published.syndiff_psnr, "syndiff"),
     "PSNR dB, selfrdb": Metric("selfrdb", published.selfrdb_psnr, "selfrdb"),
     "SSIM %, selfrdb": Metric("selfrdb", published.selfrdb_ssim, "selfrdb"),
     "MAE HU, synthrad2025": Metric("synthrad2025", published.synthrad_mae, "synthrad2025", higher=False),
     "PSNR dB, synthrad2025": Metric("synthrad2025", published.synthrad_psnr, "synthrad2025"),
     "MS-SSIM, synthrad2025": Metric("synthrad2025", published.synthrad_ms_ssim, "synthrad2025"),
+    "Dice": Metric("region", regions.dice, "regions"),
+    "HD95 px": Metric("boundary", partial(regions.hd95, spacing=None), "regions", higher=False),
+    "HD95 mm": Metric("boundary in mm", regions.hd95, "regions", higher=False),
     "FID": OfSets("features", distribution.fid, "features", higher=False),
     "KID": OfSets("features", distribution.kid, "features", higher=False),
     "precision": Metric("features", distribution.precision, "features"),
@@ -138,7 +140,7 @@ METRICS: dict[str, Metric | OfSets] = {
     },
     "ROUGE-L": Metric("words", words.rouge_l, "words, none"),
     "CIDEr": Metric("words", words.cider, "words, none"),
-    "words a report": Metric("words", words.lengths, "words, none"),
+    "words a report": Metric("words", words.lengths, "words, none", higher=None),
     "distinct reports": OfSets("words", words.distinct, "words, none"),
     "finding F1": Metric("findings", text.fact_counts, "findings", text.micro_f1),
     "retrieval@1": Metric("embedding", retrieval.both_ways, "gallery, own partner"),
@@ -147,10 +149,10 @@ METRICS: dict[str, Metric | OfSets] = {
         for k in (1, 5, 10)
     },
     "median rank": Metric("gallery", retrieval.ranks, "gallery, own partner, ties shared", _median, higher=False),
-    "modality read": Metric("modalities", modalities.read, "modalities"),
-    "same modality of the 10 nearest": Metric("modalities", modalities.purity, "modalities"),
-    "silhouette of modalities": Metric("modalities", modalities.silhouette, "modalities"),
-    "modality gap": OfSets("modalities", modalities.gap, "modalities"),
+    "modality read": Metric("modalities", modalities.read, "modalities", higher=None),
+    "same modality of the 10 nearest": Metric("modalities", modalities.purity, "modalities", higher=None),
+    "silhouette of modalities": Metric("modalities", modalities.silhouette, "modalities", higher=None),
+    "modality gap": OfSets("modalities", modalities.gap, "modalities", higher=None),
     "right": Metric("label", labels.right, "probe"),
     "agree": Metric("label", labels.agree, "probe"),
     "kappa": Metric("labels", labels.beside, "probe", labels.kappa),
@@ -186,7 +188,7 @@ def figures_of(
             continue
         top = next((f for f in autoencoder if (f.metric, f.protocol) == (name, metric.protocol)), None)
         ends = dict(floor=top.floor, ceiling=Reference(top.value, "the autoencoder")) if top else {}
-        if floor is not None:
+        if floor is not None and metric.higher is not None:
             what, candidates = floor
             best = max if metric.higher else min
             ends["floor"] = Reference(best(metric(real, one, *more) for one in candidates), what)

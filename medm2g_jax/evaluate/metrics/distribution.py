@@ -36,6 +36,7 @@ class Moments:
         x = np.asarray(features if valid is None else features[valid], np.float64)
         if not len(x):
             return self
+        _finite(x)
         mean, total = x.mean(0), self.n + len(x)
         if not self.n:
             self.mean, self._squares = np.zeros_like(mean), np.zeros((len(mean),) * 2)
@@ -148,10 +149,16 @@ def _pair(
     for what, x in zip(words, (first, second), strict=True):
         if len(x) < least:
             raise UserError(f"{len(x)} {what} rows of features; expected {least} or more")
+        _finite(x)
     _fit(first[0], second[0])
     if not np.ptp(first if words[0] == "real" else second, axis=0).any():
         raise UserError(_ALIKE)
     return np.asarray(first, np.float64), np.asarray(second, np.float64)
+
+
+def _finite(x: Features) -> None:
+    if not np.isfinite(x).all():
+        raise UserError(f"features: row {int(np.argmin(np.isfinite(x).all(1)))} is not finite")
 
 
 def _fit(a: Shaped[np.ndarray, "d1"], b: Shaped[np.ndarray, "d2"]) -> None:

@@ -88,7 +88,14 @@ def similarity(
 
 
 def inner(each: Shaped[np.ndarray, "n h w c"], pad: int = SIDE // 2) -> Shaped[np.ndarray, "n _ _ c"]:
-    """The pixels whose window lies within the image."""
+    """The pixels whose window lies within the image.
+
+    Raises:
+      UserError: an image smaller than a window.
+    """
+    if min(each.shape[1:3]) <= 2 * pad:
+        size = f"{2 * pad + 1} x {2 * pad + 1}"
+        raise UserError(f"SSIM: images of {each.shape[1]} x {each.shape[2]} are smaller than its window of {size}")
     return each[:, pad:-pad, pad:-pad]
 
 

@@ -49,7 +49,7 @@ def hits(a: Rows, b: Partners, classes: Shaped[np.ndarray, "n"] | None = None, *
     rows of equal cosine come in any order: 0 or 1 without ties.
 
     Raises:
-      UserError: a row of zeros, which has no direction; unlike numbers of rows.
+      UserError: a row of zeros, which has no direction; unlike numbers of rows, or one.
     """
     nearer, equal, right = _places(a, b, classes)
     draws = np.clip(k - nearer, 0, equal)  # of the ties, those among the first k; none of which is right:
@@ -67,8 +67,10 @@ def _places(a: Rows, b: Partners, classes: Shaped[np.ndarray, "n"] | None) -> tu
     """Of each row of `a`: how many rows of `b` are nearer than the nearest right one; how many are as near, right ones
     included; how many of those are right."""
     x, y = (_unit(z, word) for z, word in ((a, "first"), (b, "second")))
-    if len(x) != len(y):
-        raise UserError(f"retrieval: {len(x)} rows and {len(y)} partners; expected one of each")
+    if len(x) != len(y) or len(x) < 2:
+        raise UserError(
+            f"retrieval: {len(x)} rows and {len(y)} partners; expected as many, and two or more: one is always found"
+        )
     classes = np.arange(len(x)) if classes is None else np.asarray(classes)
     out = []
     for first in range(0, len(x), CHUNK):

@@ -22,10 +22,10 @@ def tokens(real: Sequence[str], made: Sequence[str]) -> list[tuple[list[str], li
     """The words of each pair.
 
     Raises:
-      UserError: a real report without words; as many real ones as made ones are needed.
+      UserError: a real report without words; unlike numbers of them, or none.
     """
-    if len(real) != len(made):
-        raise UserError(f"{len(real)} real reports and {len(made)} made ones; expected one of each a row")
+    if len(real) != len(made) or not len(real):
+        raise UserError(f"{len(real)} real reports and {len(made)} made ones; expected one of each a row, and a row")
     pairs = [(a.split(), b.split()) for a, b in zip(real, made, strict=True)]
     for row, (a, _) in enumerate(pairs):
         if not a:
