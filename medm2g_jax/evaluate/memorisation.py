@@ -234,6 +234,8 @@ def remembered(
     say(f"{ask}: {len(askers)} samples; {total} rows of {len(kept)} of {len(train)} training subjects, "
         f"{len(held)} held-out subjects")  # fmt: skip
     made = _made(model, source, ask, [own[0] for own in askers], seed, say)
+    if split_stream(ask.make)[0] not in model.givable:
+        say(f"  no prompt encoder of {stream_word(ask.make)} in this model: pixels alone")
     pools = {"train": _read(model, source, kept, ask.make, say), "held": _read(model, source, held, ask.make, say)}
     real = _read(model, source, askers, ask.make, say)
     return judged(ask, _compared(model, ask.make, made), real, pools["train"], pools["held"], seed), made
