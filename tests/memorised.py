@@ -21,7 +21,6 @@ NET = {
     "image_unet.channels": (32, 64),
     "image_unet.attention": (False, True),
     "image_vae.channels": (32,),
-    "image_vae.patch": 4,
 }
 DEFAULTS = ["200,5000", "0,1,2", "3000"]  # subjects, seeds, steps
 
