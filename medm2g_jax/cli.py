@@ -210,7 +210,7 @@ def _embed(args: argparse.Namespace) -> int:
     if not (args.files or args.text or args.data):
         raise UserError("nothing to embed: name files or folders, --text or --data")
     model = load(args.model, ())
-    items = embed.of_files(args.files, args.stream, args.plane) + embed.of_texts(model, args.text)
+    items = embed.of_files(model, args.files, args.stream, args.plane) + embed.of_texts(model, args.text)
     items += embed.of_data(model, args.data, args.split, args.stream) if args.data else []
     print(f"{model.meta['stage']}, {model.fingerprint}: {len(items)} to embed", flush=True)
     found, left = embed.embed(model, items, args.volumes == "slices")

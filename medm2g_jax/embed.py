@@ -8,6 +8,7 @@ a volume or a line of a text file, from 0; "manifest:DIR#12", a record of a data
 where it is. A volume is one vector, the mean of its slices' made a unit again, or one a slice.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from medm2g_jax.inference import Model
 from medm2g_jax.modality import MODALITIES, centre, split_stream
 from medm2g_jax.train.log import duration
 from medm2g_jax.vectors import Vectors
-from medm2g_jax.volumes import cut
+from medm2g_jax.volumes import cut, shows
 
 EVERY = 5.0  # seconds between two lines of progress
 CHUNK = 64  # values embedded at a time: one executable a modality
@@ -43,15 +44,18 @@ class Item(NamedTuple):
 # --- what there is to embed -----------------------------------------------------------------------------------------
 
 
-def of_files(paths: Iterable[str], stream: str | None = None, plane: str = "axial") -> list[Item]:
+def of_files(model: Model, paths: Iterable[str], stream: str | None = None, plane: str = "axial") -> list[Item]:
     """Images of any format, and those in folders and the folders in them; a folder of DICOM slices is one volume.
 
     Args:
       stream: what all are of; None for what each file says of itself.
 
     Raises:
-      UserError: a folder without any; of a path that is not there reading says it.
+      UserError: the model has no vectors of this stream, or a folder is without images; of a path that is not there
+        reading says it.
     """
+    if stream is not None:
+        _check_stream(model, stream)
     out = []
     for path in map(Path, paths):
         inside = _inside(path) if path.is_dir() else [path]
@@ -98,8 +102,7 @@ def _of_file(model: Model, path: Path, stream: str | None, plane: str) -> tuple[
     if not isinstance(image, Volume) or min(image.values.shape) == 1:
         return stream, list(model.model_input(stream, [path]))
     pictures = cut(image, stream, plane).pictures()
-    shown = [p for p in pictures if np.ptp(np.asarray(p.pixels, np.float32)) > 0] or pictures
-    return stream, list(model.model_input(stream, shown))
+    return stream, list(model.model_input(stream, [p for p in pictures if shows(p)] or pictures))
 
 
 def _stream_of(model: Model, image: Any, name: str) -> str:
@@ -190,17 +193,23 @@ def named(model: Model, name: str, stream: str) -> Item | None:
     if not MODALITIES[split_stream(stream)[0]].is_image:
         return None
     if Path(name).exists():
-        return of_files([name], stream)[0]
+        return of_files(model, [name], stream)[0]
     if not number.isdigit():
         return None
     if Path(place).exists():
         return Item(name, lambda model: _one(_of_file(model, Path(place), stream, "axial"), int(number)))
+    source = _opened(model, place)
+    if source is None or not source.open or int(number) >= len(source.records):
+        return None
+    return Item(name, lambda model: _of_record(model, source, int(number), stream))
+
+
+@functools.lru_cache(maxsize=1)  # what is found is mostly of one set
+def _opened(model: Model, spec: str) -> Source | None:
     try:
-        source = data_of(model, place)
+        return data_of(model, spec)
     except UserError:
         return None
-    known = source.open and int(number) < len(source.records)
-    return Item(name, lambda model: _of_record(model, source, int(number), stream)) if known else None
 
 
 def _one(read: tuple[str, list[Any]], number: int) -> tuple[str, list[Any]]:

@@ -48,7 +48,7 @@ def query_of(model: Model, given: str) -> Item:
         raise UserError(f"--given {given!r}: expected STREAM=VALUE, as in --given text='...' or --given ct=FILE.png")
     split_stream(stream)
     if MODALITIES[split_stream(stream)[0]].is_image:
-        items = of_files([value], stream)
+        items = of_files(model, [value], stream)
         if len(items) != 1:
             raise UserError(f"--given {given}: {len(items)} images; expected one, or one volume")
         return items[0]
@@ -62,7 +62,7 @@ def among(model: Model, where: str, stream: str | None, say: Callable[[str], Any
       UserError: neither, or vectors of another model.
     """
     if Path(where).is_dir():
-        found, left = embed(model, of_files([where], stream), say=say)
+        found, left = embed(model, of_files(model, [where], stream), say=say)
         if left:
             say(f"{len(left)} of {len(left) + len(found.names)} could not be read; the first: {left[0][1]}")
     else:
@@ -114,5 +114,5 @@ def _tile(model: Model, item: Item | None) -> np.ndarray | None:
         _, inputs = item.read(model)
     except UserError:
         return None
-    x = inputs[len(inputs) // 2]
+    x = inputs[len(inputs) // 2] if inputs else None
     return x if isinstance(x, np.ndarray) else None

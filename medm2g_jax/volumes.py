@@ -342,12 +342,13 @@ def translate(
     )
 
 
+def shows(picture: Picture) -> bool:
+    """Is there something to see in it, more than one value?"""
+    pixels = np.asarray(picture.pixels, np.float32)
+    return float(np.ptp(pixels)) > 1e-6 * float(np.abs(pixels).max())  # resampling rounds
+
+
 def _filled(values: Mapping[str, list], count: int) -> list[int]:
     """Numbers of the slices in which there is something to see."""
-
-    def shows(value: Any) -> bool:
-        pixels = np.asarray(value.pixels, np.float32)
-        return float(np.ptp(pixels)) > 1e-6 * float(np.abs(pixels).max())  # resampling rounds
-
     own = [items for items in values.values() if isinstance(items[0], Picture)]
     return [i for i in range(count) if any(shows(items[i]) for items in own)]

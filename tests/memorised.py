@@ -3,12 +3,13 @@ trained for as many steps on 5,000; a line of JSON each. Other numbers, for a fi
 
     python tests/memorised.py ROOT
     python tests/memorised.py ROOT 200,1000 0 3000     # subjects, seeds, steps
+
+Each run root compiles for itself, unless JAX_COMPILATION_CACHE_DIR names a folder for all.
 """
 
 import contextlib
 import io
 import json
-import os
 import sys
 
 from absl import flags
@@ -21,7 +22,6 @@ NET = {
     "image_unet.channels": (32, 64),
     "image_unet.attention": (False, True),
     "image_vae.channels": (32,),
-    "image_vae.patch": 4,
 }
 DEFAULTS = ["200,5000", "0,1,2", "3000"]  # subjects, seeds, steps
 
@@ -33,7 +33,7 @@ def config_of(subjects: int, seed: int, steps: int):
         part, leaf = path.split(".")
         config.net[part][leaf] = value
     config.seed, config.data.train, config.data.val, config.data.test = seed, subjects, 0, 400
-    config.stages.image_vae.steps = 1200
+    config.stages.image_vae.steps = 2 * steps // 5
     for stage in (config, *config.stages.values()):
         stage.checkpoint_every = steps
     return config
@@ -44,7 +44,6 @@ if __name__ == "__main__":
     run.show = lambda **rest: []
     root, *own = sys.argv[1:]
     subjects, seeds, steps = own + DEFAULTS[len(own) :]
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{root}/xla_cache")
     for seed in map(int, seeds.split(",")):
         for count in map(int, subjects.split(",")):
             folder = f"{root}/{count}-{seed}"

@@ -38,17 +38,18 @@ class World:
             SPACE: u / np.linalg.norm(u, axis=1, keepdims=True),
         }
 
-    def rows(self, subjects, each=1):
+    def rows(self, subjects, each=1, noise=0.2):
         whose = np.repeat(np.arange(len(subjects)), each)
-        return Rows(tuple(range(len(whose))), whose, self.seen(subjects[whose], noise=0.2))
+        return Rows(tuple(range(len(whose))), whose, self.seen(subjects[whose], noise))
 
 
-def verdict(seed, made_of, train=300, held=300, each=1, n=100):
+def verdict(seed, made_of, train=300, held=300, each=1, n=100, noise=0.2):
     """What is found of samples of the subjects made_of(world, training subjects, n)."""
     world = World(seed)
     known = world.draw(train)
     made = world.seen(made_of(world, known, n))
-    return judged(ASK, made, world.rows(world.draw(n)), world.rows(known, each), world.rows(world.draw(held)), seed)
+    real, pool, other = (world.rows(x, e, noise) for x, e in ((world.draw(n), 1), (known, each), (world.draw(held), 1)))
+    return judged(ASK, made, real, pool, other, seed)
 
 
 def copied(world, known, n, share=1.0):
@@ -75,7 +76,7 @@ def test_copies_are_flagged_and_fresh_draws_pass(seed):
     for spread in (0.0, 0.3):  # a model that draws one subject, or nearly so
         alike = verdict(seed, lambda world, known, n, s=spread: world.draw(1) + s * world.draw(n))
         assert alike.reasons == []
-    one = verdict(seed, lambda world, known, n: np.repeat(known[:1], n, axis=0))
+    one = verdict(seed, lambda world, known, n: np.repeat(known[:1], n, axis=0), noise=0.1)
     assert any("copies of 1 training subject among 100 samples" in reason for reason in one.reasons)
 
 

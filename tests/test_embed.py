@@ -52,7 +52,7 @@ def rng():
 
 
 def embedded(model, paths, stream="ct", **options):
-    return embed.embed(model, embed.of_files(map(str, paths), stream), say=lambda line: None, **options)
+    return embed.embed(model, embed.of_files(model, map(str, paths), stream), say=lambda line: None, **options)
 
 
 def test_a_row_for_each_file_and_what_is_broken_is_left_out(model, folder):

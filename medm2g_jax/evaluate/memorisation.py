@@ -159,7 +159,8 @@ def judged(ask: Ask, made: Mapping[str, np.ndarray], real: Rows, train: Rows, he
         out.reasons.extend(_nearer(out.figures[-2], near.exchanged(*rows, seed)))
         copied, gaps = near.copies(*subjects[:2]), near.gaps(subjects[0])
         places = each[0][0].argmin(1)
-        sure = bool(near.copies(*subjects[:2], near.SURE).any())
+        # Alone a copy counts in pixels only: the aligned space has so few dimensions that chance comes as near.
+        sure = space == PIXELS and bool(near.copies(*subjects[:2], near.SURE).any())
         out.reasons.extend(_copied(task, len(set(train.subjects[places[copied]].tolist())), len(x), sure))
         for i, (to_train, to_held) in enumerate(zip(*each[0], strict=True)):
             at = train.index[places[i]], held.index[to_held.argmin()], float(to_train.min())
@@ -234,6 +235,8 @@ def remembered(
     say(f"{ask}: {len(askers)} samples; {total} rows of {len(kept)} of {len(train)} training subjects, "
         f"{len(held)} held-out subjects")  # fmt: skip
     made = _made(model, source, ask, [own[0] for own in askers], seed, say)
+    if split_stream(ask.make)[0] not in model.givable:
+        say(f"  no prompt encoder of {stream_word(ask.make)} in this model: pixels alone")
     pools = {"train": _read(model, source, kept, ask.make, say), "held": _read(model, source, held, ask.make, say)}
     real = _read(model, source, askers, ask.make, say)
     return judged(ask, _compared(model, ask.make, made), real, pools["train"], pools["held"], seed), made
