@@ -158,10 +158,14 @@ def _found(adapter: Adapter, source: Root, order: Order, say: Callable[[str], An
             cases[one.id] = one
         if order.limit is not None and len(cases) >= order.limit:
             break
+    left += [Left(name, "a folder that may not be read (its rights)") for name in sorted(source.closed)]
     say(f"{len(cases)} cases found, {_whole(left)} left out, in {time.monotonic() - began:.1f} s")
     if not cases:
         why = ", ".join(f"{n} {reason}" for reason, n in Counter(one.reason for one in left).most_common(5))
-        raise UserError(f"{source.path}: no case of {adapter.name} in it (left out: {why or 'nothing'})")
+        raise UserError(
+            f"{source.path}: no case of {adapter.name} in it (left out: {why or 'nothing'}; in it: {source.kinds()}); "
+            "name the folder of the set as it was unpacked, --root DIR"
+        )
     return [cases[name] for name in sorted(cases)], left
 
 

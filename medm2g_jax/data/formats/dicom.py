@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from medm2g_jax.data.formats.content import check_count, opened
+from medm2g_jax.data.formats.content import check_count, opened, unreadable
 from medm2g_jax.data.formats.dicom_grid import Slab, stacked
 from medm2g_jax.data.formats.dicom_pixels import get, in_unit, numbers, padding, readable, stored, window
 from medm2g_jax.data.picture import Picture
@@ -245,8 +245,11 @@ def read_series(one: Series, most_voxels: int) -> Volume:
 
 def _files(root: Path) -> Iterator[tuple[Path, bool]]:
     """(file, whether it truly lies in the folder), in the order of names."""
+    def stop(error: OSError) -> None:  # what is not looked at could be half of a series
+        raise unreadable(error.filename, error)
+
     real, count = root.resolve(), 0
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=stop):
         folders.sort()
         for name in sorted(names):
             path, count = Path(folder, name), count + 1
