@@ -457,7 +457,9 @@ def _unique(rows: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
 def _without(row: dict[str, Any], key: str) -> dict[str, Any]:
     fields = ("images", "scale", "span", "spacing", "orientation")
     cleared = {f: {k: v for k, v in row[f].items() if k != key} for f in fields if f in row}
-    row = {k: v for k, v in (row | cleared).items() if v or k not in fields}
+    if "synthetic" in row:
+        cleared["synthetic"] = [k for k in row["synthetic"] if k != key]
+    row = {k: v for k, v in (row | cleared).items() if v or k not in (*fields, "synthetic")}
     if len(row.get("images", ())) < 2:
         row.pop("registered", None)
     return row

@@ -35,11 +35,12 @@ TAGS = """SOPInstanceUID SeriesInstanceUID SeriesNumber FrameOfReferenceUID Moda
     ImageOrientationPatient PatientOrientation PixelSpacing ImagerPixelSpacing SliceThickness SamplesPerPixel
     PhotometricInterpretation NumberOfFrames Rows Columns PlanarConfiguration BitsAllocated BitsStored HighBit
     PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit RescaleSlope RescaleIntercept RescaleType
-    BurnedInAnnotation ModalityLUTSequence WindowCenter WindowWidth VOILUTFunction PixelData FloatPixelData
-    DoubleFloatPixelData ExtendedOffsetTable ExtendedOffsetTableLengths SharedFunctionalGroupsSequence
+    BurnedInAnnotation SyntheticData ModalityLUTSequence WindowCenter WindowWidth VOILUTFunction PixelData
+    FloatPixelData DoubleFloatPixelData ExtendedOffsetTable ExtendedOffsetTableLengths SharedFunctionalGroupsSequence
     PerFrameFunctionalGroupsSequence""".split()
 
 BURNED_IN = "says that text is burned into it (BurnedInAnnotation)"
+SYNTHETIC = "says that a model made it (SyntheticData)"
 # What tells series apart beside their grids; read in looking for them, and let go of at once.
 _TELLING = ["SeriesDescription", "ProtocolName", "ScanningSequence", "RepetitionTime", "EchoTime", "InversionTime"]
 _WORDS = {
@@ -374,12 +375,14 @@ def _volume(name: str, header: Any, slabs: list[Slab], most_voxels: int, notes: 
     frames = get(name, header, "PerFrameFunctionalGroupsSequence", [None])
     own = {"RescaleType": get(name, header, "RescaleType")} | _frames(name, header, len(frames))[0]
     unit, said = _unit(modality, str(get(name, own, "RescaleType", "HU")), _is_localizer(name, header))
-    notes += said + _burned(name, header)
+    notes += said + _warned(name, header)
     return dataclasses.replace(volume, unit=unit, modality=modality, frame=frame, notes=notes + volume.notes)
 
 
-def _burned(name: str, header: Any) -> tuple[str, ...]:
-    return (BURNED_IN,) if str(get(name, header, "BurnedInAnnotation", "")).strip().upper() == "YES" else ()
+def _warned(name: str, header: Any) -> tuple[str, ...]:
+    """What its header says YES to that its user should know."""
+    tags = {"BurnedInAnnotation": BURNED_IN, "SyntheticData": SYNTHETIC}
+    return tuple(note for tag, note in tags.items() if str(get(name, header, tag, "")).strip().upper() == "YES")
 
 
 def _unit(modality: str, kind: str, localizer: bool) -> tuple[str, tuple[str, ...]]:
@@ -399,7 +402,7 @@ def _picture(name: str, header: Any, most_pixels: int) -> Picture:
     empty, pixels = padding(name, header, values), in_unit(name, header, values)[0]
     modality = str(get(name, header, "Modality", ""))
     unit, notes = _unit(modality, str(get(name, header, "RescaleType", "HU")), _is_localizer(name, header))
-    notes += _burned(name, header)
+    notes += _warned(name, header)
     shown = None if unit else window(name, header)
     bits = int((numbers(name, header, "BitsStored", 1) or (64,))[0])  # absent of floats
     if unit:
