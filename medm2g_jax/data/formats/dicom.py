@@ -57,6 +57,7 @@ _PER_FRAME = """ImagePositionPatient ImageOrientationPatient PixelSpacing SliceT
     RescaleType""".split()  # in an enhanced file
 _ITEM, _ITEMS = b"\xfe\xff\x00\xe0", 200_000  # of sequences and fragments: a real file has some dozens a frame
 _FILES = 100_000  # looked at in one folder
+_INFLATED = 2**28  # bytes that a deflated file may become, whatever an image may have: a small file asks for them
 _DEFLATED, _PLAIN = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1"
 
 
@@ -294,7 +295,7 @@ def _parsed(path: epath.PathLike, most_pixels: int, instead: Sequence[str] = ())
     if content[128:132] != b"DICM" and not bare:
         raise UserError(f"{name}: {'does not begin as DICOM does' if content else 'empty, not DICOM'}")
     if _DEFLATED in content:
-        content = _inflated(name, content, limit)
+        content = _inflated(name, content, min(limit, _INFLATED))
     if content.count(_ITEM) > _ITEMS:
         raise UserError(f"{name}: more than {_ITEMS} items in its sequences, more than an image has")
     with readable(name):
