@@ -158,10 +158,14 @@ def _found(adapter: Adapter, source: Root, order: Order, say: Callable[[str], An
             cases[one.id] = one
         if order.limit is not None and len(cases) >= order.limit:
             break
+    left += [Left(name, "a folder that may not be read (its rights)") for name in sorted(source.closed)]
     say(f"{len(cases)} cases found, {_whole(left)} left out, in {time.monotonic() - began:.1f} s")
     if not cases:
         why = ", ".join(f"{n} {reason}" for reason, n in Counter(one.reason for one in left).most_common(5))
-        raise UserError(f"{source.path}: no case of {adapter.name} in it (left out: {why or 'nothing'})")
+        raise UserError(
+            f"{source.path}: no case of {adapter.name} in it (left out: {why or 'nothing'}; in it: {source.kinds()}); "
+            "name the folder of the set as it was unpacked, --root DIR"
+        )
     return [cases[name] for name in sorted(cases)], left
 
 
@@ -453,7 +457,9 @@ def _unique(rows: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
 def _without(row: dict[str, Any], key: str) -> dict[str, Any]:
     fields = ("images", "scale", "span", "spacing", "orientation")
     cleared = {f: {k: v for k, v in row[f].items() if k != key} for f in fields if f in row}
-    row = {k: v for k, v in (row | cleared).items() if v or k not in fields}
+    if "synthetic" in row:
+        cleared["synthetic"] = [k for k in row["synthetic"] if k != key]
+    row = {k: v for k, v in (row | cleared).items() if v or k not in (*fields, "synthetic")}
     if len(row.get("images", ())) < 2:
         row.pop("registered", None)
     return row

@@ -213,7 +213,9 @@ def generate(
 def _odd(cut: Cut, model: Model) -> Iterator[str]:
     """What is to say of a volume as a model's networks see it."""
     extents = model.meta["extents"] if "extents" in model.meta else {}  # results of before have none
-    return filter(None, (cut.seen(model.size), cut.unlike(extents)))
+    drawn = cut.source.path and model.meta["shared"]["data"]["source"] == "phantom"
+    said = "this model was trained on the phantom alone, and makes that of whatever it is given" if drawn else ""
+    return filter(None, (said, cut.seen(model.size), cut.unlike(extents)))
 
 
 def _told(passes: Sequence[Generated]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import struct
 import sys
 import time
 import warnings
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import SimpleITK as sitk
 from dicom_files import dataset, placed, save, series
 from PIL import Image
 from pydicom.data import get_testdata_file
-from pydicom.uid import ImplicitVRLittleEndian, RLELossless
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
 from medm2g_jax.data import formats
 from medm2g_jax.data.picture import MOST_PIXELS
@@ -51,6 +52,8 @@ def wholes(folder: Path) -> list[tuple[str, bytes]]:
     ds = dataset(values[:, :, 0].T.copy(), **placed(affine, 0))
     ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
     pydicom.dcmwrite(folder / "m.dcm", ds, implicit_vr=True, little_endian=True, enforce_file_format=True)
+    ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    pydicom.dcmwrite(folder / "m2.dcm", ds, enforce_file_format=True)
     for n, name in enumerate(("MR_small_jpeg_ls_lossless", "MR_small_jp2klossless", "JPGExtended", "liver_1frame")):
         path = Path(get_testdata_file(f"{name}.dcm"))
         if path.stat().st_size < 200_000:
@@ -117,6 +120,13 @@ def hostile(folder: Path) -> list[Path]:
     prefix = bytes(128) + b"DICM"
     meta = element(0x00020010, b"UI", b"1.2.840.10008.1.2.1\0")
     start = prefix + element(0x00020000, b"UL", struct.pack("<I", len(meta))) + meta
+    meta = element(0x00020010, b"UI", b"1.2.840.10008.1.2.1.99")
+    packer = zlib.compressobj(1, wbits=-zlib.MAX_WBITS)
+    with (folder / "deflated.dcm").open("wb") as file:
+        file.write(prefix + element(0x00020000, b"UL", struct.pack("<I", len(meta))) + meta)
+        for _ in range(3000):
+            file.write(packer.compress(bytes(2**20)))
+        file.write(packer.flush())
     item = struct.pack("<HHI", 0xFFFE, 0xE000, 2**32 - 1)
     (folder / "deep.dcm").write_bytes(start + element(0x00081140, b"SQ", item, 2**32 - 1) * 20_000)
     many = struct.pack("<HHI", 0xFFFE, 0xE000, 0) * 1_000_000

@@ -25,7 +25,7 @@ SETS = {
     "mimic_cxr": (look_alikes.mimic_cxr, "text_xray", "tiny,alone", "default", "text"),
     "openi": (look_alikes.openi_nlm, "text_xray", "tiny,alone", "default", "text"),
     "chestxray14": (look_alikes.chestxray14, "text_xray", "tiny,alone", "default", "xray"),
-    "medicat": (look_alikes.medicat, "ldm", "ct,tiny,alone", "default", "ct"),
+    "medicat": (look_alikes.medicat, "text_mri", "tiny,alone", "default", "mri"),
     "chexpert": (look_alikes.chexpert, *XRAY),
     "siim": (look_alikes.siim, *XRAY),
     "rsna": (look_alikes.rsna, *XRAY),

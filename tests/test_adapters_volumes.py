@@ -3,8 +3,10 @@ value stored is the one that an independent reader finds there."""
 
 import json
 import os
+import re
 import stat
 from collections import Counter
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -14,8 +16,10 @@ from dicom_files import dataset, placed, save, series
 from look_alikes_volumes import acdc, brain_tumor, brats2020, gold_atlas, grid, head, ixi, nifti, sliver07, synthrad
 from PIL import Image as Pillow
 
+from medm2g_jax.data import formats, marks
 from medm2g_jax.data.adapters import ADAPTERS, adapter_of
 from medm2g_jax.data.case import Adapter, Case, Image
+from medm2g_jax.data.volume import Volume
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate import card
 from medm2g_jax.prepare import Order, prepare
@@ -270,6 +274,54 @@ def test_names_and_sessions_of_bids(tmp_path, monkeypatch):
     card.preview(made.out, tmp_path / "preview.png", shown=False)
     assert [stream for stream, _ in shown["rows"]] == ["mri:flair", "mri:t1", "mri:t1ce", "mri:t2"]
     assert set(shown["of"]) == {row["split"] for row in made.rows.values()} and len(shown["of"]) == 8
+
+
+def test_what_a_model_made_stays_marked(tmp_path):
+    shape, affine = (24, 24, 4), grid((24, 24, 4), (6, 6, 20))
+    notes = marks.notes({"fingerprint": "0badcafe", "seed": 1})
+    for name, kind, suffix in (("a", "t1", ".nii.gz"), ("a", "t2", ".mha"), ("b", "t1", ".nii")):
+        volume = Volume(head(kind, shape, affine, seed=len(suffix)), affine)
+        (tmp_path / "down" / name).mkdir(parents=True, exist_ok=True)
+        formats.write_volume(tmp_path / "down" / name / f"{kind}{suffix}", volume, notes if kind == "t1" else {})
+    ct = Volume(head("ct", shape, affine), affine, "HU", modality="CT")
+    formats.write_volume(tmp_path / "dicom/a", ct, notes)
+    made = Made(tmp_path / "down", tmp_path / "out", "folder:nifti", share=0.0)
+    assert {row["subject"]: row["synthetic"] for row in made.rows.values()} == {"a": ["mri_t1"], "b": ["mri_t1"]}
+    assert made.statistics["synthetic"] == 8 and any("8 rows hold what a model made" in line for line in made.said)
+    made = Made(tmp_path / "dicom", tmp_path / "out2", "folder:dicom", share=0.0)
+    assert [row["synthetic"] for row in made.rows.values()] == [["ct"]] * 4
+    real = Made(brats2020(tmp_path / "real"), tmp_path / "out3", "brats2020")
+    assert real.statistics["synthetic"] == 0 and not any("synthetic" in row for row in real.rows.values())
+
+
+def test_folders_that_may_not_be_read_are_said(tmp_path, monkeypatch):
+    if not os.geteuid():  # whom no mode keeps out
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path).stat().st_mode & 0o500 == 0o500)
+    shape, affine = (24, 24, 4), grid((24, 24, 4), (6, 6, 20))
+    for seed, name in enumerate("abc"):
+        nifti(tmp_path / "down" / name / "t1.nii", head("t1", shape, affine, seed), affine)
+    (tmp_path / "down/b").chmod(0)
+    (tmp_path / "down/c").chmod(0o400)  # its files' names are seen
+    made = Made(tmp_path / "down", tmp_path / "out", "folder:nifti", share=0.0)
+    assert {row["subject"] for row in made.rows.values()} == {"a"}
+    assert made.left == {("", "a folder that may not be read (its rights)"): 2}
+    (tmp_path / "down").chmod(0)
+    with pytest.raises(UserError, match="down: a folder that may not be read; give yourself the right, chmod"):
+        Made(tmp_path / "down", tmp_path / "out", "folder:nifti")
+    (tmp_path / "down").chmod(0o700)
+    for name in "bc":
+        (tmp_path / "down" / name).chmod(0o700)
+
+
+@pytest.mark.parametrize("name", ["folder:nifti", "folder:dicom", "folder:images", "ixi", "synthrad", "gold_atlas"])
+def test_a_wrong_root_is_said_in_one_line(tmp_path, name):
+    (tmp_path / "Doe.pdf").write_text("no volume")
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))}: [^\n]*$") as error:
+        Made(tmp_path, tmp_path.with_name("out"), name)
+    assert "Doe" not in str(error.value)
+    if name == "folder:nifti":
+        assert "expected volumes, whose names end in .nii, .nii.gz" in str(error.value)
+        assert "found 1 files .pdf" in str(error.value)
 
 
 def test_patterns_and_a_ct_in_no_unit(tmp_path):

@@ -207,6 +207,7 @@ def test_translate_writes_what_it_is_asked_for_and_says_how_long_a_slice_takes(l
     line = ["translate", "-i", str(head_file), "--model", "x", "--from", "mri:t2", "--draws", "3", "--seed", "7"]
     cli.main([*line, "-o", str(out), "--uncertainty", str(std)])
     said = capsys.readouterr().out
+    assert "this model was trained on the phantom alone" in said
     assert "MRI t2, 20 x 24 x 5 voxels -> CT" in said and "s a slice" in said and "Not for clinical use" in said
     assert "counts from -1 to +1 over 0 to" in said and "mri:t2 -> ct: prompt tokens, guide tokens, registered" in said
     made, differ = nibabel.load(out), formats.read_volume(std)

@@ -12,6 +12,7 @@ import itertools
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,19 +93,31 @@ class Root:
         `Adapter.options`, each with its value.
 
         Raises:
-          UserError: there is no such folder.
+          UserError: there is no such folder, or it may not be read.
         """
         self.path = Path(path).expanduser()
         self.patterns, self.options = dict(patterns or {}), dict(options or {})
         if not self.path.is_dir():
             found = "a file" if self.path.exists() else "nothing"
             raise UserError(f"--root {path}: expected the folder of a downloaded set, found {found}")
+        if not _enterable(self.path):
+            raise UserError(f"--root {path}: a folder that may not be read; give yourself the right, chmod u+rx {path}")
         self._real = self.path.resolve()
+        self.closed: set[str] = set()  # folders that were found and may not be read
 
     def files(self, pattern: str) -> list[str]:
-        """Files, and folders, whose path below the root fits a glob pattern, sorted, "/" between their words."""
-        found = (path for path in self.path.glob(pattern) if path.resolve().is_relative_to(self._real))
-        return sorted(path.relative_to(self.path).as_posix() for path in found)
+        """Files, and folders, whose path below the root fits a glob pattern, sorted, "/" between their words. Folders
+        that may not be read are noted in `closed`, and nothing in them is found."""
+        found = [path for path in self.path.glob(pattern) if path.resolve().is_relative_to(self._real)]
+        self.closed |= {path.relative_to(self.path).as_posix() for path in found if not _enterable(path)}
+        closed = {self.path / name for name in self.closed}
+        names = (path for path in found if not closed or closed.isdisjoint(path.parents))
+        return sorted(path.relative_to(self.path).as_posix() for path in names)
+
+    def kinds(self) -> str:
+        """What is in it, in words without names: "3 files .csv, 2 folders"."""
+        kinds = Counter("folders" if os.path.isdir(path) else f"files {path.suffix}" for path in self.path.iterdir())
+        return ", ".join(f"{n} {kind.strip()}" for kind, n in kinds.most_common(5)) or "nothing"
 
     def has(self, name: str) -> bool:
         """Is there such a file or folder, truly below the root? Of a name with ".." in it never."""
@@ -210,6 +223,11 @@ class Root:
                     yield dict(itertools.zip_longest(head, (value.strip() for value in row[: len(head)]), fillvalue=""))
         except csv.Error as error:
             raise UserError(f"{self.path / name}: line {rows.line_num}: not comma-separated ({error})") from error
+
+
+def _enterable(path: Path) -> bool:
+    """May a folder be looked through? Of anything else: yes."""
+    return os.access(path, os.R_OK | os.X_OK) or not os.path.isdir(path)
 
 
 def _listing(folder: Path) -> str:

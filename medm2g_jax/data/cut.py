@@ -17,7 +17,7 @@ from etils import epath
 from jaxtyping import Num
 from PIL import Image as Pillow
 
-from medm2g_jax.data import checks, formats
+from medm2g_jax.data import checks, formats, marks
 from medm2g_jax.data.case import Case, Image, Root
 from medm2g_jax.data.clean import clean
 from medm2g_jax.data.formats import dicom, raster
@@ -25,7 +25,7 @@ from medm2g_jax.data.formats.content import DAMAGED, levels, written
 from medm2g_jax.data.formats.dicom_grid import FILLED
 from medm2g_jax.data.picture import MOST_PIXELS, Picture, Span
 from medm2g_jax.data.registration import Registered, along, register
-from medm2g_jax.data.source import key_of
+from medm2g_jax.data.source import key_of, stream_of
 from medm2g_jax.data.volume import MOST_VOXELS, Volume, on_one_grid, ranged, shares, slices, squared, stack
 from medm2g_jax.errors import UserError
 from medm2g_jax.modality import MODALITIES, Modality, split_stream
@@ -94,11 +94,15 @@ def cut(case: Case, how: Cutting) -> Outcome:
     """Make a case into rows; whatever is wrong with it is in the outcome, never raised."""
     root, name, rejected = Root(how.root), how.named(case.id), []
     images: dict[str, Picture | Volume] = {}
+    made: set[str] = set()
     for stream, image in case.images.items():
         modality = MODALITIES[split_stream(stream)[0]]
         try:
             span = dict(how.ranges).get(stream, dict(how.ranges).get(modality.name, image.span))
-            images[stream] = _read(root, image._replace(span=span), modality, how.preset)
+            found = _read(root, image._replace(span=span), modality, how.preset)
+            if _made(root.file(image.path), found):
+                made.add(stream)
+            images[stream] = found
         except UserError as error:
             rejected.append((name, stream, _said(error, how)))
         except DAMAGED as error:  # of a library that was given what it does not expect
@@ -106,7 +110,7 @@ def cut(case: Case, how: Cutting) -> Outcome:
     text = clean(case.text, how.clean)
     if case.text.strip() and not text:
         rejected.append((name, "text", f"report empty after cleaning ({how.clean})"))
-    work = _Case(case, how, root, name, text, rejected)
+    work = _Case(case, how, root, name, text, rejected, made)
     pictures = {s: i for s, i in images.items() if isinstance(i, Picture)}
     volumes = {s: i for s, i in images.items() if isinstance(i, Volume)}
     if pictures:
@@ -126,9 +130,9 @@ def cut(case: Case, how: Cutting) -> Outcome:
 class _Case:
     """The rows of one case as they are made."""
 
-    def __init__(self, case: Case, how: Cutting, root: Root, name: str, text: str, rejected: list):
+    def __init__(self, case: Case, how: Cutting, root: Root, name: str, text: str, rejected: list, made: set[str]):
         self.case, self.how, self.root = case, how, root
-        self.name, self.text, self.rejected = name, text, rejected
+        self.name, self.text, self.rejected, self.made = name, text, rejected, made
         self.rows: list[dict[str, Any]] = []
         self.registered: list[tuple[str, float, float, float, float, float]] = []
 
@@ -244,6 +248,8 @@ class _Case:
             row |= {"text": self.text, "text_origin": self.case.origin}
         if grid and len(fields["images"]) > 1:
             row["registered"] = True
+        if made := [key for key in fields["images"] if stream_of(key) in self.made]:
+            row["synthetic"] = made
         if self.case.licence:
             row["license"] = self.case.licence
         burned = [key_of(s) for s, picture in pictures.items() if dicom.BURNED_IN in picture.notes]
@@ -337,6 +343,13 @@ def _windowed(picture: Picture, modality: Modality) -> Picture:
     if values.dtype in (np.uint8, np.uint16):
         return dataclasses.replace(picture, span=(0, np.iinfo(values.dtype).max))
     raise UserError(f"{picture.path}: values in no unit; --range STREAM=LOW:HIGH says which count as -1 and +1")
+
+
+def _made(path: Path, found: Picture | Volume) -> bool:
+    """Does a file say that a model made it?"""
+    if path.is_dir() or formats.format_at(path).name == "DICOM":  # of which the header is read already
+        return dicom.SYNTHETIC in found.notes
+    return marks.mark_of(path) is not None
 
 
 @functools.lru_cache(maxsize=1)  # of a case, whose images are often in one folder

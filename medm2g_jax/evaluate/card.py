@@ -62,6 +62,7 @@ def statistics(
             "edge_overlap_after": _range(m[5] for m in moved),
         },
         "look_alike_across_splits": alike,
+        "synthetic": sum(bool(row.get("synthetic")) for row in rows),
         "burned_in_annotation": sum("burned_in_annotation" in row.get("info", {}) for row in rows),
     }
 
@@ -87,6 +88,8 @@ def lines(stats: Mapping[str, Any]) -> list[str]:
         said = (f"{w} {' -> '.join(f'{moves[key][1]:.3g}' for key in moves if key.startswith(w.replace(' ', '_')))}"
                 for w in what)  # fmt: skip
         out.append(f"  {moves['volumes']} volumes registered: {', '.join(said)} (medians)")
+    if n := stats["synthetic"]:
+        out.append(f"  {n} rows hold what a model made, by their files' own words: they are marked `synthetic`")
     if n := stats["burned_in_annotation"]:
         out.append(f"  {n} rows hold images that say that text is burned into them: look whether it names a patient")
     if n := stats["look_alike_across_splits"]:

@@ -65,7 +65,11 @@ def _by_pattern(root: Root) -> Iterator[Case | Left]:
 def _by_name(root: Root) -> Iterator[Case | Left]:
     """BIDS, or words in the names of files; files of one folder (of one session) that agree but for that word."""
     cases: dict[tuple[str, str], dict[str, str]] = {}
-    for name in root.files("**/*"):
+    names = root.files("**/*")
+    if not any(name.lower().endswith(_VOLUMES) for name in names) and not root.closed:
+        expected = ", ".join(_VOLUMES)
+        raise UserError(f"{root.path}: expected volumes, whose names end in {expected}, found {root.kinds()}")
+    for name in names:
         if not name.lower().endswith(_VOLUMES) or (root.path / name).is_dir():
             continue
         if name.startswith("derivatives/"):
@@ -123,11 +127,13 @@ def _dicom(root: Root) -> Iterator[Case | Left]:
         raise UserError(f"{root.path}: expected a folder for each subject, with its DICOM files in it, found {found}")
     yield from [Left(name, "a DICOM file in no subject's folder") for name in loose]
     for subject in folders:
+        if subject in root.closed:
+            continue
         broken: list[Path] = []
         try:
             found = dicom.series(root.path / subject, MOST_VOXELS, broken)
         except UserError:
-            yield Left(subject, "more files in its folder than one patient has")
+            yield Left(subject, "its folder cannot be looked through (its rights, or too many files in it)")
             continue
         yield from [Left(path.relative_to(root.path).as_posix(), "a damaged DICOM file") for path in broken]
         frames: dict[str, dict[str, Image]] = {}

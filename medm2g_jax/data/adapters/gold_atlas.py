@@ -29,11 +29,13 @@ def _find(root: Root) -> Iterator[Case | Left]:
     if not folders:
         raise UserError(f"{root.path}: no folders in it; expected one for each patient (unpacked), 1_01_P and the like")
     for patient in folders:
+        if patient in root.closed:
+            continue
         broken: list[Path] = []
         try:
             found = [one for one in dicom.series(root.path / patient, MOST_VOXELS, broken) if not one.localizer]
         except UserError:
-            yield Left(patient, "more files in its folder than one patient has")
+            yield Left(patient, "its folder cannot be looked through (its rights, or too many files in it)")
             continue
         yield from [Left(path.relative_to(root.path).as_posix(), "a damaged DICOM file") for path in broken]
         mri = {f"mri:{one.contrast}": one for one in reversed(found) if one.modality == "MR" and one.contrast}

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from medm2g_jax.data.formats.content import check_count, opened
+from medm2g_jax.data.formats.content import check_count, opened, unreadable
 from medm2g_jax.data.formats.dicom_grid import Slab, stacked
 from medm2g_jax.data.formats.dicom_pixels import get, in_unit, numbers, padding, readable, stored, window
 from medm2g_jax.data.picture import Picture
@@ -35,11 +35,12 @@ TAGS = """SOPInstanceUID SeriesInstanceUID SeriesNumber FrameOfReferenceUID Moda
     ImageOrientationPatient PatientOrientation PixelSpacing ImagerPixelSpacing SliceThickness SamplesPerPixel
     PhotometricInterpretation NumberOfFrames Rows Columns PlanarConfiguration BitsAllocated BitsStored HighBit
     PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit RescaleSlope RescaleIntercept RescaleType
-    BurnedInAnnotation ModalityLUTSequence WindowCenter WindowWidth VOILUTFunction PixelData FloatPixelData
-    DoubleFloatPixelData ExtendedOffsetTable ExtendedOffsetTableLengths SharedFunctionalGroupsSequence
+    BurnedInAnnotation SyntheticData ModalityLUTSequence WindowCenter WindowWidth VOILUTFunction PixelData
+    FloatPixelData DoubleFloatPixelData ExtendedOffsetTable ExtendedOffsetTableLengths SharedFunctionalGroupsSequence
     PerFrameFunctionalGroupsSequence""".split()
 
 BURNED_IN = "says that text is burned into it (BurnedInAnnotation)"
+SYNTHETIC = "says that a model made it (SyntheticData)"
 # What tells series apart beside their grids; read in looking for them, and let go of at once.
 _TELLING = ["SeriesDescription", "ProtocolName", "ScanningSequence", "RepetitionTime", "EchoTime", "InversionTime"]
 _WORDS = {
@@ -56,6 +57,7 @@ _PER_FRAME = """ImagePositionPatient ImageOrientationPatient PixelSpacing SliceT
     RescaleType""".split()  # in an enhanced file
 _ITEM, _ITEMS = b"\xfe\xff\x00\xe0", 200_000  # of sequences and fragments: a real file has some dozens a frame
 _FILES = 100_000  # looked at in one folder
+_INFLATED = 2**28  # bytes that a deflated file may become, whatever an image may have: a small file asks for them
 _DEFLATED, _PLAIN = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1"
 
 
@@ -245,8 +247,11 @@ def read_series(one: Series, most_voxels: int) -> Volume:
 
 def _files(root: Path) -> Iterator[tuple[Path, bool]]:
     """(file, whether it truly lies in the folder), in the order of names."""
+    def stop(error: OSError) -> None:  # what is not looked at could be half of a series
+        raise unreadable(error.filename, error)
+
     real, count = root.resolve(), 0
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=stop):
         folders.sort()
         for name in sorted(names):
             path, count = Path(folder, name), count + 1
@@ -290,7 +295,7 @@ def _parsed(path: epath.PathLike, most_pixels: int, instead: Sequence[str] = ())
     if content[128:132] != b"DICM" and not bare:
         raise UserError(f"{name}: {'does not begin as DICOM does' if content else 'empty, not DICOM'}")
     if _DEFLATED in content:
-        content = _inflated(name, content, limit)
+        content = _inflated(name, content, min(limit, _INFLATED))
     if content.count(_ITEM) > _ITEMS:
         raise UserError(f"{name}: more than {_ITEMS} items in its sequences, more than an image has")
     with readable(name):
@@ -371,12 +376,14 @@ def _volume(name: str, header: Any, slabs: list[Slab], most_voxels: int, notes: 
     frames = get(name, header, "PerFrameFunctionalGroupsSequence", [None])
     own = {"RescaleType": get(name, header, "RescaleType")} | _frames(name, header, len(frames))[0]
     unit, said = _unit(modality, str(get(name, own, "RescaleType", "HU")), _is_localizer(name, header))
-    notes += said + _burned(name, header)
+    notes += said + _warned(name, header)
     return dataclasses.replace(volume, unit=unit, modality=modality, frame=frame, notes=notes + volume.notes)
 
 
-def _burned(name: str, header: Any) -> tuple[str, ...]:
-    return (BURNED_IN,) if str(get(name, header, "BurnedInAnnotation", "")).strip().upper() == "YES" else ()
+def _warned(name: str, header: Any) -> tuple[str, ...]:
+    """What its header says YES to that its user should know."""
+    tags = {"BurnedInAnnotation": BURNED_IN, "SyntheticData": SYNTHETIC}
+    return tuple(note for tag, note in tags.items() if str(get(name, header, tag, "")).strip().upper() == "YES")
 
 
 def _unit(modality: str, kind: str, localizer: bool) -> tuple[str, tuple[str, ...]]:
@@ -396,7 +403,7 @@ def _picture(name: str, header: Any, most_pixels: int) -> Picture:
     empty, pixels = padding(name, header, values), in_unit(name, header, values)[0]
     modality = str(get(name, header, "Modality", ""))
     unit, notes = _unit(modality, str(get(name, header, "RescaleType", "HU")), _is_localizer(name, header))
-    notes += _burned(name, header)
+    notes += _warned(name, header)
     shown = None if unit else window(name, header)
     bits = int((numbers(name, header, "BitsStored", 1) or (64,))[0])  # absent of floats
     if unit:
