@@ -1,9 +1,9 @@
 """The desk behind the page of `medm2g demo`: one model, requests that take turns, and what came of each.
 
 A request is an `Order`; `Desk.make` is a generator of how far it is, and last of its `Result`. Whoever closes the
-generator cancels the request: while it waits at once, while it samples after the pass that runs. Passes hold one
-sample, so that one executable serves any number of draws. The model is loaded, and the first order's program compiled,
-by a thread of the desk's own, while the page comes up. This file knows no page.
+generator cancels the request, as `Desk.cancel` does: while it waits at once, while it samples after the pass that runs.
+Passes hold one sample, so that one executable serves any number of draws. The model is loaded, and the first order's
+program compiled, by a thread of the desk's own, while the page comes up. This file knows no page.
 """
 
 import concurrent.futures
@@ -280,7 +280,8 @@ class _Cancelled(Exception):
 class _Work:
     """A request in the queue: what its thread tells whoever waits for it."""
 
-    def __init__(self):
+    def __init__(self, whose: str):
+        self.whose = whose
         self.cancelled = threading.Event()
         self.progress = Progress("waiting")
         self.result: Result | None = None
@@ -332,16 +333,17 @@ class Desk:
                 concurrent.futures.wait([self._first], EVERY)
         yield self._first.result()
 
-    def make(self, order: Order, before: Result | None = None) -> Iterator[Progress | Result]:
-        """Make what is asked for; closing the generator cancels.
+    def make(self, order: Order, before: Result | None = None, whose: str = "") -> Iterator[Progress | Result]:
+        """Make what is asked for; closing the generator cancels. One that is cancelled ends without a result.
 
         Args:
           before: what the mirrored patient's is to be shown beside: `order` is then that of `mirrored`.
+          whose: name that `cancel` takes.
 
         Raises:
           UserError: it cannot be made, or too many wait.
         """
-        work, start = _Work(), time.monotonic()
+        work, start = _Work(whose), time.monotonic()
         thread = threading.Thread(target=self._run, args=(work, checked(order), before), daemon=True)
         with self._moved:
             if len(self._line) > MOST_WAITING:
@@ -349,7 +351,7 @@ class Desk:
             self._line.append(work)
         thread.start()
         try:
-            while thread.is_alive():
+            while thread.is_alive() and not work.cancelled.is_set():
                 place = self._place(work)
                 said = Progress(f"waiting its turn, {place} before it") if place else work.progress
                 yield dataclasses.replace(said, text=f"{said.text}, {duration(time.monotonic() - start)}")
@@ -360,7 +362,16 @@ class Desk:
                 self._moved.notify_all()
         if work.error is not None:
             raise work.error
-        yield work.result
+        if work.result is not None:
+            yield work.result
+
+    def cancel(self, whose: str) -> None:
+        """Cancel all that somebody has asked for."""
+        with self._moved:
+            for work in self._line:
+                if work.whose == whose:
+                    work.cancelled.set()
+            self._moved.notify_all()
 
     def _place(self, work: _Work) -> int:
         with self._moved:

@@ -59,25 +59,27 @@ def page(desk: Desk) -> Any:
         tell = functools.partial(_told, downloads=tuple(downloads))
 
         def first_result(chosen: str, before: Result | None) -> Iterator[tuple]:
-            yield from tell(desk.first(), chosen, before)
+            yield from tell(desk.first(), chosen, before, ours=True)
 
-        def make(chosen: str, before: Result | None, *values: Any) -> Iterator[tuple]:
-            yield from tell(_asked(desk, dict(zip(inputs, values, strict=True))), chosen, before)
+        def make(tab: gr.Request, chosen: str, before: Result | None, *values: Any) -> Iterator[tuple]:
+            steps = _asked(desk, dict(zip(inputs, values, strict=True)), tab.session_hash)
+            yield from tell(steps, chosen, before)
 
-        def exchange(chosen: str, before: Result) -> Iterator[tuple]:
-            yield from tell(_exchanged(desk, before), chosen, before)
+        def exchange(tab: gr.Request, chosen: str, before: Result) -> Iterator[tuple]:
+            yield from tell(_exchanged(desk, before, tab.session_hash), chosen, before)
+
+        def cancel(tab: gr.Request) -> None:
+            desk.cancel(tab.session_hash)
 
         quiet = dict(show_progress="hidden", api_visibility="private")
         own = dict(outputs=outputs, concurrency_limit=None, trigger_mode="once", **quiet)
         asked = [window, kept, *inputs.values()]
-        events = [
-            blocks.load(first_result, [window, kept], **own),
-            go.click(make, asked, **own),
-            *(fields[name].submit(make, asked, **own) for name in able.texts()),
-            swap.click(exchange, [window, kept], **own),
-        ]
-        ended = [status, go, swap, stop]
-        stop.click(_ended, [kept], ended, cancels=events, queue=False, **quiet)
+        blocks.load(first_result, [window, kept], **own)
+        go.click(make, asked, **own)
+        for name in able.texts():
+            fields[name].submit(make, asked, **own)
+        swap.click(exchange, [window, kept], **own)
+        stop.click(cancel, queue=False, **quiet)
         window.change(_looked_at, [kept, window], [shown], queue=False, **quiet)
         _wire_drops(able, fields, quiet)
     return blocks
@@ -219,7 +221,7 @@ def _slider(count: int, number: float | None) -> Any:
 # --- what a request does to the page --------------------------------------------------------------------------------
 
 
-def _asked(desk: Desk, values: dict[str, Any]) -> Iterator[Any]:
+def _asked(desk: Desk, values: dict[str, Any], whose: str) -> Iterator[Any]:
     able = desk.able
     make = tuple(values["make"] or ())
     given: dict[str, str | Given] = {}
@@ -234,7 +236,7 @@ def _asked(desk: Desk, values: dict[str, Any]) -> Iterator[Any]:
             given[stream] = demo_desk.read(path, stream, able.ranges, _number(number, count))
     whole = {name: _whole(name, values[name]) for name in ("seed", "draws", "steps")}
     numbers = {name: values[name] for name in ("guidance", "eta", "sampler", "guides")}
-    yield from desk.make(Order(given, make, **numbers, **whole))
+    yield from desk.make(Order(given, make, **numbers, **whole), whose=whose)
 
 
 def _whole(name: str, value: Any) -> int:
@@ -243,27 +245,31 @@ def _whole(name: str, value: Any) -> int:
     return int(value)
 
 
-def _exchanged(desk: Desk, before: Result) -> Iterator[Any]:
-    yield from desk.make(demo_desk.mirrored(before.rows[0].order), before)
+def _exchanged(desk: Desk, before: Result, whose: str) -> Iterator[Any]:
+    yield from desk.make(demo_desk.mirrored(before.rows[0].order), before, whose)
 
 
-def _told(steps: Iterator[Any], window: str, before: Result | None, downloads: tuple[str, ...]) -> Iterator[tuple]:
+def _told(
+    steps: Iterator[Any], window: str, before: Result | None, downloads: tuple[str, ...], ours: bool = False
+) -> Iterator[tuple]:
     """What the page shows of a request, while it runs and when it is done: values for `page`'s outputs.
 
     Args:
       before: the result that is on the page, and stays there where this request gives none.
+      ours: nobody has asked for it, and nobody cancels it.
     """
     same = gr.skip()
     files = (same,) * len(downloads)
-    busy = (gr.update(interactive=False), gr.update(interactive=False), gr.update(interactive=True))
+    busy = (gr.update(interactive=False), gr.update(interactive=False), gr.update(interactive=not ours))
+    step = None
     try:
         for step in steps:
             if isinstance(step, demo_desk.Progress):
                 yield demo_view.status(step), same, same, same, *busy, *files
-            elif step is None:  # nothing was made unasked
-                yield demo_view.said("ready"), same, same, same, *_idle(before), *files
-            else:
+            elif step is not None:
                 yield _arrived(step, window, downloads)
+        if not isinstance(step, Result):
+            yield demo_view.said("ready" if ours else "cancelled"), same, same, same, *_idle(before), *files
     except UserError as error:
         yield demo_view.problem(error), same, same, same, *_idle(before), *files
     except Exception:  # a fault of ours: the page can be used again, and the traceback is for the terminal
@@ -290,10 +296,6 @@ def _idle(result: Result | None) -> tuple:
     """The buttons to make, to exchange sides and to cancel, while nothing runs."""
     has_side = result is not None and demo_desk.has_side(result.rows[0].order)
     return gr.update(interactive=True), gr.update(interactive=has_side), gr.update(interactive=False)
-
-
-def _ended(kept: Result | None) -> tuple:
-    return demo_view.said("cancelled"), *_idle(kept)
 
 
 def _looked_at(kept: Result | None, window: str) -> Any:
