@@ -6,6 +6,7 @@ Passes hold one sample, so that one executable serves any number of draws. The m
 program compiled, by a thread of the desk's own, while the page comes up. This file knows no page.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -40,6 +41,7 @@ MOST_VOXELS = 2**27  # of a file that is dropped; 512 slices of 512 x 512
 MOST_TEXT = 2000  # characters
 MOST_DRAWS, MOST_STEPS = 16, 250
 MOST_WAITING = 8
+KEPT = 32  # results whose files are kept
 EVERY = 0.3  # seconds between two looks at how far a request is
 EXAMPLE = "large mass in the left upper lung ."
 
@@ -301,6 +303,7 @@ class Desk:
         self.able = able
         self.folder = folder
         self._line: list[_Work] = []
+        self._results: collections.deque[Path] = collections.deque()
         self._moved = threading.Condition()
         self._known: set[tuple] = set()  # requests whose programs are compiled
         self._first: concurrent.futures.Future[Result | None] = concurrent.futures.Future()
@@ -422,6 +425,9 @@ class Desk:
     def _files(self, model: Model, rows: tuple[Made, ...]) -> dict[str, str]:
         """A file a form of all that was made, each marked as synthetic in it."""
         folder = Path(tempfile.mkdtemp(dir=self.folder))
+        self._results.append(folder)
+        if len(self._results) > KEPT:
+            shutil.rmtree(self._results.popleft(), ignore_errors=True)
         name = f"medm2g_seed{rows[0].order.seed}"
         cut = _grid(rows[0].order)
         files = {}
