@@ -485,6 +485,20 @@ def _prepare(args: argparse.Namespace) -> None:
         print(f"train with --config.data.source={build(manifest.parent, args.tfds)}")
 
 
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help=f"{MODEL}; default the model in the box")
+    parser.add_argument("--port", type=int, help="default the first free one from 7860")
+    parser.add_argument("--no-browser", dest="browser", action="store_false", help="open none")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from medm2g_jax import demo
+    from medm2g_jax.train.log import quiet
+
+    quiet()
+    demo.run(args.model, args.port, args.browser)
+
+
 class Verb(NamedTuple):
     """A row of VERBS: help in one line, its arguments, what it does with them (and its exit status, where that is not
     0), and what it is in more words."""
@@ -554,6 +568,12 @@ VERBS = {
         "train step with the TPU compiler, on any Linux machine, and print its memory and cost. "
         "--config.FIELD=VALUE as for training.",
         overrides=True,
+    ),
+    "demo": Verb(
+        "a web page of a model, on this machine",
+        _demo_arguments,
+        _demo,
+        "Serves a page on 127.0.0.1: any to any, counterfactuals, downloads. Needs the extra `demo` (gradio).",
     ),
 }
 

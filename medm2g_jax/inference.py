@@ -24,6 +24,7 @@ from medm2g_jax.limits import check_sampling
 from medm2g_jax.modality import MODALITIES, split_stream
 from medm2g_jax.model import MedM2G
 
+Tell = Callable[[int, int], Any]  # (rows made so far, rows in all)
 LARGE = 2**30  # bytes of parameters from which memory counts for more than the last bit of speed
 
 
@@ -103,12 +104,14 @@ class Model:
         guidance: float | tuple[float, float],
         eta: float,
         rows: int | None = None,
+        tell: Tell | None = None,
     ) -> dict[str, Float[np.ndarray, "n ..."]]:
         """Latents of the wanted streams, from values as networks read them (`generate.build_sampler`).
 
         Args:
           guidance: where `request.apart`, of prompts and of guides.
           rows: made at a time, as one batch; None for all. A sample does not depend on its batch.
+          tell: is called after each of these batches.
         """
         if request not in self._samplers:
             self._samplers[request] = jit(build_sampler(self.model, request), save_memory=self._large)
@@ -119,7 +122,7 @@ class Model:
             made = self._samplers[request](self.params, given, empty, keys, *scales)
             return {s: made[s] for s in request.make}
 
-        return _in_passes(some, rows or len(keys), given, keys)
+        return _in_passes(some, rows or len(keys), given, keys, tell=tell)
 
     def ids(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """Texts as networks read them."""
@@ -191,6 +194,7 @@ class Model:
         seed: int = 0,
         numbers: Sequence[int] | None = None,
         rows: int | None = None,
+        tell: Tell | None = None,
         **options: Any,
     ) -> Generated:
         """Make the wanted streams from the given ones.
@@ -211,6 +215,7 @@ class Model:
           numbers: which i each sample has; None for 0, 1, 2 ... Those of one number have one noise, as the slices of a
             volume do (`volumes`).
           rows: made at a time; None for the run's own `sample.rows`. A sample does not depend on it.
+          tell: is called after each of these passes, before decoding; what it raises ends the generation.
           **options: `sampler`, `spacing`, `guide`, `prompts`, `guides`, `register` of `generate.Request`.
 
         Raises:
@@ -245,7 +250,7 @@ class Model:
         each, rows = max(draws, best_of), rows or self.defaults["rows"]
         repeated = jax.tree.map(lambda x: np.repeat(x, each, axis=0), batch)
         keys = _draw_keys(seed, range(n) if numbers is None else numbers, each)
-        latents = self.sample(request, repeated, keys, scales, self.defaults["eta"] if eta is None else eta, rows)
+        latents = self.sample(request, repeated, keys, scales, self.defaults["eta"] if eta is None else eta, rows, tell)
         if broken := [s for s, z in latents.items() if not np.isfinite(z).all()]:
             raise UserError(f"{broken[0]}: no finite sample came of guidance {scale}; ask for less")
         made = {s: self.decode(s, latents[s], rows, beams) for s in request.make}
@@ -391,7 +396,7 @@ class Model:
         return modality.in_unit(np.stack([images.undo(x, grid or x.shape) for x in pixels]))
 
 
-def _in_passes(f: Callable, rows: int, *trees: Any) -> Any:
+def _in_passes(f: Callable, rows: int, *trees: Any, tell: Tell | None = None) -> Any:
     """f over the rows of trees of arrays, so many at a time and the last pass filled up: one executable does it all.
     Trees of NumPy arrays."""
     total = len(jax.tree.leaves(trees)[0])
@@ -400,6 +405,8 @@ def _in_passes(f: Callable, rows: int, *trees: Any) -> Any:
         chosen = np.minimum(np.arange(start, start + size), total - 1)
         some = trees if size == total else jax.tree.map(lambda x, chosen=chosen: x[chosen], trees)
         parts.append(jax.tree.map(np.asarray, f(*some)))
+        if tell is not None:
+            tell(min(start + size, total), total)
     return jax.tree.map(lambda *x: np.concatenate(x)[:total] if len(x) > 1 else x[0], *parts)
 
 

@@ -135,6 +135,21 @@ def stack(volume: Volume, plane: str) -> Num[np.ndarray, "n h w"]:
     return volume.values.transpose(order)[turns]
 
 
+def single(volume: Volume, number: int, plane: str) -> Volume:
+    """One slice of `stack`, as a volume that lies where the slice does.
+
+    Raises:
+      UserError: no such plane or slice.
+    """
+    order, turns = _turn(volume.affine, plane)
+    count = volume.values.shape[order[0]]
+    _numbers([number], count, plane)
+    at = range(count)[turns[0]][number]
+    affine = volume.affine.copy()
+    affine[:3, 3] += affine[:3, order[0]] * at
+    return dataclasses.replace(volume, values=volume.values.take([at], order[0]), affine=affine)
+
+
 def stack_affine(volume: Volume, plane: str) -> Float[np.ndarray, "4 4"]:
     """(slice, row, column, 1) of `stack` -> millimetres, RAS+."""
     order, turns = _turn(volume.affine, plane)

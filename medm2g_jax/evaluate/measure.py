@@ -5,7 +5,6 @@ CSV and a table in Markdown, and pictures of the worst, the median and the best 
 import json
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -152,10 +151,11 @@ def _apart(source: Source, shared: Mapping[str, Any], data: str) -> None:
         )
 
 
-def _write(figures: Sequence[Figure], record: dict[str, Any], folder: Path, task: str, out: str) -> None:
+def _write(figures: Sequence[Figure], record: dict[str, Any], folder: epath.Path, task: str, out: str) -> None:
     told = json.dumps(dict(figures=to_json(figures), **record), indent=1)
     if not out:
-        ((Path.cwd() if folder.parent == BOX else folder) / "evaluation.json").write_text(told)
+        here = epath.Path.cwd() if folder.parent == BOX else folder
+        (here / "evaluation.json").write_text(told)
         return
     for ending, text in (("json", told), ("csv", table.csv(figures)), ("md", table.markdown(figures, record))):
         file = epath.Path(out) / f"{task}.{ending}"

@@ -160,5 +160,11 @@ def parse(text: str) -> Findings:
 
 
 def swap_side(text: str) -> str:
-    """The same report of the mirrored patient, for counterfactuals: left becomes right and right becomes left."""
-    return re.sub(r"\b(left|right)\b", lambda m: SIDES[m[0] == "left"], text)
+    """The same report of the mirrored patient, for counterfactuals: left becomes right and right becomes left, in
+    capitals as it was."""
+
+    def other(found: re.Match) -> str:
+        side = SIDES[found[0].lower() == "left"]
+        return side.upper() if found[0].isupper() else side.capitalize() if found[0].istitle() else side
+
+    return re.sub(r"\b(left|right)\b", other, text, flags=re.IGNORECASE)
