@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from medm2g_jax.errors import UserError
 
-MODEL = "a run root, one stage's folder in it, or an exported folder"
+MODEL = "a run root, one stage's folder in it, an exported folder, or phantom, the model in the box"
 SEEN = 3  # exit status of what was done and has found something that somebody has to look at
 
 
