@@ -101,7 +101,7 @@ def test_one_modality_alone_is_made_from_noise(roots):
     with pytest.raises(UserError, match="'ct' cannot be given: this model takes nothing there"):
         model.generate({"ct": np.zeros((8, 8))}, ["ct"])
     with pytest.raises(UserError, match="this model makes ct by the guides of nobody"):
-        phantom.measure(str(roots / "ct"), 4)
+        measure(str(roots / "ct"), 4)
 
 
 def test_a_flow_says_what_it_predicts_and_a_round_takes_it_from_there(roots):

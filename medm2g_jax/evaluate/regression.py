@@ -22,6 +22,7 @@ from medm2g_jax.model import OnGrid, init, null_context
 from medm2g_jax.nn.attention import context
 
 ALL = 2**30  # records: as many as there are
+Latents = Mapping[str, jax.Array | np.ndarray]
 
 
 class Fit(NamedTuple):
@@ -61,7 +62,7 @@ def fit(
             out[stream] = np.concatenate([np.asarray(one(x[i : i + CHUNK])) for i in range(0, len(x), CHUNK)])
         return out
 
-    def near(z: Mapping[str, np.ndarray]) -> jax.Array:
+    def near(z: Latents) -> jax.Array:
         ones = jnp.ones((len(z[given[0]]),), bool)
         return flow.on_grid(
             OnGrid(m, z[s], ones[:, None, None, None].astype(jnp.float32), jnp.full(len(ones), index, jnp.int32), ones)
@@ -72,7 +73,7 @@ def fit(
     empty = held.ids([""]) if held.tokenizers else {}
     frozen = {**held.params, **model.null(held.params, empty)}
 
-    def said(params: dict, z: Mapping[str, np.ndarray]) -> jax.Array:
+    def said(params: dict, z: Latents) -> jax.Array:
         """The UNet sees its sources, the null prompt, and a blank in place of noise."""
         rows = len(z[given[0]])
         blank, at = jnp.zeros((rows, *flow.family.latent_shape)), jnp.full((rows,), number, jnp.int32)
