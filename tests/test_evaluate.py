@@ -6,11 +6,14 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from micro import micro
 from PIL import Image
 
+from medm2g_jax.data.manifest import Manifest
 from medm2g_jax.data.phantom.render import Phantom
 from medm2g_jax.errors import UserError
+from medm2g_jax.evaluate import measure as measuring
 from medm2g_jax.evaluate import phantom, synthesis
 from medm2g_jax.evaluate.measure import measure
 from medm2g_jax.evaluate.metrics import METRICS
@@ -187,3 +190,21 @@ def test_what_a_model_was_trained_on_is_no_test_of_it(tmp_path):
     asked = dict(synthesised=[(("mri",), "ct")], data=f"manifest:{tmp_path / 'other'}")
     with pytest.raises(UserError, match="test subjects are among those that the model was trained on"):
         measure(str(tmp_path / "ct_mri"), **asked)
+
+
+def test_real_images_are_in_no_picture_of_data_that_are_not_open(tmp_path):
+    manifest(tmp_path / "open")
+    rows = (tmp_path / "open" / "manifest.jsonl").read_text()
+    shutil.copytree(tmp_path / "open", tmp_path / "closed")
+    (tmp_path / "closed" / "manifest.jsonl").write_text(rows.replace("CC0", "PhysioNet Credentialed Health Data License"))
+    sheets = [measuring._sheet("out", Manifest(tmp_path / name, 16), "x") for name in ("open", "closed")]
+    assert sheets == [epath.Path("out/x.png"), None]
+
+
+def test_findings_of_data_without_exact_labels_are_refused(tmp_path):
+    trained = {f"{m}/{part}": {} for m in ("text", "ct") for part in ("flow", "guide")}
+    about = {"modalities": {"text": {}, "ct": {}}, "from": trained, "pairs": {"guide": [["text", "ct"]]}}
+    meta = dict(stage="text_ct", rounds=["text_ct"], shared=shared("phantom"), **about)
+    checkpoint.save_model(tmp_path / "text_ct", {"ct/guide/x": jnp.ones(1)}, meta)
+    with pytest.raises(UserError, match="have no exact labels to judge by; name a task that needs none"):
+        measure(str(tmp_path / "text_ct"), data=manifest(tmp_path / "mine"))

@@ -24,11 +24,6 @@ class Pairs(NamedTuple):
     made: Images
 
 
-def identity(train: Pairs, given: Sequence[Images]) -> Images:
-    """The last source taken for the target."""
-    return given[-1]
-
-
 def mean_image(train: Pairs, given: Sequence[Images]) -> Images:
     """The mean of the training images, whatever is given."""
     return np.broadcast_to(train.made.mean(axis=0, keepdims=True), given[0].shape)
@@ -94,7 +89,6 @@ def nearest_image(train: Pairs, given: Sequence[Images]) -> Images:
 
 Baseline = Callable[[Pairs, Sequence[Images]], Images]
 IMAGES: dict[str, Baseline] = {
-    "the last source taken for it": identity,
     "the mean image": mean_image,
     "a look-up table": look_up_table,
     "ridge regression on 5 x 5 patches": patch_ridge,

@@ -50,8 +50,8 @@ def measure(
       reported: image streams that reports are made from (`reports`), both cleaned by the way `cleaning`.
       sets: (stream given, stream made) of `sets`.
       data: another data set than the model's own, as config.data.source names it.
-      out: a folder for TASK.json, TASK.csv, TASK.md and TASK_*.png; "": evaluation.json beside the round's result, or
-        here where the model came with the package.
+      out: a folder for TASK.json, TASK.csv, TASK.md and, of open data, TASK_*.png; "": evaluation.json beside the
+        round's result, or here where the model came with the package.
 
     Raises:
       UserError: the data that it was trained on has no exact labels to judge by, or too few test subjects; it was
@@ -78,6 +78,11 @@ def measure(
     if data:
         source = source_of({**shared, "data": {**shared["data"], "source": data}})
         _apart(source, shared, data)
+        if reports and labels(source) is None:
+            raise UserError(
+                f"--data {data}: its findings have no exact labels to judge by; name a task that needs none, as "
+                "--config=configs/tasks.py:reports"
+            )
     else:
         source = labelled_source(shared, path) if reports else source_of(shared)
     held = {case: _held(source, case) for case in trained}
@@ -94,11 +99,8 @@ def measure(
     bench = Bench(model, source, rows or most, seed) if findings and labels(source) else None
     if reports:
         bench.reports_and_images(reports)
-    options = {
-        synthesis: dict(regression=regression),
-        reports_from: dict(cleaning=cleaning),
-        as_sets: {},
-    }
+    if out and not source.open:
+        print(f"{source.name} is not open: its images are in no picture", flush=True)
     for case, count in held.items():
         if not count:
             continue
@@ -106,8 +108,13 @@ def measure(
         if rows and rows > count:
             needed = ", ".join((*given, target))
             raise UserError(f"--rows={rows}: {source.name} holds {count} test records with {needed}")
-        sheet = epath.Path(out) / f"{task}_{_plain(given, target)}.png" if out else None
-        found = how(model, source, given, target, rows or min(most, count), seed, sheet=sheet, **options[how])
+        sheet = _sheet(out, source, f"{task}_{_plain(given, target)}")
+        options = {
+            synthesis: dict(regression=regression, sheet=sheet),
+            reports_from: dict(cleaning=cleaning),
+            as_sets: dict(sheet=sheet),
+        }[how]
+        found = how(model, source, given, target, rows or min(most, count), seed, **options)
         print("\n".join(f"  {line(figure)}" for figure in found), flush=True)
         figures += found
         if bench and how is synthesis:
@@ -123,6 +130,11 @@ def measure(
 def _held(source: Source, case: tuple[Any, Sequence[str], str]) -> int:
     needed = {*case[1], case[2]}
     return sum(r.split == "test" and needed <= set(r.streams) for r in source.records)
+
+
+def _sheet(out: str, source: Source, name: str) -> epath.Path | None:
+    """Where a picture goes; nowhere of data that are not open, since it shows real images beside what is made."""
+    return epath.Path(out) / f"{name}.png" if out and source.open else None
 
 
 def _plain(given: Sequence[str], target: str) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from etils import epath
 
 from medm2g_jax.data.pipeline import read_streams
 from medm2g_jax.data.source import Source, labeller
@@ -32,13 +31,11 @@ def reports_from(
     seed: int,
     *,
     cleaning: str,
-    sheet: epath.Path | None = None,
 ) -> list[Figure]:
     """Figures of reports made from the one stream `given`, of `rows` test records that have both.
 
     Args:
       cleaning: of both texts, a row of `data.clean.CLEANINGS`.
-      sheet: not written: reports are none of a picture's things.
     """
     (image,) = given
     held = read_streams(source, (image, text), "test", rows, seed)

@@ -14,14 +14,15 @@ from medm2g_jax.data.pipeline import read_streams
 from medm2g_jax.data.source import Source
 from medm2g_jax.evaluate.figures import Figure
 from medm2g_jax.evaluate.metrics import METRICS, feature_figures
+from medm2g_jax.evaluate.metrics.image import scales_in
 from medm2g_jax.evaluate.pictures import grid
 from medm2g_jax.evaluate.samples import samples
+from medm2g_jax.evaluate.synthesis import task_words
 from medm2g_jax.inference import Model
 from medm2g_jax.modality import stream_word
 
 DRAWS = 4
 SHOWN = 8
-WINDOW = 11  # pixels of MS-SSIM's window: its coarsest scale must be as wide
 
 
 def as_sets(
@@ -43,7 +44,7 @@ def as_sets(
     held = read_streams(source, (*given, target), "test", rows, seed)
     x = np.stack(held[target])
     asked = {s: held[s] if isinstance(held[s][0], str) else np.stack(held[s]) for s in given}
-    task = " -> ".join((" + ".join(map(stream_word, given)), stream_word(target)))
+    task = " -> ".join(task_words(given, target))
     drawn = [samples(model, asked, [target], rows, seed + i)[target] for i in range(DRAWS)]
     nothing = samples(model, {}, [target], rows, seed)[target]
     train = read_streams(source, (target,), "train", rows, seed)
@@ -54,8 +55,7 @@ def as_sets(
     out = []
     for name, images in {task: drawn[0], **beside}.items():
         out += feature_figures(name, features, model.embedded(target, images), "ours", seed=seed)
-    scales = max(k for k in (1, 2, 3, 4, 5) if x.shape[1] >> (k - 1) >= WINDOW)
-    if scales > 1:
+    if (scales := scales_in(*x.shape[1:3])) > 1:
         name = f"MS-SSIM among draws, {scales} scales"
         real = np.stack([x[np.random.default_rng(seed + i).permutation(rows)] for i in range(DRAWS)])
         for who, some in ((task, np.stack(drawn)), (f"real {stream_word(target)} of {DRAWS} subjects", real)):

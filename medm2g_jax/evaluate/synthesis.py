@@ -18,7 +18,7 @@ from etils import epath
 from medm2g_jax.data.pipeline import of_streams, share_a_grid
 from medm2g_jax.data.source import Source
 from medm2g_jax.errors import UserError
-from medm2g_jax.evaluate.baselines import IMAGES, Pairs, identity
+from medm2g_jax.evaluate.baselines import IMAGES, Pairs
 from medm2g_jax.evaluate.figures import Figure, Reference
 from medm2g_jax.evaluate.metrics import figures_of
 from medm2g_jax.evaluate.metrics.image import Images, decibel, squared_error
@@ -132,8 +132,7 @@ def _baselines(
         return
     pairs = Pairs([train[s] for s in sources], train[target])
     for name, baseline in IMAGES.items():
-        if baseline is not identity:
-            yield name, baseline(pairs, [*sources.values()])
+        yield name, baseline(pairs, [*sources.values()])
     if regression:
         train = of_streams(source, streams, "train", ALL, seed)
         yield f"regression, {regression} steps", fit(model, train, target, steps=regression, seed=seed).answer(sources)

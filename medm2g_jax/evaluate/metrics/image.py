@@ -103,6 +103,11 @@ WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the scales, finest firs
 GAUSSIAN = 11  # pixels of its window, sigma 1.5
 
 
+def scales_in(height: int, width: int) -> int:
+    """How many scales of `ms_ssim` images of this size have: at the coarsest a window still fits; 0: none."""
+    return next((k for k in range(5, 0, -1) if min(height, width) > (GAUSSIAN - 1) * 2 ** (k - 1)), 0)
+
+
 def ms_ssim(real: Images, made: Images, scales: int = 5) -> Float[np.ndarray, "n"]:
     """Multi-scale SSIM of each image in [0, 1] (Wang et al. 2003): Gaussian windows of 11 x 11, sigma 1.5, over the
     pixels whose window lies within; from scale to scale means of 2 x 2 pixels. Of fewer scales than 5, the finest ones,
@@ -111,7 +116,7 @@ def ms_ssim(real: Images, made: Images, scales: int = 5) -> Float[np.ndarray, "n
     Raises:
       UserError: an image too small for so many scales.
     """
-    fit = next((k for k in range(5, 0, -1) if min(real.shape[1:3]) > (GAUSSIAN - 1) * 2 ** (k - 1)), 0)
+    fit = scales_in(*real.shape[1:3])
     if scales > fit:
         raise UserError(
             f"MS-SSIM of {scales} scales: an image of {real.shape[1]} x {real.shape[2]} has {fit or 'none'}: every "
