@@ -196,7 +196,8 @@ def test_real_images_are_in_no_picture_of_data_that_are_not_open(tmp_path):
     manifest(tmp_path / "open")
     rows = (tmp_path / "open" / "manifest.jsonl").read_text()
     shutil.copytree(tmp_path / "open", tmp_path / "closed")
-    (tmp_path / "closed" / "manifest.jsonl").write_text(rows.replace("CC0", "PhysioNet Credentialed Health Data License"))
+    closed = rows.replace("CC0", "PhysioNet Credentialed Health Data License")
+    (tmp_path / "closed" / "manifest.jsonl").write_text(closed)
     sheets = [measuring._sheet("out", Manifest(tmp_path / name, 16), "x") for name in ("open", "closed")]
     assert sheets == [epath.Path("out/x.png"), None]
 
