@@ -30,6 +30,7 @@ from medm2g_jax.arrays import Latent, Params, Times
 from medm2g_jax.autoencode import kl_per_dimension
 from medm2g_jax.data.pipeline import Rows
 from medm2g_jax.diffusion import TIMES, T, denoising_loss
+from medm2g_jax.errors import UserError
 from medm2g_jax.extract import invariant_loss, view
 from medm2g_jax.keys import row_keys, row_normal, row_uniform
 from medm2g_jax.modality import of_kind, split_stream
@@ -87,6 +88,7 @@ def rows_of(config: ConfigDict, graph: rounds.Graph, cached: Sequence[str] = ())
         earlier=tuple(stage.earlier.items()),
         rehearse=config.rehearse if stage.earlier else 0.0,
         accelerate=accelerated(config),
+        only=streams_of(config),
         identify=True,
     )
     drawn = rows.accelerate[:1] if rows.accelerate else ()  # undersampled anew each time
@@ -104,6 +106,20 @@ def accelerated(config: ConfigDict) -> tuple[str, int, str] | None:
     if tune is None or "accelerate" not in config or config.accelerate == 1:
         return None
     return rounds.TASKS[tune[0]].accelerated, config.accelerate, config.keep_lines
+
+
+def streams_of(config: ConfigDict) -> tuple[str, ...]:
+    """`Rows.only` of a fine-tune: what config.streams names; () of any other stage.
+
+    Raises:
+      UserError: there is no such stream, or none of the pair that the fine-tune is for.
+    """
+    names = [name.strip() for name in config.get("streams", "").split(",") if name.strip()]
+    for name in names:
+        task = rounds.TASKS[rounds.tuned(config.stage)[0]]
+        if split_stream(name)[0] not in task.round.split("_"):
+            raise UserError(f"config.streams={config.streams!r}: {name} is of no modality of {task.round}")
+    return tuple(names)
 
 
 def weighted(recipe: Recipe, weights: Mapping[str, float], features: Any) -> tuple[Array, dict[str, Array]]:

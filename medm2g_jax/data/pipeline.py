@@ -32,7 +32,7 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grain
@@ -79,6 +79,7 @@ class Rows:
       latents: modalities whose images come encoded (`data.latents`) where the autoencoder reads them: required, earlier
         and other ones, not prompts.
       pixels: modalities whose required and earlier images C reads as well.
+      only: streams; of a modality with some among these a row is of no others.
     """
 
     require: tuple[str, ...] = ()
@@ -95,6 +96,7 @@ class Rows:
     identify: bool = False
     latents: tuple[str, ...] = ()
     pixels: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
 
     @property
     def only_contrasts(self) -> bool:
@@ -110,6 +112,13 @@ class Rows:
     def partners(self) -> tuple[str, ...]:
         """All of `earlier`'s partners."""
         return tuple(dict.fromkeys(p for _, partners in self.earlier for p in partners))
+
+
+def _admitted(record: Record, rows: Rows) -> Record:
+    """The record with the streams that a row may be of (`Rows.only`)."""
+    narrowed = {stream.partition(":")[0] for stream in rows.only}
+    kept = (s for s in record.streams if s in rows.only or s.partition(":")[0] not in narrowed)
+    return replace(record, streams=tuple(kept)) if rows.only else record
 
 
 def _streams(record: Record, modality: str) -> list[str]:
@@ -141,15 +150,16 @@ def fitting(source: Source, rows: Rows, split: str) -> tuple[Int[np.ndarray, "n"
     unknown = {*rows.require, *rows.any_of, *rows.prompts} - set(MODALITIES)
     if unknown or bool(rows.any_of) != bool(rows.merge) or not (rows.require or rows.any_of):
         raise ValueError(f"bad {rows}: modalities must be registered, and any_of and merge go together")
-    index = _holding(source, split, lambda r: _fits(r, rows))
+    index = _holding(source, rows, split, lambda r: _fits(r, rows))
     if not rows.prompts:
         return np.asarray(index, int), np.asarray([], int)
-    told = _holding(source, split, lambda r: _fits(r, rows) and any(_can_prompt(r, rows, m) for m in rows.prompts))
+    prompted = lambda r: _fits(r, rows) and any(_can_prompt(r, rows, m) for m in rows.prompts)  # noqa: E731
+    told = _holding(source, rows, split, prompted)
     without = np.setdiff1d(index, told, assume_unique=True) if rows.unprompted else []
     return np.asarray(told, int), np.asarray(without, int)
 
 
-def _holding(source: Source, split: str, good: Callable[[Record], bool]) -> list[int]:
+def _holding(source: Source, rows: Rows, split: str, good: Callable[[Record], bool]) -> list[int]:
     """Indices of the records of `split` that are good, which their streams alone decide: millions of records hold a few
     sets of streams, and each set is looked at once."""
     known: dict[tuple[str, ...], bool] = {}
@@ -157,7 +167,7 @@ def _holding(source: Source, split: str, good: Callable[[Record], bool]) -> list
     for i, record in enumerate(source.records):
         if record.split == split:
             if (has := known.get(record.streams)) is None:
-                has = known[record.streams] = bool(good(record))
+                has = known[record.streams] = bool(good(_admitted(record, rows)))
             if has:
                 index.append(i)
     return index
@@ -171,7 +181,7 @@ def practising(source: Source, rows: Rows, split: str) -> dict[str, Int[np.ndarr
         def good(record: Record, modality: str = modality, partners: tuple[str, ...] = partners) -> bool:
             return bool(_streams(record, modality)) and any(_streams(record, p) for p in partners)
 
-        index = _holding(source, split, good)
+        index = _holding(source, rows, split, good)
         found |= {modality: np.asarray(index, int)} if index else {}
     return found
 
@@ -277,7 +287,7 @@ class _Reader:
 
     def __call__(self, index: int, rng: np.random.Generator, practises: str = "") -> Batch:
         """practises: the modality of `Rows.earlier` that the row is for; "" for an ordinary one."""
-        record, row, about = self.source.records[index], {}, {}
+        record, row, about = _admitted(self.source.records[index], self.rows), {}, {}
         if self.rows.identify:
             about["record"] = np.int32(index)
         there = {m: bool(_streams(record, m)) and practises in ("", m) for m in self.rows.require}

@@ -22,7 +22,6 @@ import re
 import signal
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -69,6 +68,7 @@ FREE = (
     "data_reason",
     "remat",
     "latents",
+    "at_once",
 )
 FINISH_BATCHES = 8
 
@@ -148,8 +148,8 @@ class Stopped(Exception):
     """The run was asked to stop (SIGTERM) and has saved its state."""
 
 
-class _StopFlag:
-    """Turns SIGTERM into an answer that the loop asks for between steps.
+class StopFlag:
+    """Turns SIGTERM into an answer that the loop asks for between steps; made in the main thread.
 
     Of several processes each may be signalled at another moment, or only one of them: there jax catches the signal, and
     all agree on a step (`jax.distributed` must be running, which it is).
@@ -159,9 +159,10 @@ class _StopFlag:
         self._set = False
         self._alone = jax.process_count() == 1
         if self._alone:
-            self._old = signal.signal(signal.SIGTERM, self._raise_flag)
+            self._old = signal.signal(signal.SIGTERM, self.ask)
 
-    def _raise_flag(self, *_):
+    def ask(self, *_):
+        """Ask every stage of this process to save and end."""
         self._set = True
 
     def at(self, step: int) -> bool:
@@ -180,7 +181,8 @@ def run_stage(
     plan_eta: float = 0.0,
     show: Callable[..., list[dict]] | None = None,
     ceiling: Callable[..., Any] | None = None,
-    meanwhile: Callable[[], Future] | None = None,
+    meanwhile: Callable[[], Any] | None = None,
+    stop: StopFlag | None = None,
 ) -> dict:
     """Train one stage, all of whose upstream results exist, and write its result. Returns the result's model.json.
 
@@ -189,7 +191,8 @@ def run_stage(
       show: called with (config, graph, folder, model, params, data, meta, log) after the last step: draws the stage's
         picture and returns its figures, as plain values.
       ceiling: called alike, but for the log, before the first step of a fine-tune.
-      meanwhile: begins something that needs no device, once this stage has compiled its step; waited for at the end.
+      meanwhile: begins something that needs no device, once this stage has compiled its step.
+      stop: of the run, where that has one.
     """
     folder = root / config.stage
     began = time.time()
@@ -245,7 +248,8 @@ def run_stage(
     saves = checkpoint.Checkpoints(folder / "checkpoints", keep=config.keep)
     total = config.steps * config.accumulate
     log = Log(folder, config.stage, config.steps, data.source.open)
-    stop = _StopFlag()
+    own_stop = StopFlag() if stop is None else None
+    stop = stop or own_stop
     try:
         restored = saves.restore(_abstract(state, state_shardings))
         if restored is not None:
@@ -277,7 +281,7 @@ def run_stage(
             saves.save(0, _as_dict(state), metric=first)
             log.say(f"  held-out loss before the first step: {first:.4g}")
         batches = iter(loader(step, spec.rows)) if step < total else iter(())
-        stopping, begun = False, None
+        stopping = False
         while step < total:
             try:
                 batch = sharding.put_batch(next(batches), mesh)
@@ -289,8 +293,9 @@ def run_stage(
                 raise
             state, metrics = train_step(state, frozen, batch, key)
             step += 1
-            if meanwhile is not None and begun is None:
-                begun = meanwhile()
+            if meanwhile is not None:
+                meanwhile()
+                meanwhile = None
             stopping = stopping or stop.at(step)
             if step % config.accumulate:
                 continue
@@ -334,7 +339,8 @@ def run_stage(
             log.say(f"  the best held-out loss is that of step {best} of {config.steps}, which is kept")
         del state  # its slots make room for the samples
     finally:
-        stop.close()
+        if own_stop:
+            own_stop.close()
         saves.close()
 
     kept = {k: v for k, v in params.items() if not k.startswith(spec.temporary)}
@@ -359,8 +365,6 @@ def run_stage(
     meta["seconds"] = round(meta["finished"] - began, 1)  # of this process: a resumed stage counts its last part
     checkpoint.save_model(folder, kept, meta)
     log.close()
-    if begun is not None:
-        begun.result()
     return checkpoint.read_meta(folder)
 
 
