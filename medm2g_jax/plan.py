@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from medm2g_jax import run
+from medm2g_jax import program, run
 from medm2g_jax.config import stage_graph, stage_own_fields
 from medm2g_jax.data.open import source_of
 from medm2g_jax.data.text import Tokenizers
@@ -36,6 +36,7 @@ from medm2g_jax.train.abstract import abstract_stage
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
+NOTABLE = 2**16  # elements of a weight whose copies count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +46,18 @@ class Chip:
     hbm: int  # GiB
     tflops: float  # bfloat16, peak
     dims: int
+    hbm_gb: float  # GB/s between a chip and its memory
+    link_gb: float  # GB/s that a chip sends to others, over all its links
+    price: float  # dollars an hour: an assumption, about what a single one cost on demand in the US; --price says yours
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)  # for the topology
 
 
 # v4's two cores are one device of 32 GiB, as on its TPU VMs.
 CHIPS = {
-    "v4": Chip(32, 275.0, 3, {"chip_config_name": "megacore"}),
-    "v5e": Chip(16, 197.0, 2),
-    "v5p": Chip(95, 459.0, 3),
-    "v6e": Chip(32, 918.0, 2),
+    "v4": Chip(32, 275.0, 3, 1228.0, 300.0, 3.22, {"chip_config_name": "megacore"}),
+    "v5e": Chip(16, 197.0, 2, 819.0, 200.0, 1.20),
+    "v5p": Chip(95, 459.0, 3, 2765.0, 600.0, 4.20),
+    "v6e": Chip(32, 918.0, 2, 1640.0, 448.0, 2.70),
 }
 
 
@@ -118,7 +122,8 @@ def vocabularies(config: ConfigDict, root: epath.Path) -> tuple[dict[str, int], 
 def compile_step(
     config: ConfigDict, vocab: Mapping[str, int], topology: str, absent: Sequence[str] = (), cached: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What the TPU compiler says of the train step on a slice: bytes and FLOPs of one chip."""
+    """What the TPU compiler says of the train step on a slice: bytes and FLOPs of one chip, what its chips exchange
+    ("collectives", see `program.traffic`), the largest array, and which frozen weights it holds in float32 as well."""
     from jax.experimental import topologies
 
     kind, grid = parse_topology(topology)
@@ -157,6 +162,13 @@ def compile_step(
     }
     total = sum(sizes.values()) - 2 * sizes["aliased"]  # a donated argument and its result are one buffer
     fits = total <= CHIPS[kind].hbm * GIB
+    text = compiled.as_text()
+    here = lambda tree: {k: x.sharding.shard_shape(x.shape) for k, x in tree.items()}  # noqa: E731
+    narrow = {k: s for k, s in here(arguments[1]).items() if np.prod(s) >= NOTABLE and arguments[1][k].dtype != "float32"}
+    out["collectives"] = program.traffic(program.collectives(text))
+    out["largest"] = program.largest(text)
+    out["wide"] = program.wide_copies(text, narrow, here(arguments[0].trainable).values())
+    out["accessed"] = cost.get("bytes accessed", 0.0)
     return out | sizes | {"fits": fits, "total": total, "flops": cost["flops"], "compile": time.time() - began}
 
 
@@ -256,6 +268,10 @@ def report(config: ConfigDict, topology: str, answer: Mapping[str, Any]) -> str:
             f"compute floor   {flops / chip.tflops / 1e9:.3g} ms a step at {chip.tflops:g} TFLOP/s a chip (vendor's "
             "bfloat16 peak)",
         ]
+    if "collectives" in answer:
+        moved = [f"{int(x['count'])} {kind} {_bytes(x['bytes'])}" for kind, x in sorted(answer["collectives"].items())]
+        lines.append(f"exchanged       {', '.join(moved) or 'nothing'}: sent by a chip in a micro-step")
+        lines.append(f"largest array   {_bytes(answer['largest'][0])}, {answer['largest'][1]}")
     rows = config.batch * config.accumulate
     lines.append(f"global batch    {rows} rows a step, {rows / chips:g} a chip")
     lines.append(
