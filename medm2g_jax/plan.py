@@ -36,7 +36,7 @@ from medm2g_jax.train.abstract import abstract_stage
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
-NOTABLE = 2**16  # elements of a weight whose copies count
+NOTABLE = 2**12  # elements of a weight whose copies count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,8 @@ def compile_step(
     config: ConfigDict, vocab: Mapping[str, int], topology: str, absent: Sequence[str] = (), cached: Sequence[str] = ()
 ) -> dict[str, Any]:
     """What the TPU compiler says of the train step on a slice: bytes and FLOPs of one chip, what its chips exchange
-    ("collectives", see `program.traffic`), the largest array, and which frozen weights it holds in float32 as well."""
+    ("collectives", see `program.traffic`), the largest array, and which of its `narrow` frozen weights in bfloat16 it
+    holds in float32 as well ("wide")."""
     from jax.experimental import topologies
 
     kind, grid = parse_topology(topology)
@@ -163,10 +164,11 @@ def compile_step(
     total = sum(sizes.values()) - 2 * sizes["aliased"]  # a donated argument and its result are one buffer
     fits = total <= CHIPS[kind].hbm * GIB
     text = compiled.as_text()
-    here = lambda tree: {k: x.sharding.shard_shape(x.shape) for k, x in tree.items()}  # noqa: E731
-    narrow = {k: s for k, s in here(arguments[1]).items() if np.prod(s) >= NOTABLE and arguments[1][k].dtype != "float32"}
+    here = lambda tree: {k: x.sharding.shard_shape(x.shape) for k, x in tree.items() if x.size >= NOTABLE}  # noqa: E731
+    narrow = here({k: x for k, x in arguments[1].items() if x.dtype == jnp.bfloat16})
     out["collectives"] = program.traffic(program.collectives(text))
     out["largest"] = program.largest(text)
+    out["narrow"] = len(narrow)
     out["wide"] = program.wide_copies(text, narrow, here(arguments[0].trainable).values())
     out["accessed"] = cost.get("bytes accessed", 0.0)
     return out | sizes | {"fits": fits, "total": total, "flops": cost["flops"], "compile": time.time() - began}

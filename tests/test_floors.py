@@ -33,7 +33,7 @@ FLOORS = (
     ("align", "extract", "autoencode"),
     ("nn",),
     ("modality",),
-    ("device", "program", "keys", "arrays", "errors"),
+    ("device", "cpu", "program", "keys", "arrays", "errors"),
 )
 FLOOR = {name: level for level, floor in enumerate(FLOORS) for name in floor}
 
