@@ -391,10 +391,16 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--libtpu-python", default="", metavar="PATH", help="Python of an environment with libtpu; "
                         "default MEDM2G_LIBTPU_PYTHON, else .venv-tpu/bin/python, made by `make plan-env`")  # fmt: skip
     parser.add_argument("--commands", action="store_true", help="print the command of each stage that is not done")
+    parser.add_argument("--sweep", action="store_true", help="compile its step under several meshes and batches")
+    parser.add_argument("--meshes", default="", help="of the sweep: DATAxFSDPxTENSOR, commas between; default a few")
+    parser.add_argument("--batches", default="", help="of the sweep: rows a chip, commas between; default 1 to 32")
+    parser.add_argument("--out", help="of the sweep: file of its rows, which goes on where it stopped; default "
+                        "results/plan/STAGE-PRESET-TOPOLOGY.json")  # fmt: skip
+    parser.add_argument("--price", type=float, default=0.0, help="dollars an hour and chip; default an assumption")
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from medm2g_jax import plan, run
+    from medm2g_jax import plan, run, sweep
     from medm2g_jax.main import read_config
     from medm2g_jax.train.log import quiet
 
@@ -406,6 +412,10 @@ def _plan(args: argparse.Namespace) -> None:
             print(f"# {name}: {what}")
             if what != "done":
                 print(shlex.join(["python", "-m", "medm2g_jax.main", *arguments]))
+    elif args.sweep:
+        sweep.show(
+            config, workdir, args.topology, args.libtpu_python, args.meshes, args.batches, args.out, args.price
+        )
     else:
         plan.show(config, workdir, args.topology, args.libtpu_python)
 

@@ -142,7 +142,8 @@ def compile_step(
     # Frozen parameters that this step does not read (decoders) are in memory all the same: keep_unused counts them.
     step = jax.jit(setup.train_step, out_shardings=(setup.layout, None), donate_argnums=0, keep_unused=True)
     with attention.traced_for("tpu"):
-        lowered = step.lower(*arguments)
+        traced = step.trace(*arguments)
+    lowered, (_, repeated) = traced.lower(), program.products(traced.jaxpr.jaxpr)
     out = {"device": devices[0].device_kind, "trace": time.time() - began}
     out["frozen"] = sum(x.size for x in arguments[1].values())
     out["trained"] = sum(x.size for x in arguments[0].trainable.values())
@@ -171,7 +172,8 @@ def compile_step(
     out["narrow"] = len(narrow)
     out["wide"] = program.wide_copies(text, narrow, here(arguments[0].trainable).values())
     out["accessed"] = cost.get("bytes accessed", 0.0)
-    return out | sizes | {"fits": fits, "total": total, "flops": cost["flops"], "compile": time.time() - began}
+    flops = cost["flops"] + repeated / chips  # of loops the compiler counts one turn
+    return out | sizes | {"fits": fits, "total": total, "flops": flops, "compile": time.time() - began}
 
 
 def _too_much(message: str) -> dict[str, float]:
@@ -294,6 +296,11 @@ def _si(x: float | int) -> str:
     return f"{x:.3g} "
 
 
+def compiler(python: str = "") -> Path:
+    """The Python of the environment that has libtpu: as told, else the one that `make plan-env` makes."""
+    return Path(python or os.environ.get("MEDM2G_LIBTPU_PYTHON") or ROOT / ".venv-tpu" / "bin" / "python")
+
+
 def show(config: ConfigDict, workdir: str, topology: str = "", python: str = "") -> None:
     """Print the stages and what there is of them; with a topology, what the TPU compiler says of config.stage."""
     root = epath.Path(workdir)
@@ -306,7 +313,7 @@ def show(config: ConfigDict, workdir: str, topology: str = "", python: str = "")
     print(run.described(config, root, todo, source))
     if not topology:
         return
-    where = Path(python or os.environ.get("MEDM2G_LIBTPU_PYTHON") or ROOT / ".venv-tpu" / "bin" / "python")
+    where = compiler(python)
     check(config, topology, where)
     graph = results.graph_of(config, root)
     cached = () if source is None else latents.chosen(config, root, graph, source)

@@ -8,7 +8,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax.extend
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
 BYTES |= {"f64": 8, "s64": 8, "u64": 8, "c64": 8, "c128": 16}
@@ -105,6 +107,8 @@ def square_scores(text: str, tokens: int) -> list[str]:
 def collectives(text: str) -> Counter[Collective]:
     """How many of each there are; those in a loop's body count once."""
     out: Counter[Collective] = Counter()
+    partitions = re.search(r"num_partitions=(\d+)", text)
+    everyone = int(partitions[1]) if partitions else 1
     for body in computations(text).values():
         for i in body:
             kind = i.opcode.removesuffix("-start")
@@ -112,13 +116,13 @@ def collectives(text: str) -> Counter[Collective]:
                 sizes = [size(*shape) for shape in i.shapes]
                 # The result of "-start" is a pair: what goes in, and what comes out.
                 whole = sum(sizes) if kind == i.opcode or kind == "all-reduce" else max(sizes)
-                out[Collective(kind, whole, _group(i.rest))] += 1
+                out[Collective(kind, whole, _group(i.rest, everyone))] += 1
     return out
 
 
-def traffic(found: Counter[Collective]) -> dict[str, dict[str, float]]:
+def traffic(found: Counter[Collective]) -> dict[str, dict[str, float | int]]:
     """kind -> {"count", "bytes": that one device sends}."""
-    out: dict[str, dict[str, float]] = {}
+    out: dict[str, dict[str, float | int]] = {}
     for one, count in found.items():
         own = out.setdefault(one.kind, {"count": 0, "bytes": 0.0})
         own["count"] += count
@@ -126,13 +130,42 @@ def traffic(found: Counter[Collective]) -> dict[str, dict[str, float]]:
     return out
 
 
-def _group(rest: str) -> int:
-    """Devices that one exchange is between: replica_groups={{0,1},{2,3}}, [4,2]<=[8], or pairs."""
+def products(jaxpr: Any) -> tuple[float, float]:
+    """(FLOPs of all matrix products and convolutions of a traced program, those that a compiler's count leaves out): it
+    counts the body of a loop once, however often it runs."""
+    whole = out = 0.0
+    for eqn in jaxpr.eqns:
+        inner = [products(sub) for value in eqn.params.values() for sub in _jaxprs(value)]
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        whole += times * sum(a for a, _ in inner)
+        out += sum(times * b + (times - 1) * (a - b) for a, b in inner)
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            depth = prod(eqn.invars[0].aval.shape[d] for d in contracted)
+        elif eqn.primitive.name == "conv_general_dilated":
+            kernel, numbers = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"]
+            depth = prod(kernel) // kernel[numbers.rhs_spec[0]]
+        else:
+            continue
+        whole += 2.0 * depth * prod(eqn.outvars[0].aval.shape)
+    return whole, out
+
+
+def _jaxprs(value: Any) -> Iterator[Any]:
+    """The programs inside a parameter of an equation."""
+    for one in value if isinstance(value, tuple | list) else (value,):
+        if isinstance(one, jax.extend.core.ClosedJaxpr):
+            yield one.jaxpr
+        elif isinstance(one, jax.extend.core.Jaxpr):
+            yield one
+
+
+def _group(rest: str, everyone: int) -> int:
+    """Devices that one exchange is between: replica_groups={{0,1},{2,3}} or [4,2]<=[8]; where it is {}, all."""
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return listed[1].count(",") + 1
-    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
-        return int(counted[1])
-    return 2
+    counted = re.search(r"replica_groups=\[\d+,(\d+)\]", rest)
+    return int(counted[1]) if counted else everyone
 
 
 def _dims(text: str) -> tuple[int, ...]:

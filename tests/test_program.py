@@ -62,6 +62,20 @@ def test_exchanges_of_a_product_are_those_of_the_book():
     assert split["all-gather"] == {"count": 1, "bytes": 7 / 8 * whole}
 
 
+def test_what_loops_do_again_is_counted():
+    def f(x, w):
+        turn = jax.checkpoint(lambda x, _: (jnp.tanh(x @ w), None))
+        x, _ = jax.lax.scan(turn, x, length=5)
+        image = jax.lax.conv_general_dilated(
+            x.reshape(1, 4, 4, 8), jnp.ones((3, 3, 8, 6)), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return image.sum()
+
+    jaxpr = jax.make_jaxpr(f)(jnp.ones((16, 8)), jnp.ones((8, 8))).jaxpr
+    product, convolution = 2 * 16 * 8 * 8, 2 * 16 * 6 * 9 * 8
+    assert program.products(jaxpr) == (5 * product + convolution, 4 * product)
+
+
 @pytest.mark.parametrize("fsdp", [1, 8])
 def test_a_sharded_train_step_exchanges_what_its_parameters_weigh(fsdp):
     """Gradients once, each in float32; parameters that are split are gathered besides. Nothing of the images is."""
