@@ -394,8 +394,9 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sweep", action="store_true", help="compile its step under several meshes and batches")
     parser.add_argument("--meshes", default="", help="of the sweep: DATAxFSDPxTENSOR, commas between; default a few")
     parser.add_argument("--batches", default="", help="of the sweep: rows a chip, commas between; default 1 to 32")
-    parser.add_argument("--out", help="of the sweep: file of its rows, which goes on where it stopped; default "
-                        "results/plan/STAGE-PRESET-TOPOLOGY.json")  # fmt: skip
+    parser.add_argument("--costs", action="store_true", help="what each stage costs, from its traced step alone")
+    parser.add_argument("--out", help="file for the rows; the sweep's, by default results/plan/STAGE-PRESET-TOPOLOGY"
+                        ".json, goes on where it stopped")  # fmt: skip
     parser.add_argument("--price", type=float, default=0.0, help="dollars an hour and chip; default an assumption")
 
 
@@ -412,6 +413,8 @@ def _plan(args: argparse.Namespace) -> None:
             print(f"# {name}: {what}")
             if what != "done":
                 print(shlex.join(["python", "-m", "medm2g_jax.main", *arguments]))
+    elif args.costs:
+        sweep.costs(config, workdir, args.out)
     elif args.sweep:
         sweep.show(
             config, workdir, args.topology, args.libtpu_python, args.meshes, args.batches, args.out, args.price

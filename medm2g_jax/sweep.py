@@ -1,4 +1,5 @@
-"""`medm2g plan --sweep`: one stage's train step on one TPU slice, under several meshes and batches.
+"""What training costs. `medm2g plan --sweep`: one stage's train step on one TPU slice, under several meshes and
+batches. `medm2g plan --costs`: every stage of a plan, from its traced step alone, in minutes and without a compiler.
 
 Each is compiled by the TPU compiler as `medm2g plan` does it, so memory, FLOPs, bytes and exchanges are the program's
 own; the time is a bound. Where a chip computes, reads its memory and exchanges at once, a step takes at least the
@@ -17,13 +18,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from medm2g_jax import plan
+from medm2g_jax import plan, program
+from medm2g_jax.config import stage_config
 from medm2g_jax.errors import UserError
+from medm2g_jax.nn import attention
 from medm2g_jax.plan import CHIPS, GIB, parse_topology
 from medm2g_jax.train import results, sharding
+from medm2g_jax.train.abstract import abstract_stage
 
 BATCHES = (1, 2, 4, 8, 16, 32)  # rows a chip
 Mesh = tuple[int, int, int]
@@ -91,6 +96,59 @@ def show(
         functools.partial(print, flush=True),
     )
     print(table(rows, topology, price))
+
+
+def costs(config: ConfigDict, workdir: str, out: str | None = None, say: Callable[[str], Any] = print) -> None:
+    """Print, and with `out` keep, what a step of each stage of config's plan holds, and what a plan costs at least."""
+    root = epath.Path(workdir)
+    vocab, whose = plan.vocabularies(config, root)
+    graph = results.graph_of(config, root)
+    rows = [cost(stage_config(config, name), vocab, graph.absent) for name in graph.plan(config.stage)]
+    about = {"preset": config.preset, "image_size": config.image_size, "listing": list(config.listing)}
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps(about | {"vocabularies": dict(vocab), "rows": rows}, indent=1) + "\n")
+    say(f"{config.stage}, preset {config.preset}, {config.image_size} px; vocabularies {whose}")
+    say(costs_table(rows))
+
+
+def cost(config: ConfigDict, vocab: Mapping[str, int], absent: Sequence[str] = ()) -> dict[str, Any]:
+    """Of config.stage: rows a step, steps, parameters that train and that do not, FLOPs of a row's products.
+
+    The step is the one for a TPU in bfloat16, with what `remat` computes again.
+    """
+    mesh = sharding.make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    setup, arguments = abstract_stage(config, vocab, mesh, absent=absent)
+    with attention.traced_for("tpu"):
+        flops, _ = program.products(jax.make_jaxpr(setup.train_step)(*arguments).jaxpr)
+    held = {"trained": arguments[0].trainable, "frozen": arguments[1]}
+    about = {name: int(sum(x.size for x in jax.tree.leaves(tree))) for name, tree in held.items()}
+    steps = config.steps * config.accumulate
+    return {"stage": config.stage, "batch": config.batch, "steps": steps, "flops": flops / config.batch} | about
+
+
+def costs_table(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str] = ("v5e", "v5p")) -> str:
+    """Rows of `cost` in Markdown: at peak, so at least."""
+    heads = ["stage", "rows x steps", "M trained", "M frozen", "GiB of state and weights", "TFLOP a row"]
+    heads += [f"{kind}: rows/s a chip; rows a chip to hide the exchange; $" for kind in kinds]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    total = dict.fromkeys(kinds, 0.0)
+    for r in rows:
+        # Parameters, their average and two moments in float32, gradients too; what is frozen in bfloat16.
+        held = (20 * r["trained"] + 2 * r["frozen"]) / GIB
+        cells = [r["stage"], f"{r['batch']} x {r['steps']}", f"{r['trained'] / 1e6:.4g}", f"{r['frozen'] / 1e6:.4g}"]
+        cells += [f"{held:.3g}", f"{r['flops'] / 1e12:.3g}"]
+        for kind in kinds:
+            chip = CHIPS[kind]
+            rate = chip.tflops * 1e12 / r["flops"]
+            dollars = r["batch"] * r["steps"] / rate / 3600 * chip.price
+            total[kind] += dollars
+            # Data-parallel: each gradient, float32, goes round a ring twice.
+            hidden = 8 * r["trained"] / (chip.link_gb * 1e9) * rate
+            cells.append(f"{rate:.4g}; {hidden:.2g}; {dollars:,.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    said = ", ".join(f"${total[k]:,.0f} on {k} at ${CHIPS[k].price:g} an hour and chip" for k in kinds)
+    return "\n".join([*lines, "", f"All of it at peak, so at least: {said} (assumed prices)."])
 
 
 def run(

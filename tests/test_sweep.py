@@ -67,3 +67,16 @@ def test_a_mistake_is_one_line(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main(["plan", "--config=image_vae:tiny", f"--workdir={tmp_path}", "--sweep", *arguments])
     assert left.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_costs_of_a_stage_are_those_of_its_step():
+    """Of a plan at test size; twice the rows, twice the products; and the dollars in closed form."""
+    config = micro_stage("image_vae", batch=8, steps=100)
+    one = sweep.cost(config, dict(clip=700, bert=300, gpt2=450))
+    config.batch = 16
+    two = sweep.cost(config, dict(clip=700, bert=300, gpt2=450))
+    assert two["flops"] == pytest.approx(one["flops"], rel=1e-3) and one["flops"] > 1e6 and one["frozen"] == 0
+    assert (one["trained"], one["steps"]) == (two["trained"], 100)
+    row = dict(stage="x", batch=3600, steps=10, flops=197e12, trained=25e9, frozen=0)
+    said = sweep.costs_table([row], ("v5e",))
+    assert "| 1; 1; 12 |" in said and "$12 on v5e at $1.2 an hour and chip" in said
