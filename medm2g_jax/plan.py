@@ -123,8 +123,8 @@ def compile_step(
     config: ConfigDict, vocab: Mapping[str, int], topology: str, absent: Sequence[str] = (), cached: Sequence[str] = ()
 ) -> dict[str, Any]:
     """What the TPU compiler says of the train step on a slice: bytes and FLOPs of one chip, what its chips exchange
-    ("collectives", see `program.traffic`), the largest array, and which of its `narrow` frozen weights in bfloat16 it
-    holds in float32 as well ("wide")."""
+    ("collectives", see `program.traffic`), the largest array, of how many frozen weights in bfloat16 float32 copies
+    were looked for ("narrow") and which have one ("wide"), and scores of all places of a latent with each other ("squares")."""
     from jax.experimental import topologies
 
     kind, grid = parse_topology(topology)
@@ -165,12 +165,16 @@ def compile_step(
     total = sum(sizes.values()) - 2 * sizes["aliased"]  # a donated argument and its result are one buffer
     fits = total <= CHIPS[kind].hbm * GIB
     text = compiled.as_text()
-    here = lambda tree: {k: x.sharding.shard_shape(x.shape) for k, x in tree.items() if x.size >= NOTABLE}  # noqa: E731
-    narrow = here({k: x for k, x in arguments[1].items() if x.dtype == jnp.bfloat16})
+    shapes = lambda x: {x.shape, x.sharding.shard_shape(x.shape)}  # noqa: E731
+    narrow = {k: shapes(x) for k, x in arguments[1].items() if x.size >= NOTABLE and x.dtype == jnp.bfloat16}
+    trained = set().union(*map(shapes, arguments[0].trainable.values()))
+    looked = program.wide_copies(text, narrow, trained)
     out["collectives"] = program.traffic(program.collectives(text))
     out["largest"] = program.largest(text)
-    out["narrow"] = len(narrow)
-    out["wide"] = program.wide_copies(text, narrow, here(arguments[0].trainable).values())
+    out["narrow"], out["wide"] = len(looked), [name for name, wide in looked.items() if wide]
+    places = [s[0] * s[1] for f in setup.model.flows.values() if len(s := f.family.latent_shape) == 3]
+    many = [n for n in set(places) if n * n >= attention.MANY]
+    out["squares"] = [scores for n in many for scores in program.square_scores(text, n)]
     out["accessed"] = cost.get("bytes accessed", 0.0)
     flops = cost["flops"] + repeated / chips  # of loops the compiler counts one turn
     return out | sizes | {"fits": fits, "total": total, "flops": flops, "compile": time.time() - began}

@@ -85,17 +85,20 @@ def size(dtype: str, dims: Iterable[int]) -> int:
     return BYTES[dtype] * prod(dims)
 
 
-def wide_copies(text: str, weights: Mapping[str, tuple[int, ...]], also: Iterable[tuple[int, ...]] = ()) -> list[str]:
-    """Names of the weights that the program holds in float32 as well: an array of a weight's dimensions, in any order.
+Shapes = Iterable[tuple[int, ...]]
+
+
+def wide_copies(text: str, weights: Mapping[str, Shapes], also: Shapes = ()) -> dict[str, bool]:
+    """Of each weight that is looked for: does the program hold an array of its dimensions, in any order, in float32?
 
     Args:
-      weights: name -> shape on one device, of those that are handed over in less.
-      also: shapes of what is float32 by right, as of parameters that train: these are not looked for.
+      weights: name -> its shape as a whole and on one device, of those that are handed over in less.
+      also: shapes of what is float32 by right, as of parameters that train: no weight of such a shape is looked for.
     """
-    held = {tuple(sorted(dims)) for dtype, dims, _ in arrays(text) if dtype == "f32"}
+    held = {_plain(dims) for dtype, dims, _ in arrays(text) if dtype == "f32"}
     right = {_plain(shape) for shape in also}
-    held = {_plain(dims) for dims in held} - right
-    return [name for name, shape in weights.items() if _plain(shape) in held]
+    asked = {name: {_plain(shape) for shape in shapes} for name, shapes in weights.items()}
+    return {name: bool(shapes & held) for name, shapes in asked.items() if not shapes & right}
 
 
 def square_scores(text: str, tokens: int) -> list[str]:

@@ -38,8 +38,9 @@ def test_a_text_is_read():
     assert program.largest(TEXT) == (4 * 4 * 4096**2, "f32[4,4096,4096] custom-call")
     assert program.square_scores(TEXT, 4096) and not program.square_scores(TEXT, 1024)
     # A copy of the transpose is a copy; not where a parameter of these dimensions trains.
-    weights = {"w": (64, 32), "v": (64, 33)}
-    assert program.wide_copies(TEXT, weights) == ["w"] and program.wide_copies(TEXT, weights, [(1, 32, 64)]) == []
+    weights = {"w": [(64, 32), (64, 8)], "v": [(64, 33)]}
+    assert program.wide_copies(TEXT, weights) == {"w": True, "v": False}
+    assert program.wide_copies(TEXT, weights, [(1, 32, 64)]) == {"v": False}
     reduced, gathered = Collective("all-reduce", 16 * 8 * 4, 4), Collective("all-gather", 2 * 16 * 32, 8)
     assert program.collectives(TEXT) == {reduced: 1, gathered: 1}
     assert reduced.moved == 2 * 3 / 4 * 512 and gathered.moved == 7 / 8 * 1024
