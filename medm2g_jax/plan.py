@@ -123,7 +123,7 @@ def compile_step(
     config: ConfigDict, vocab: Mapping[str, int], topology: str, absent: Sequence[str] = (), cached: Sequence[str] = ()
 ) -> dict[str, Any]:
     """What the TPU compiler says of the train step on a slice: bytes and FLOPs of one chip; what its chips exchange
-    ("collectives", see `program.traffic`); the largest array; of how many frozen weights in bfloat16 float32 copies were
+    ("collectives", see `program.traffic`); the largest array; of how many frozen bfloat16 weights float32 copies were
     looked for ("narrow") and which have one ("wide"); scores of all places of a latent with each other ("squares").
     """
     from jax.experimental import topologies
