@@ -263,7 +263,7 @@ def test_no_step_waits_for_the_host_between_logged_ones(tmp_path, monkeypatch):
         train_step, eval_step = programs(self, save_memory)
 
         def step(*args):
-            with jax.transfer_guard("disallow_explicit"):
+            with jax.transfer_guard_host_to_device("disallow_explicit"):
                 return train_step(*args)
 
         return record("step", step), eval_step
