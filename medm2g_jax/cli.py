@@ -391,10 +391,17 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--libtpu-python", default="", metavar="PATH", help="Python of an environment with libtpu; "
                         "default MEDM2G_LIBTPU_PYTHON, else .venv-tpu/bin/python, made by `make plan-env`")  # fmt: skip
     parser.add_argument("--commands", action="store_true", help="print the command of each stage that is not done")
+    parser.add_argument("--sweep", action="store_true", help="compile its step under several meshes and batches")
+    parser.add_argument("--meshes", default="", help="of the sweep: DATAxFSDPxTENSOR, commas between; default a few")
+    parser.add_argument("--batches", default="", help="of the sweep: rows a chip, commas between; default 1 to 32")
+    parser.add_argument("--costs", action="store_true", help="what each stage costs, from its traced step alone")
+    parser.add_argument("--out", help="file for the rows; the sweep's, by default results/plan/STAGE-PRESET-TOPOLOGY"
+                        ".json, goes on where it stopped")  # fmt: skip
+    parser.add_argument("--price", type=float, default=0.0, help="dollars an hour and chip; default an assumption")
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from medm2g_jax import plan, run
+    from medm2g_jax import plan, run, sweep
     from medm2g_jax.main import read_config
     from medm2g_jax.train.log import quiet
 
@@ -406,6 +413,12 @@ def _plan(args: argparse.Namespace) -> None:
             print(f"# {name}: {what}")
             if what != "done":
                 print(shlex.join(["python", "-m", "medm2g_jax.main", *arguments]))
+    elif args.costs:
+        sweep.costs(config, workdir, args.out)
+    elif args.sweep:
+        sweep.show(
+            config, workdir, args.topology, args.libtpu_python, args.meshes, args.batches, args.out, args.price
+        )
     else:
         plan.show(config, workdir, args.topology, args.libtpu_python)
 

@@ -281,18 +281,25 @@ def run_stage(
             saves.save(0, _as_dict(state), metric=first)
             log.say(f"  held-out loss before the first step: {first:.4g}")
         batches = iter(loader(step, spec.rows)) if step < total else iter(())
-        stopping = False
-        while step < total:
+
+        def ahead() -> Any:
+            """The next batch, on its way to the devices while a step runs; or the data's mistake, for its turn."""
             try:
-                batch = sharding.put_batch(next(batches), mesh)
-            except UserError:  # of the data: what has been learnt so far is kept, where nobody waits for other hosts
+                return sharding.put_batch(next(batches), mesh) if step < total else None
+            except UserError as error:
+                return error
+
+        stopping, batch = False, ahead()
+        while step < total:
+            if isinstance(batch, UserError):  # what has been learnt so far is kept, where nobody waits for other hosts
                 if step >= config.accumulate and jax.process_count() == 1:
                     saves.save(step // config.accumulate, _as_dict(state))
                     saves.wait()
                     log.sync()
-                raise
+                raise batch
             state, metrics = train_step(state, frozen, batch, key)
             step += 1
+            batch = ahead()
             if meanwhile is not None:
                 meanwhile()
                 meanwhile = None
