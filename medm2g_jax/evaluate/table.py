@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from medm2g_jax.evaluate.figures import Figure, number
+from medm2g_jax.evaluate.judge import ahead
 from medm2g_jax.evaluate.protocols import PROTOCOLS
 
-COLUMNS = ("task", "metric", "protocol", "value", "low", "high", "n", "seed", "floor", "ceiling")
+COLUMNS = ("task", "metric", "protocol", "value", "low", "high", "n", "seed", "floor", "ceiling", "p")
 
 
 def csv(figures: Sequence[Figure]) -> str:
@@ -19,7 +20,8 @@ def csv(figures: Sequence[Figure]) -> str:
     for f in figures:
         low, high = f.interval or ("", "")
         ends = (end.value if end else "" for end in (f.floor, f.ceiling))
-        writer.writerow([f.task, f.metric, f.protocol, f.value, low, high, f.n, f.seed, *ends])
+        p = "" if f.p is None else f.p
+        writer.writerow([f.task, f.metric, f.protocol, f.value, low, high, f.n, f.seed, *ends, p])
     return text.getvalue()
 
 
@@ -36,8 +38,10 @@ def markdown(figures: Sequence[Figure], record: Mapping[str, Any]) -> str:
         lines += [f"| | {' | '.join(metric for metric, _ in metrics)} | n |", "|---" * (len(metrics) + 2) + "|"]
         for task in tasks:
             cells = [_cell(rows[task][m]) for m in metrics]
-            lines.append(f"| {task} | {' | '.join(cells)} | {max(f.n for f in rows[task].values())} |")
+            counts = dict.fromkeys(str(f.n) for f in rows[task].values())
+            lines.append(f"| {task} | {' | '.join(cells)} | {', '.join(counts)} |")
         lines.append("")
+    lines += [*(f"**{sentence}**" for sentence in ahead(figures)), ""]
     for name in dict.fromkeys(f.protocol for f in figures):
         said = (f"{field}: {text}" for field, text in vars(PROTOCOLS[name]).items() if text)
         lines.append(f"- {name}: {'; '.join(said)}")
@@ -46,4 +50,4 @@ def markdown(figures: Sequence[Figure], record: Mapping[str, Any]) -> str:
 
 def _cell(f: Figure) -> str:
     interval = f" [{', '.join(map(number, f.interval))}]" if f.interval else ""
-    return f"{number(f.value)}{interval}"
+    return f"{number(f.value)}{interval}{'' if f.p is None else f', p {f.p:.1g}'}"
