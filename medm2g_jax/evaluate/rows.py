@@ -50,7 +50,7 @@ class Rows:
         self._file = file
         self._before = {} if file is None or not file.exists() else {one["row"]: one for one in _held(file, self.about)}
         if self._before:
-            print(f"{file}: {len(self._before)} rows are there and are taken up", flush=True)
+            print(f"{file}: taken up are the {len(self._before)} rows that are there", flush=True)
 
     def __call__(self, name: str, measure: Callable[[], Sequence[Figure]]) -> list[Figure]:
         """The row's figures, printed: measured now, or taken up."""

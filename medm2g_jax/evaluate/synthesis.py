@@ -75,7 +75,8 @@ def synthesis(
     if not train:
         raise UserError(f"{source.name}: no training image of {target}, which the mean image is of")
     mean = train[target].mean(0, keepdims=True)
-    judge = Judge(model, source, given, target, rows, seed, mean, reads and reads(target))
+    read = reads and (lambda images: reads(target)(images))  # not trained where all rows are taken up
+    judge = Judge(model, source, given, target, rows, seed, mean, read)
     x, sources, last = judge.x, judge.sources, given[-1]
     register = "trained" if share_a_grid(source, (*given, target), "test") else "made"
 
