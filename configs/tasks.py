@@ -17,7 +17,6 @@ TRANSLATION = dict(
     synthesis=(
         (("mri:t2",), "ct"),
         (("mri:t1", "mri:t2"), "mri:pd"),
-        (("ct",), "mri:t2"),
     ),
     regression=800,
 )

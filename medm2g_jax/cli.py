@@ -282,7 +282,10 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, help="test subjects; default all, at most the config's")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--out", default="", metavar="DIR", help="for the figures as JSON, CSV and Markdown, and "
-                        "pictures; default evaluation.json beside the result")  # fmt: skip
+                        "pictures, row by row: stopped, the same command goes on; default evaluation.json beside the "
+                        "result")  # fmt: skip
+    parser.add_argument("--against", default="", metavar="FILE", help="TASK.json of another evaluation: print the "
+                        "differences; what was not measured alike is refused")  # fmt: skip
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -320,6 +323,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             out=args.out,
             most=config.rows,
             command=shlex.join(typed),
+            against=args.against,
         )
     except KeyboardInterrupt:
         kept = f"finished rows are in {args.out}, and the same command goes on from there" if args.out else ""

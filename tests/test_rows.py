@@ -1,5 +1,6 @@
 """Rows of an evaluation are kept as they come, taken up by the same one, and refused to another."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from medm2g_jax import cli
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate import measure
 from medm2g_jax.evaluate.figures import Figure, Reference
-from medm2g_jax.evaluate.rows import Rows, figures_in
+from medm2g_jax.evaluate.rows import Against, Rows, figures_in
 
 ABOUT = dict(task="mine", model="abc", seed=0)
 
@@ -71,3 +72,23 @@ def test_ctrl_c_says_what_is_kept(monkeypatch, tmp_path, capsys):
         with pytest.raises(SystemExit) as end:
             cli.main([*words, *out])
         assert end.value.code == cli.STOPPED and said in capsys.readouterr().err
+
+
+def test_two_protocols_in_one_comparison_are_refused(tmp_path):
+    about = ABOUT | dict(data="phantom", contents="f00", rows=3)
+    file = tmp_path / "mine.json"
+    Rows(about, epath.Path(file))("one", lambda: [figure("one", 0.25), figure("two", 0.5)])
+    head, line = Against(str(file), about | dict(model="def")).lines([figure("one", 0.75)])
+    assert "model abc, by 1 figures" in head and line == "one: SSIM 0.7500 - 0.2500 = +0.5"
+    other = dataclasses.replace(figure("one"), protocol="masked")
+    with pytest.raises(UserError, match="'one' is in protocol 'masked', 'one' in protocol 'range1'"):
+        Against(str(file), about).lines([other])
+    with pytest.raises(
+        UserError, match="not of the same test records, measured alike: contents 'f00' there, 'bad' here"
+    ):
+        Against(str(file), about | dict(contents="bad"))
+    for name, text in (("lost.json", None), ("bad.json", "{"), ("old.json", '{"figures": []}')):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=rf"--against .*{name}"):
+            Against(str(tmp_path / name), about)

@@ -17,7 +17,7 @@ from medm2g_jax.evaluate import table
 from medm2g_jax.evaluate.figures import Figure
 from medm2g_jax.evaluate.phantom import Bench, labelled_source, reader
 from medm2g_jax.evaluate.reports import reports_from
-from medm2g_jax.evaluate.rows import Rows, fingerprint
+from medm2g_jax.evaluate.rows import Against, Rows, fingerprint
 from medm2g_jax.evaluate.sets import as_sets
 from medm2g_jax.evaluate.synthesis import can_synthesise, synthesis, task_words
 from medm2g_jax.loading import BOX, load, locate, makes
@@ -41,6 +41,7 @@ def measure(
     out: str = "",
     most: int = 200,
     command: str = "",
+    against: str = "",
 ) -> list[Figure]:
     """Measure the model at `path`, print its figures, and write them down.
 
@@ -57,6 +58,7 @@ def measure(
         come, and taken up; "": evaluation.json beside the round's result, or here where the model came with the
         package, at the end.
       command: what was typed.
+      against: TASK.json of another evaluation of the same test records, to print the differences to; "": none.
 
     Raises:
       UserError: the folder holds rows of another evaluation by this name; the data that it was trained on has no exact
@@ -111,6 +113,7 @@ def measure(
         config=fingerprint(config | dict(cleaning=cleaning)),
         version=__version__,
     )
+    other = Against(against, about) if against else None
     row = Rows(about, epath.Path(out) / f"{task}.json" if out else None, command)
     reads = functools.cache(lambda m: reader(model, source, m, seed)) if labels(source) else None
     if reports:
@@ -133,6 +136,8 @@ def measure(
         how(model, source, given, target, rows or min(most, count), seed, row=row, **options)
     print(f"{row.seconds:.0f} s. {source.name}: not evidence for clinical performance.")
     _write(row, folder, task, out)
+    if other is not None:
+        print("\n  ".join(other.lines(row.figures)))
     return row.figures
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from etils import epath
 
 from medm2g_jax.errors import UserError
-from medm2g_jax.evaluate.figures import Figure, from_json, line, to_json
+from medm2g_jax.evaluate.figures import Figure, difference, from_json, line, number, to_json
 
 Row = Callable[[str, Callable[[], Sequence[Figure]]], list[Figure]]
 
@@ -88,6 +88,44 @@ class Rows:
         part = file.parent / f".{file.name}.part"
         part.write_text(told)
         part.replace(file)
+
+
+ALIKE = ("task", "data", "contents", "seed", "rows")  # what has to be the same for two evaluations to be compared
+
+
+class Against:
+    """Another evaluation, as its TASK.json tells it, for this one to be compared with.
+
+    Raises:
+      UserError: the file cannot be read, or is of other test records.
+    """
+
+    def __init__(self, file: str, about: Mapping[str, Any]):
+        try:
+            told = json.loads(epath.Path(file).read_text())
+            unlike = [
+                f"{name} {told[name]!r} there, {about[name]!r} here" for name in ALIKE if told[name] != about[name]
+            ]
+            self._of = {(f.task, f.metric): f for f in figures_in(told)}
+        except OSError as error:
+            raise UserError(f"--against {file}: {error.strerror}; expected the TASK.json of an evaluation") from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"--against {file} is no TASK.json that `medm2g evaluate` of this version wrote") from None
+        if unlike:
+            raise UserError(f"--against {file}: not of the same test records, measured alike: {'; '.join(unlike)}")
+        self._file, self._model = file, told["model"]
+
+    def lines(self, figures: Sequence[Figure]) -> list[str]:
+        """By how much each figure is more than its like there.
+
+        Raises:
+          UserError: two are of different protocols; names both.
+        """
+        pairs = [(f, self._of[f.task, f.metric]) for f in figures if (f.task, f.metric) in self._of]
+        said = [
+            f"{a.task}: {a.metric} {number(a.value)} - {number(b.value)} = {difference(a, b):+.4g}" for a, b in pairs
+        ]
+        return [f"beside {self._file}, model {self._model}, by {len(said)} figures, not paired:", *said]
 
 
 def _held(file: epath.Path, about: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -35,6 +35,7 @@ from medm2g_jax.modality import stream_word
 
 MEAN_OF = 500  # training images, or pairs, that baselines are made from
 DRAWS = 8
+MADE = "made"  # what a picture calls the model's own
 
 
 def can_synthesise(pairs: Sequence[Sequence[str]], makes: Sequence[str], given: Sequence[str], target: str) -> bool:
@@ -103,16 +104,13 @@ def synthesis(
     ceiling = row(f"{task}: {again}", lambda: judge.ceiling(again, _reconstructed(model, target, x)))
     judge.below(ceiling)
     out.extend(ceiling)
-    add(task, lambda: draw(0), picture="made")
+    add(task, lambda: draw(0), picture=MADE)
     drawn = lambda: np.stack([draw(i) for i in range(DRAWS)])  # noqa: E731
     add(f"{task}, mean of {DRAWS} draws", lambda: drawn().mean(0), picture=f"mean of {DRAWS}")
     out.extend(row(f"{task}, truth among {DRAWS} draws", lambda: [_coverage(task, x, drawn(), seed)]))
     if len(given) > 1:
         alone = lambda: made({last: sources[last]}, seed)  # noqa: E731
-        name = f"{last_words} -> {words[1]}"
-        out.extend(
-            row(f"{task}: {name}", lambda: _alone(judge, name, f"{task}, beyond {last_words} alone", draw(0), alone()))
-        )
+        add(f"{last_words} -> {words[1]}", alone, beyond=f"{task}, beyond {last_words} alone")
     order = np.random.default_rng(seed + 1).permutation(rows)
     add(
         f"{words[0]} of another subject -> {words[1]}",
@@ -126,10 +124,6 @@ def synthesis(
     for sentence in ahead(out):
         print(f"  {sentence}", flush=True)
     return out
-
-
-def _alone(judge: Judge, name: str, beyond: str, both: Images, alone: Images) -> list[Figure]:
-    return judge.figures(name, alone) + judge.beyond(beyond, both, alone)
 
 
 class Shown:
@@ -148,22 +142,24 @@ class Shown:
             self._kept = dict(np.load(self._waiting))
 
     def keep(self, name: str, images: Images) -> None:
-        """What an answer is of the subjects shown; the first answer decides who they are."""
-        if self._sheet is None or not name:
+        """What an answer is of the subjects shown, who are chosen by the model's."""
+        if self._sheet is None or not name or (name != MADE and MADE not in self._kept):
             return
-        if "chosen" not in self._kept:
+        if name == MADE:
             order = np.argsort(-squared_error(self._x, images))
             self._kept["chosen"] = np.asarray([*dict.fromkeys(int(order[i]) for i in (0, len(order) // 2, -1))])
         self._kept[name] = np.asarray(images[self._kept["chosen"]], np.float32)
-        with self._waiting.open("wb") as file:
+        part = self._waiting.with_suffix(".part")
+        with part.open("wb") as file:
             np.savez(file, **self._kept)
+        part.replace(self._waiting)
 
     def draw(self) -> None:
         """Write the picture, if there is anything that is not in it."""
-        if self._sheet is None or not self._kept:
+        if not self._kept:
             return
         chosen = self._kept.pop("chosen")
-        x, made = self._x[chosen], self._kept["made"]
+        x, made = self._x[chosen], self._kept[MADE]
         real = {stream_word(s): image[chosen] for s, image in self._sources.items()} | {"the true image": x}
         rows = [(name, list(images)) for name, images in (real | self._kept).items()]
         captions = [f"{how}: {decibel(squared_error(x[[i]], made[[i]])):.1f} dB"
