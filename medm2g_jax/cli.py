@@ -14,6 +14,7 @@ from typing import NamedTuple
 from medm2g_jax.errors import UserError
 
 MODEL = "a run root, one stage's folder in it, an exported folder, or phantom, the model in the box"
+STOPPED = 130  # exit status of what Ctrl-C ended
 SEEN = 3  # exit status of what was done and has found something that somebody has to look at
 
 
@@ -281,10 +282,13 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, help="test subjects; default all, at most the config's")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--out", default="", metavar="DIR", help="for the figures as JSON, CSV and Markdown, and "
-                        "pictures; default evaluation.json beside the result")  # fmt: skip
+                        "pictures, row by row: stopped, the same command goes on; default evaluation.json beside the "
+                        "result")  # fmt: skip
+    parser.add_argument("--against", default="", metavar="FILE", help="TASK.json of another evaluation: print the "
+                        "differences; what was not measured alike is refused")  # fmt: skip
 
 
-def _evaluate(args: argparse.Namespace) -> None:
+def _evaluate(args: argparse.Namespace) -> int:
     from medm2g_jax.data.write import check_writable
     from medm2g_jax.evaluate.measure import measure
     from medm2g_jax.limits import check_sampling
@@ -300,22 +304,32 @@ def _evaluate(args: argparse.Namespace) -> None:
     if config.paper:
         print(f"the paper, {config.task}: {config.paper}", flush=True)
     if not (config.findings or config.synthesis or config.reports or config.sets):
-        return
-    measure(
-        args.model,
-        args.rows,
-        config.seed if args.seed is None else args.seed,
-        config.synthesis,
-        task=config.task,
-        findings=config.findings,
-        regression=config.regression,
-        reported=config.reports,
-        cleaning=config.cleaning,
-        sets=config.sets,
-        data=args.data,
-        out=args.out,
-        most=config.rows,
-    )
+        return 0
+    named = [("--config", args.config), ("--data", args.data), ("--rows", args.rows), ("--seed", args.seed)]
+    typed = ["medm2g", "evaluate", f"--model={args.model}", *(f"{name}={value}" for name, value in named if value)]
+    try:
+        measure(
+            args.model,
+            args.rows,
+            config.seed if args.seed is None else args.seed,
+            config.synthesis,
+            task=config.task,
+            findings=config.findings,
+            regression=config.regression,
+            reported=config.reports,
+            cleaning=config.cleaning,
+            sets=config.sets,
+            data=args.data,
+            out=args.out,
+            most=config.rows,
+            command=shlex.join(typed),
+            against=args.against,
+        )
+    except KeyboardInterrupt:
+        kept = f"finished rows are in {args.out}, and the same command goes on from there" if args.out else ""
+        print(f"\nstopped; {kept or 'nothing is written: with --out DIR finished rows are kept'}", file=sys.stderr)
+        return STOPPED
+    return 0
 
 
 def _audit_arguments(parser: argparse.ArgumentParser) -> None:

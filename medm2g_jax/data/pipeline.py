@@ -507,10 +507,17 @@ def of_streams(
 
 def read_streams(source: Source, streams: Sequence[str], split: str, count: int, seed: int) -> dict[str, list]:
     """What `of_streams` makes a batch of: the same records' values as the source reads them, texts as texts."""
-    index = [i for i, r in enumerate(source.records) if r.split == split and set(streams) <= set(r.streams)]
-    chosen = np.random.default_rng(seed).permutation(index)[:count].astype(int)
+    chosen = records_with(source, streams, split, count, seed)
     read = lambda i, stream: source.read(int(i), stream, np.random.default_rng([seed, int(i)]))  # noqa: E731
     return {stream: [read(i, stream) for i in chosen] for stream in streams if len(chosen)}
+
+
+def records_with(
+    source: Source, streams: Sequence[str], split: str, count: int, seed: int
+) -> Int[np.ndarray, "n"]:
+    """The numbers of the records that `read_streams` reads, in its order."""
+    index = [i for i, r in enumerate(source.records) if r.split == split and set(streams) <= set(r.streams)]
+    return np.random.default_rng(seed).permutation(index)[:count].astype(int)
 
 
 def share_a_grid(source: Source, streams: Sequence[str], split: str) -> bool:

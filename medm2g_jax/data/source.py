@@ -67,6 +67,12 @@ def labels(source: Source) -> Callable[[int], Any] | None:
     return getattr(source, "labels", None)
 
 
+def lesions(source: Source) -> Callable[[int], np.ndarray] | None:
+    """Where on the shared grid of record number i its lesion lies, `source.lesion`: bool (size size 1), all False where
+    there is none; None where nobody knows."""
+    return getattr(source, "lesion", None)
+
+
 def check(source: Source, cache: epath.PathLike | None, say: Callable[[str], Any]) -> None:
     """What the source looks at before training, `source.check`: that its files are whole; nothing where it has none.
 

@@ -57,7 +57,10 @@ PROTOCOLS: dict[str, Protocol] = {
         interval=_BOOTSTRAP,
     ),
     "lesion": Protocol(
-        data_range="as range1, [0, 1]", window="the pixels of a lesion's mask", resize="as range1", interval=_BOOTSTRAP
+        data_range="as range1, [0, 1]",
+        window="the pixels of a lesion's mask; rows that have a lesion",
+        resize="as range1",
+        interval=_BOOTSTRAP,
     ),
     "regions": Protocol(
         judge="regions as they are given; HD95 of boundaries by the sides of pixels, the greater of both ways",
@@ -126,6 +129,12 @@ PROTOCOLS: dict[str, Protocol] = {
     "nearest partner": Protocol(
         judge="cosine; what the source's labeller reads in the report of a row and in that of its nearest of the n",
         interval=_WILSON,
+    ),
+    "aligned space": Protocol(
+        judge="cosine, by the model's own prompt encoders, of what was made with what is given; the mean over its "
+        "streams",
+        resize="at the model's size",
+        interval=_BOOTSTRAP,
     ),
     "tau 0.07": Protocol(judge="InfoNCE, symmetric, tau 0.07; the negatives are the other rows"),
     "probe": Protocol(

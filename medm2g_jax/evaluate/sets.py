@@ -5,6 +5,7 @@ every metric of features, beside what the same flow makes of nothing and real tr
 expected to pass; and how much four draws of one report differ, beside real images of different subjects.
 """
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ from medm2g_jax.evaluate.figures import Figure
 from medm2g_jax.evaluate.metrics import METRICS, feature_figures
 from medm2g_jax.evaluate.metrics.image import scales_in
 from medm2g_jax.evaluate.pictures import grid
+from medm2g_jax.evaluate.rows import Row
 from medm2g_jax.evaluate.samples import samples
 from medm2g_jax.evaluate.synthesis import task_words
 from medm2g_jax.inference import Model
@@ -33,35 +35,45 @@ def as_sets(
     rows: int,
     seed: int,
     *,
+    row: Row,
     sheet: epath.Path | None = None,
 ) -> list[Figure]:
     """Figures of `target` made from the streams `given`, of `rows` test records that have them. The extractor is the
     model's own C, which also steers what it makes: it tells models apart, and is no witness from outside.
 
     Args:
+      row: measures each row, or takes it up (`rows.Rows`).
       sheet: a picture of the first ones to write.
     """
     held = read_streams(source, (*given, target), "test", rows, seed)
     x = np.stack(held[target])
     asked = {s: held[s] if isinstance(held[s][0], str) else np.stack(held[s]) for s in given}
     task = " -> ".join(task_words(given, target))
-    drawn = [samples(model, asked, [target], rows, seed + i)[target] for i in range(DRAWS)]
-    nothing = samples(model, {}, [target], rows, seed)[target]
+    draw = functools.cache(lambda i: samples(model, asked, [target], rows, seed + i)[target])
     train = read_streams(source, (target,), "train", rows, seed)
-    beside = {f"nothing -> {stream_word(target)}": nothing}
+    beside = {
+        task: lambda: draw(0),
+        f"nothing -> {stream_word(target)}": lambda: samples(model, {}, [target], rows, seed)[target],
+    }
     if train and len(train[target]) == rows:
-        beside[f"real training {stream_word(target)}"] = np.stack(train[target])
-    features = model.embedded(target, x)
-    out = []
-    for name, images in {task: drawn[0], **beside}.items():
-        out += feature_figures(name, features, model.embedded(target, images), "ours", seed=seed)
-    if (scales := scales_in(*x.shape[1:3])) > 1:
-        name = f"MS-SSIM among draws, {scales} scales"
-        real = np.stack([x[np.random.default_rng(seed + i).permutation(rows)] for i in range(DRAWS)])
-        for who, some in ((task, np.stack(drawn)), (f"real {stream_word(target)} of {DRAWS} subjects", real)):
-            out.append(METRICS[name].figure(who, name, some, seed=seed))
-    if sheet is not None:
-        shown = {"real": x, **{f"made, draw {i + 1}": images for i, images in enumerate(drawn)}}
-        grid(sheet, [(name, list(images[:SHOWN])) for name, images in shown.items()], title=task)
-        print(sheet, flush=True)
-    return out
+        beside[f"real training {stream_word(target)}"] = lambda: np.stack(train[target])
+    features, out = model.embedded(target, x), []
+    for name, images in beside.items():
+        made = lambda images=images: model.embedded(target, images())  # noqa: E731
+        measure = lambda name=name, made=made: feature_figures(name, features, made(), "ours", seed=seed)  # noqa: E731
+        out += row(f"{task}: {name}", measure)
+
+    def draws() -> list[Figure]:
+        drawn, some = [draw(i) for i in range(DRAWS)], []
+        if (scales := scales_in(*x.shape[1:3])) > 1:
+            name = f"MS-SSIM among draws, {scales} scales"
+            real = np.stack([x[np.random.default_rng(seed + i).permutation(rows)] for i in range(DRAWS)])
+            for who, images in ((task, np.stack(drawn)), (f"real {stream_word(target)} of {DRAWS} subjects", real)):
+                some.append(METRICS[name].figure(who, name, images, seed=seed))
+        if sheet is not None:
+            shown = {"real": x, **{f"made, draw {i + 1}": images for i, images in enumerate(drawn)}}
+            grid(sheet, [(name, list(images[:SHOWN])) for name, images in shown.items()], title=task)
+            print(sheet, flush=True)
+        return some
+
+    return out + row(f"{task}: {DRAWS} draws", draws)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from medm2g_jax.data.phantom.body import TABLE, TISSUES, Subject, findings, hounsfield, subject, tissues
 from medm2g_jax.data.phantom.report import Findings, parse, write
@@ -38,6 +38,7 @@ CONTRASTS = {
 }
 T1_ENHANCED = 300.0  # ms, of a mass that has taken up contrast agent
 CT_NOISE = 15.0  # HU
+LESION = 100.0  # HU by which a lesion has to change a pixel for it to be the lesion's
 MU_WATER = 0.19  # 1/cm, at 70 keV
 XRAY_WINDOW = (1.2, 4.6)  # line integrals of mu that are relative attenuation 0 and 1
 PHOTONS = 3e4  # a pixel, unattenuated
@@ -148,6 +149,13 @@ def _render(modality: str, subjects: Subject, seed, indices, size: int):
     return jax.vmap(one)(subjects, indices).astype(jnp.float16)
 
 
+@functools.partial(jax.jit, static_argnames="size")
+def _lesion(s: Subject, size: int) -> Bool[Array, "h w 1"]:
+    healthy = s._replace(kind=jnp.zeros_like(s.kind))
+    with_it, without = (hounsfield(_axial(one, size)) for one in (s, healthy))
+    return (jnp.abs(with_it - without) > LESION)[..., None]
+
+
 # --- the source -----------------------------------------------------------------------------------------------------
 
 CHUNK = 64  # subjects rendered at a time, fewer where images are large
@@ -231,6 +239,11 @@ class Phantom:
     def labels(self, index: int) -> Findings:
         """What there is to find in subject `index`."""
         return self._found(index)
+
+    def lesion(self, index: int) -> Bool[np.ndarray, "h w 1"]:
+        """Where the lesion of subject `index` lies in its axial slice: what it changes by more than LESION."""
+        with jax.default_device(host_device()):
+            return np.asarray(_lesion(subject(self.seed, index), self.size))
 
     def read(self, index: int, stream: str, rng: np.random.Generator) -> np.ndarray | str:
         """A report in words drawn by `rng`, or an image float32 (size size 1) in [-1, 1]."""

@@ -144,6 +144,7 @@ METRICS: dict[str, Metric | OfSets] = {
     "distinct reports": OfSets("words", words.distinct, "words, none"),
     "finding F1": Metric("findings", text.fact_counts, "findings", text.micro_f1),
     "retrieval@1": Metric("embedding", retrieval.both_ways, "gallery, own partner"),
+    "cosine with its source @ours": Metric("partners", retrieval.cosines, "aligned space"),
     **{
         f"R@{k}": Metric("gallery", partial(retrieval.hits, k=k), "gallery, own partner, ties shared")
         for k in (1, 5, 10)
