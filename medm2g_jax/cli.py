@@ -526,6 +526,14 @@ def _demo(args: argparse.Namespace) -> None:
     demo.run(args.model, args.port, args.browser)
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    from medm2g_jax import doctor
+
+    broken = doctor.doctor()
+    print(f"{broken} to mend; exit status {SEEN}" if broken else "nothing to mend")
+    return SEEN if broken else 0
+
+
 class Verb(NamedTuple):
     """A row of VERBS: help in one line, its arguments, what it does with them (and its exit status, where that is not
     0), and what it is in more words."""
@@ -601,6 +609,13 @@ VERBS = {
         _demo_arguments,
         _demo,
         "Serves a page on 127.0.0.1: any to any, counterfactuals, downloads. Needs the extra `demo` (gradio).",
+    ),
+    "doctor": Verb(
+        "what is installed here, what is missing, and what to do",
+        lambda parser: None,
+        _doctor,
+        "Devices, memory, disk, packages, extras, data and weights. Each line is ok, - (one can do without it) or "
+        "!! (to be mended), with what to type. Exit status 0 if there is nothing to mend, 3 if there is.",
     ),
 }
 

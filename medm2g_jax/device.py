@@ -5,7 +5,6 @@ import functools
 import gc
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -105,11 +104,6 @@ def _unnamed(tree: Any) -> Any:
     if isinstance(tree, dict):
         return tuple(_unnamed(tree[k]) for k in sorted(tree))
     return tuple(map(_unnamed, tree)) if isinstance(tree, tuple | list) else tree
-
-
-def user_cache() -> Path:
-    """Where this user's programs keep what they can make again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medm2g_jax"
 
 
 def use_compilation_cache(folder) -> None:
