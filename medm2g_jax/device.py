@@ -5,12 +5,13 @@ import functools
 import gc
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from medm2g_jax import cpu
+from medm2g_jax import cache, cpu
 from medm2g_jax.errors import UserError
 
 CPU_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
@@ -45,7 +46,7 @@ def compiler_options() -> dict[str, Any] | None:
         return None
     if (told := os.environ.get(cpu.VARIABLE)) is not None:
         return cpu.accepted(cpu.given(told))
-    return cpu.choose(Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or user_cache()))
+    return cpu.choose(Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache.user_cache()))
 
 
 def jit(f: Callable, *, out_shardings: Any = None, save_memory: bool = False, **options: Any) -> Callable:
