@@ -119,10 +119,8 @@ def _keep(path: Path, text: str) -> bool:
             part.write(text)
             part.flush()
             os.link(part.name, path)
-    except FileExistsError:
-        return True
-    except OSError:  # a folder that cannot be written, or a file system without links
-        return False
+    except OSError:  # it is there by now; or a folder that cannot be written, or a file system without links
+        return path.is_file()
     return True
 
 
