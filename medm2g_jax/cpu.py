@@ -5,6 +5,7 @@ of CHOICES and timed in turns; the fastest is kept in a file, which every later 
 is computed is among them (`xla_cpu_enable_fast_math` is not).
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -118,9 +119,8 @@ def _keep(path: Path, text: str) -> bool:
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part") as part:
             part.write(text)
             part.flush()
-            os.link(part.name, path)
-    except FileExistsError:
-        return True
+            with contextlib.suppress(FileExistsError):
+                os.link(part.name, path)
     except OSError:  # a folder that cannot be written, or a file system without links
         return False
     return True
