@@ -1,6 +1,6 @@
 """Where the time of `make demo` goes: seconds of every stage by what its process was doing, and what was compiled.
 
-python -m benchmarks.demo [--config=configs/text_ct.py:tiny] [--steps=N] [--json=FILE]
+python -m benchmarks.demo [--config=configs/text_ct.py:tiny] [--config.FIELD=VALUE ...] [--json=FILE]
 
 Trains the whole plan into an empty folder, as `make demo` does, with a clock around what a stage consists of. Each
 moment of the main thread belongs to the innermost clock that runs; a second thread compiles for the next stage

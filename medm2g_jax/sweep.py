@@ -99,17 +99,45 @@ def show(
 
 
 def costs(config: ConfigDict, workdir: str, out: str | None = None, say: Callable[[str], Any] = print) -> None:
-    """Print, and with `out` keep, what a step of each stage of config's plan holds, and what a plan costs at least."""
+    """Print, and with `out` keep, what a step of each stage of config's plan holds, and what a plan costs at least.
+
+    Raises:
+      UserError: `out` holds another plan.
+    """
     root = epath.Path(workdir)
     vocab, whose = plan.vocabularies(config, root)
     graph = results.graph_of(config, root)
-    rows = [cost(stage_config(config, name), vocab, graph.absent) for name in graph.plan(config.stage)]
     about = {"preset": config.preset, "image_size": config.image_size, "listing": list(config.listing)}
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(about | {"vocabularies": dict(vocab), "rows": rows}, indent=1) + "\n")
+    kept = _kept(Path(out), about | {"vocabularies": dict(vocab)}) if out else {"rows": []}
+    rows = []
+    for name in graph.plan(config.stage):
+        row = next((r for r in kept["rows"] if r["stage"] == name), None)
+        if row is None:
+            row = cost(stage_config(config, name), vocab, graph.absent)
+            kept["rows"].append(row)
+            if out:
+                _keep(Path(out), kept)
+        rows.append(row)
     say(f"{config.stage}, preset {config.preset}, {config.image_size} px; vocabularies {whose}")
     say(costs_table(rows))
+
+
+def _kept(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What the file has, or the beginning of it.
+
+    Raises:
+      UserError: it is about something else.
+    """
+    kept = json.loads(path.read_text()) if path.exists() else {**about, "rows": []}
+    found = {k: kept.get(k) for k in about}
+    if found != about:
+        raise UserError(f"{path} holds {found}, this command asks for {about}; name another --out")
+    return kept
+
+
+def _keep(path: Path, kept: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def cost(config: ConfigDict, vocab: Mapping[str, int], absent: Sequence[str] = ()) -> dict[str, Any]:
@@ -173,10 +201,7 @@ def run(
     """
     chips = math.prod(parse_topology(topology)[1])
     about = {"stage": config.stage, "preset": config.preset, "topology": topology, "image_size": config.image_size}
-    kept = json.loads(path.read_text()) if path.exists() else about | {"rows": []}
-    found = {k: kept.get(k) for k in about}
-    if found != about:
-        raise UserError(f"{path} holds {found}, this command asks for {about}; name another --out")
+    kept = _kept(path, about)
     rows = kept["rows"]
     for mesh in grids or meshes(chips):
         for batch in sorted(batches):
@@ -185,12 +210,10 @@ def run(
                 asked = config.copy_and_resolve_references()
                 for axis, size in zip(sharding.AXES, mesh, strict=True):
                     asked.mesh[axis] = size
-                # A tensor axis has no rows of its own.
                 asked.batch = batch * chips
                 there = [{"mesh": list(mesh), "batch": batch} | dict(ask(asked))]
                 rows += there
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(kept, indent=1) + "\n")
+                _keep(path, kept)
                 say(f"  {'x'.join(map(str, mesh))}, {batch} rows a chip: {'fits' if there[0]['fits'] else 'too much'}")
             if not there[0]["fits"]:
                 break
