@@ -29,7 +29,7 @@ def page() -> str:
         told = json.loads(path.read_text())
         figures = figures_in(told)
         protocols |= dict.fromkeys(f.protocol for f in figures)
-        words = ("model", "data", "contents", "config", "seed", "rows", "version", "date")
+        words = ("model", "data", "contents", "config", "seed", "records", "version", "date")
         said = ", ".join(f"{word} {told[word]}" for word in words)
         parts.append(f"## {told['task']}\n\n`{told['command']}`: {said}; {told['seconds']:.0f} s\n")
         parts.append("\n".join(table.tables(figures)))

@@ -16,7 +16,7 @@ def test_the_page_is_what_the_command_makes_of_the_results():
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda p: p.stem)
 def test_every_result_says_how_it_came_and_is_on_the_page_whole(path):
     told, text = json.loads(path.read_text()), PAGE.read_text()
-    for name in ("command", "model", "config", "contents", "date", "seconds", "seed", "rows", "version"):
+    for name in ("command", "model", "config", "contents", "date", "seconds", "seed", "records", "version"):
         assert told[name] not in ("", None), name
     assert told["command"].startswith("medm2g evaluate --model=phantom ")
     figures = figures_in(told)

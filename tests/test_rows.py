@@ -75,7 +75,7 @@ def test_ctrl_c_says_what_is_kept(monkeypatch, tmp_path, capsys):
 
 
 def test_two_protocols_in_one_comparison_are_refused(tmp_path):
-    about = ABOUT | dict(data="phantom", contents="f00", rows=3)
+    about = ABOUT | dict(data="phantom", contents="f00", records=3)
     file = tmp_path / "mine.json"
     Rows(about, epath.Path(file))("one", lambda: [figure("one", 0.25), figure("two", 0.5)])
     head, line = Against(str(file), about | dict(model="def")).lines([figure("one", 0.75)])

@@ -109,7 +109,7 @@ def measure(
         data=source.name,
         contents=contents(source).fingerprint,
         seed=seed,
-        rows=rows or most,
+        records=rows or most,
         config=fingerprint(config | dict(cleaning=cleaning)),
         version=__version__,
     )

@@ -90,7 +90,7 @@ class Rows:
         part.replace(file)
 
 
-ALIKE = ("task", "data", "contents", "seed", "rows")  # what has to be the same for two evaluations to be compared
+ALIKE = ("task", "data", "contents", "seed", "records")  # what has to be the same for two evaluations to be compared
 
 
 class Against:
