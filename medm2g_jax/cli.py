@@ -373,9 +373,9 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", default="image", help="vd: whose transformers, image (for reports) or text")
     parser.add_argument("--bert", metavar="DIR", help="optimus: the folder of BERT's tokenizer (bert-base-cased)")
     parser.add_argument("--gpt2", metavar="DIR", help="optimus: that of GPT-2's; bert-gpt2: GPT-2's weights")
-    parser.add_argument("--as", dest="format", metavar="FORMAT", help="diffusers, clip, bert, gpt2, safetensors")
+    parser.add_argument("--as", dest="format", metavar="FORMAT", help="diffusers, clip, bert, gpt2, safetensors, hub")
     parser.add_argument(
-        "--dtype", default="float32", help="export --as safetensors: float32, float16, or int8, a byte a weight"
+        "--dtype", default="float32", help="export --as safetensors or hub: float32, float16, or int8, a byte a weight"
     )
     parser.add_argument("--flow", help="export of a run: which modality's UNet or prompt encoder")
 

@@ -16,7 +16,7 @@ from medm2g_jax.modality import MODALITIES, split_stream, stream_word
 from medm2g_jax.retrieve import Near, nearest
 from medm2g_jax.vectors import Vectors
 
-SUBJECTS, NEAREST = 256, 5  # among how many subjects, and how many are shown
+SUBJECTS, NEAREST = 256, 4  # among how many subjects, and how many are shown
 
 
 class Neighbour(NamedTuple):

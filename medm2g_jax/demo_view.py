@@ -69,11 +69,12 @@ CSS = """
 .m2g-tile .m2g-left { top: 6px; left: 7px; } .m2g-tile .m2g-right { top: 6px; right: 7px; }
 .m2g-tile .m2g-what { bottom: 0; left: 0; right: 0; padding: 3px 7px 4px; font-size: .68rem; background: #000a; }
 .m2g-draws { display: grid; grid-template-columns: repeat(auto-fill, minmax(56px, 1fr)); gap: 2px; background: #000; }
-.m2g-near { display: grid; grid-template-columns: repeat(auto-fill, minmax(128px, 1fr)); gap: .5rem;
-  margin-bottom: .9rem; max-width: 1000px; }
+.m2g-found { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: .9rem 1.4rem; }
+.m2g-near { display: grid; grid-template-columns: repeat(4, 1fr); gap: .4rem; }
+@media (max-width: 640px) { .m2g-near { grid-template-columns: 1fr 1fr; } }
 .m2g-near figure { margin: 0; }
-.m2g-near figcaption { font-size: .72rem; line-height: 1.35; color: var(--m2g-soft); margin-top: .2rem;
-  overflow-wrap: anywhere; }
+.m2g-near figcaption { font-size: .7rem; line-height: 1.35; color: var(--m2g-soft); margin-top: .2rem; overflow: hidden;
+  display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4; overflow-wrap: anywhere; }
 .m2g-report { margin: 0; padding: .2rem .6rem .6rem; line-height: 1.45; overflow-wrap: anywhere; }
 .m2g-report li { margin: .25rem 0 .25rem 1.1rem; }
 .m2g-arrows { list-style: none; margin: 0; padding: .45rem .6rem; font-size: .8rem; display: grid; gap: .25rem; }
@@ -281,18 +282,20 @@ def nearest(found: Found, window: str = FULL) -> str:
     rows = []
     for stream, made, neighbours in found.rows:
         target = title_of(neighbours[0].near.stream)
-        asked = f"the {'generated' if made else 'given'} {title_of(stream)}"
+        asked = f"the {'generated' if made else 'given'} {stream_word(stream)}"
         tiles = "".join(_neighbour(one, window) for one in neighbours)
-        rows.append(f'<h2>{escaped(target)} nearest to {escaped(asked)}</h2><div class="m2g-near">{tiles}</div>')
+        title = f"<h2>{escaped(target)} nearest to {escaped(asked)}</h2>"
+        rows.append(f'<div>{title}<div class="m2g-near">{tiles}</div></div>')
     foot = f"Cosines in the aligned space, among {found.among}; each with its own report. {NOT_MADE}"
-    return f'<section class="m2g m2g-row">{"".join(rows)}<p class="m2g-foot">{escaped(foot)}</p></section>'
+    shown = f'<div class="m2g-found">{"".join(rows)}</div>'
+    return f'<section class="m2g m2g-row">{shown}<p class="m2g-foot">{escaped(foot)}</p></section>'
 
 
 def _neighbour(one: Neighbour, window: str) -> str:
     word, modality = title_of(one.near.stream), _modality(one.near.stream)
     what = f"{one.near.cosine:+.3f}"
     shown = tile(levels(one.image, window_of(modality, window)), f"{word}, cosine {what}", what, note=NOT_MADE)
-    text = f"<figcaption>{escaped(one.text)}</figcaption>"
+    text = f'<figcaption title="{escaped(one.text)}">{escaped(one.text)}</figcaption>'
     return f'<figure data-near="{escaped(one.near.stream)}">{shown}{text}</figure>'
 
 

@@ -174,9 +174,9 @@ def _from_run(
 def _from_export(
     root: epath.Path, meta: Mapping, model: MedM2G, needed: Callable[[str], bool], dtype: Any
 ) -> tuple[Params, epath.Path]:
-    """Parameters of a model that `medm2g convert export --as safetensors` wrote, compared with its CRCs."""
+    """Parameters of a model that `medm2g convert export --as safetensors` or `hub` wrote, compared with its CRCs."""
     use_compilation_cache(cache.compiled())
-    path = Path(root) / "weights.safetensors"
+    path = Path(root) / (meta["file"] if "file" in meta else "weights.safetensors")  # exports of before name none
     params: Params = {}
     tensors = open_tensors(path)
     if set(tensors) != set(meta["crc32"]):
