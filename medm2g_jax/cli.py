@@ -299,7 +299,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     config = runpy.run_path(path)["get_config"](words)
     if config.paper:
         print(f"the paper, {config.task}: {config.paper}", flush=True)
-    if not (config.findings or config.synthesis or config.reports or config.sets):
+    if not (config.findings or config.synthesis or config.reports or config.sets or config.readers):
         return
     measure(
         args.model,
@@ -312,6 +312,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         reported=config.reports,
         cleaning=config.cleaning,
         sets=config.sets,
+        readers=config.readers,
         data=args.data,
         out=args.out,
         most=config.rows,

@@ -12,7 +12,7 @@ from etils import epath
 from medm2g_jax.data.open import source_of
 from medm2g_jax.data.source import Source, labels
 from medm2g_jax.errors import UserError
-from medm2g_jax.evaluate import table
+from medm2g_jax.evaluate import downstream, table
 from medm2g_jax.evaluate.figures import Figure, line, to_json
 from medm2g_jax.evaluate.phantom import Bench, labelled_source
 from medm2g_jax.evaluate.reports import reports_from
@@ -35,6 +35,7 @@ def measure(
     reported: Sequence[str] = (),
     cleaning: str = "none",
     sets: Sequence[tuple[str, str]] = (),
+    readers: Mapping[str, Any] | None = None,
     data: str = "",
     out: str = "",
     most: int = 200,
@@ -49,6 +50,7 @@ def measure(
       regression: steps of the regression beside each synthesis; 0: none.
       reported: image streams that reports are made from (`reports`), both cleaned by the way `cleaning`.
       sets: (stream given, stream made) of `sets`.
+      readers: {"classified", "segmented": cases as those of `synthesised`}, and the fields of `downstream.Plan`.
       data: another data set than the model's own, as config.data.source names it.
       out: a folder for TASK.json, TASK.csv, TASK.md and, of open data, TASK_*.png; "": evaluation.json beside the
         round's result, or here where the model came with the package.
@@ -67,6 +69,8 @@ def measure(
     asked = [*((synthesis, tuple(given), target) for given, target in synthesised)]
     asked += [(reports_from, (image,), text) for image in reported]
     asked += [(as_sets, (given,), target) for given, target in sets]
+    plan, read = dict(readers or {}), (downstream.classified, downstream.segmented)
+    asked += [(how, tuple(given), target) for how in read for given, target in plan.pop(how.__name__, ())]
     trained = [case for case in asked if can_synthesise(pairs, able, *case[1:])]
     if not reports and not trained:
         raise UserError(
@@ -113,6 +117,7 @@ def measure(
             synthesis: dict(regression=regression, sheet=sheet),
             reports_from: dict(cleaning=cleaning),
             as_sets: dict(sheet=sheet),
+            **dict.fromkeys(read, dict(plan=downstream.Plan(**plan))),
         }[how]
         found = how(model, source, given, target, rows or min(most, count), seed, **options)
         print("\n".join(f"  {line(figure)}" for figure in found), flush=True)
@@ -128,7 +133,8 @@ def measure(
 
 
 def _held(source: Source, case: tuple[Any, Sequence[str], str]) -> int:
-    needed = {*case[1], case[2]}
+    how, given, target = case
+    needed = {target} if how is downstream.classified else {*given, target}  # which asks in words where no report is
     return sum(r.split == "test" and needed <= set(r.streams) for r in source.records)
 
 
