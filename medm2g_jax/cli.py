@@ -303,7 +303,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     config = runpy.run_path(path)["get_config"](words)
     if config.paper:
         print(f"the paper, {config.task}: {config.paper}", flush=True)
-    if not (config.findings or config.synthesis or config.reports or config.sets):
+    if not (config.findings or config.synthesis or config.reports or config.sets or config.readers):
         return 0
     named = [("--config", args.config), ("--data", args.data), ("--rows", args.rows), ("--seed", args.seed)]
     typed = ["medm2g", "evaluate", f"--model={args.model}", *(f"{name}={value}" for name, value in named if value)]
@@ -319,6 +319,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             reported=config.reports,
             cleaning=config.cleaning,
             sets=config.sets,
+            readers=config.readers,
             data=args.data,
             out=args.out,
             most=config.rows,

@@ -31,7 +31,7 @@ def judge(source):
 def test_the_phantom_knows_where_its_lesions_are(source):
     test = [i for i, r in enumerate(source.records) if r.split == "test"]
     for i in test:
-        mask, found = source.lesion(i)[..., 0], source.labels(i)
+        mask, found = source.masks(i, "ct")[..., 0], source.labels(i)
         assert mask.any() == (found.kind != "none")
         if mask.any():
             half = mask[:, 16:] if found.side == "left" else mask[:, :16]  # the patient's left is on the right

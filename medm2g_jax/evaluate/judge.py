@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from medm2g_jax.data.pipeline import read_streams, records_with
-from medm2g_jax.data.source import Source, labels, lesions
+from medm2g_jax.data.source import Source, labels, masks
 from medm2g_jax.evaluate.figures import Figure, Reference
 from medm2g_jax.evaluate.metrics import METRICS, figures_of
 from medm2g_jax.evaluate.metrics.image import Images, decibel, squared_error
@@ -51,8 +51,8 @@ class Judge:
         self._mean = np.broadcast_to(mean, self.x.shape)
         indices = records_with(source, (*given, target), "test", rows, seed)
         on_grid = all(target in source.records[i].grid for i in indices)
-        outline = lesions(source) if on_grid else None
-        self._lesion = None if outline is None else np.stack([outline(int(i)) for i in indices])
+        outline = masks(source) if on_grid else None
+        self._lesion = None if outline is None else np.stack([outline(int(i), target) for i in indices])
         self._findings = None if reads is None else as_indices([labels(source)(int(i)) for i in indices])
         able = all(split_stream(s)[0] in model.givable for s in (*given, target))
         self._given = [model.embedded(s, x) for s, x in self.sources.items()] if able else []

@@ -13,7 +13,7 @@ from medm2g_jax.data.contents import contents
 from medm2g_jax.data.open import source_of
 from medm2g_jax.data.source import Source, labels
 from medm2g_jax.errors import UserError
-from medm2g_jax.evaluate import table
+from medm2g_jax.evaluate import downstream, table
 from medm2g_jax.evaluate.figures import Figure
 from medm2g_jax.evaluate.phantom import Bench, labelled_source, reader
 from medm2g_jax.evaluate.reports import reports_from
@@ -37,6 +37,7 @@ def measure(
     reported: Sequence[str] = (),
     cleaning: str = "none",
     sets: Sequence[tuple[str, str]] = (),
+    readers: Mapping[str, Any] | None = None,
     data: str = "",
     out: str = "",
     most: int = 200,
@@ -52,6 +53,7 @@ def measure(
       findings: measure what reports and images say of exact labels, where the model was trained on data that have them.
       reported: image streams that reports are made from (`reports`), both cleaned by the way `cleaning`.
       sets: (stream given, stream made) of `sets`.
+      readers: {"classified", "segmented": cases as those of `synthesised`}, and the fields of `downstream.Plan`.
       data: another data set than the model's own, as config.data.source names it.
       regression: steps of the regression and of the pix2pix beside each synthesis; 0: none.
       out: a folder for TASK.json, TASK.csv, TASK.md and, of open data, TASK_*.png, where finished rows are kept as they
@@ -74,6 +76,8 @@ def measure(
     asked = [*((synthesis, tuple(given), target) for given, target in synthesised)]
     asked += [(reports_from, (image,), text) for image in reported]
     asked += [(as_sets, (given,), target) for given, target in sets]
+    plan, read = dict(readers or {}), (downstream.classified, downstream.segmented)
+    asked += [(how, tuple(given), target) for how in read for given, target in plan.pop(how.__name__, ())]
     trained = [case for case in asked if can_synthesise(pairs, able, *case[1:])]
     if not reports and not trained:
         raise UserError(
@@ -103,6 +107,7 @@ def measure(
     if out:
         epath.Path(out).mkdir(parents=True, exist_ok=True)
     config = dict(synthesis=synthesised, findings=findings, regression=regression, reports=reported, sets=sets)
+    config |= dict(readers=dict(readers or {}))
     about = dict(
         task=task,
         model=model.fingerprint,
@@ -132,6 +137,7 @@ def measure(
             synthesis: dict(regression=regression, sheet=sheet, reads=reads),
             reports_from: dict(cleaning=cleaning),
             as_sets: dict(sheet=sheet),
+            **dict.fromkeys(read, dict(plan=downstream.Plan(**plan))),
         }[how]
         how(model, source, given, target, rows or min(most, count), seed, row=row, **options)
     print(f"{row.seconds:.0f} s. {source.name}: not evidence for clinical performance.")
@@ -142,7 +148,8 @@ def measure(
 
 
 def _held(source: Source, case: tuple[Any, Sequence[str], str]) -> int:
-    needed = {*case[1], case[2]}
+    how, given, target = case
+    needed = {target} if how is downstream.classified else {*given, target}  # which asks in words where no report is
     return sum(r.split == "test" and needed <= set(r.streams) for r in source.records)
 
 

@@ -142,6 +142,13 @@ PROTOCOLS: dict[str, Protocol] = {
         resize="at the model's size",
         interval=f"{_WILSON}; of kappa {_BOOTSTRAP}",
     ),
+    "reader": Protocol(
+        judge="a UNet trained on what the row says, at equal steps, the mean of several seeds; AUROC of each finding, "
+        "averaged over findings; Dice of masks at 0.5, averaged over images, 1 where both are empty; the likeliest "
+        "pixel of an image with a lesion lies in the mask",
+        resize="at the model's size",
+        interval="95 %, percentile bootstrap over the test's subjects and the seeds, 1000 draws",
+    ),
     "neighbours, pixels": Protocol(
         judge="root mean square difference; a row a subject, pools equally large; a copy: its distance "
         "to one training subject, over the mean of the next 10, is below 0.8 of the least among held-out subjects",

@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Key
 
 from medm2g_jax.data.phantom.body import TABLE, TISSUES, Subject, findings, hounsfield, subject, tissues
-from medm2g_jax.data.phantom.report import Findings, parse, write
+from medm2g_jax.data.phantom.report import KINDS, Findings, parse, write
 from medm2g_jax.data.source import Record
 from medm2g_jax.device import host_device
 from medm2g_jax.errors import UserError
@@ -38,7 +38,6 @@ CONTRASTS = {
 }
 T1_ENHANCED = 300.0  # ms, of a mass that has taken up contrast agent
 CT_NOISE = 15.0  # HU
-LESION = 100.0  # HU by which a lesion has to change a pixel for it to be the lesion's
 MU_WATER = 0.19  # 1/cm, at 70 keV
 XRAY_WINDOW = (1.2, 4.6)  # line integrals of mu that are relative attenuation 0 and 1
 PHOTONS = 3e4  # a pixel, unattenuated
@@ -135,6 +134,15 @@ def mri(s: Subject, key: Key[Array, ""], size: int) -> Float[Array, "h w c"]:
     return jnp.moveaxis(MODALITIES["mri"].normalise(magnitude), 0, -1)
 
 
+def lesion(s: Subject, size: int) -> Float[Array, "h w"]:
+    """How much of each pixel of the axial slice is visible lesion, 0 to 1: the tissue that is another without it."""
+    with_it, without = _axial(s, size), _axial(s._replace(kind=jnp.zeros_like(s.kind)), size)
+    return sum(jnp.abs(with_it[name] - without[name]) for name in with_it) / 2
+
+
+_lesion = jax.jit(lesion, static_argnames="size")
+MASK = 0.3  # of a pixel: an opacity is patchy and fades out
+
 RENDERERS = {"ct": ct, "xray": xray, "mri": mri}
 
 
@@ -147,13 +155,6 @@ def _render(modality: str, subjects: Subject, seed, indices, size: int):
         return RENDERERS[modality](s, key, size)
 
     return jax.vmap(one)(subjects, indices).astype(jnp.float16)
-
-
-@functools.partial(jax.jit, static_argnames="size")
-def _lesion(s: Subject, size: int) -> Bool[Array, "h w 1"]:
-    healthy = s._replace(kind=jnp.zeros_like(s.kind))
-    with_it, without = (hounsfield(_axial(one, size)) for one in (s, healthy))
-    return (jnp.abs(with_it - without) > LESION)[..., None]
 
 
 # --- the source -----------------------------------------------------------------------------------------------------
@@ -240,10 +241,21 @@ class Phantom:
         """What there is to find in subject `index`."""
         return self._found(index)
 
-    def lesion(self, index: int) -> Bool[np.ndarray, "h w 1"]:
-        """Where the lesion of subject `index` lies in its axial slice: what it changes by more than LESION."""
+    def present(self, index: int) -> dict[str, bool]:
+        """See `source.present`."""
+        found = self.labels(index)
+        return {kind: found.kind == kind for kind in KINDS[1:]} | {"cardiomegaly": bool(found.cardiomegaly)}
+
+    def masks(self, index: int, stream: str) -> Bool[np.ndarray, "h w 1"]:
+        """See `source.masks`: of axial slices alone.
+
+        Raises:
+          UserError: of a projection, in which a lesion has no edge.
+        """
+        if MODALITIES[stream.partition(":")[0]].projection:
+            raise UserError(f"the phantom has masks of lesions in axial slices, not in {stream}")
         with jax.default_device(host_device()):
-            return np.asarray(_lesion(subject(self.seed, index), self.size))
+            return np.asarray(_lesion(subject(self.seed, index), self.size) > MASK)[..., None]
 
     def read(self, index: int, stream: str, rng: np.random.Generator) -> np.ndarray | str:
         """A report in words drawn by `rng`, or an image float32 (size size 1) in [-1, 1]."""

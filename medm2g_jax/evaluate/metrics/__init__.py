@@ -154,6 +154,7 @@ METRICS: dict[str, Metric | OfSets] = {
     "same modality of the 10 nearest": Metric("modalities", modalities.purity, "modalities", higher=None),
     "silhouette of modalities": Metric("modalities", modalities.silhouette, "modalities", higher=None),
     "modality gap": OfSets("modalities", modalities.gap, "modalities", higher=None),
+    "AUROC": OfSets("scores", labels.mean_auroc, "reader"),
     "right": Metric("label", labels.right, "probe"),
     "agree": Metric("label", labels.agree, "probe"),
     "kappa": Metric("labels", labels.beside, "probe", labels.kappa),
