@@ -31,7 +31,7 @@ from typing import Any
 from etils import epath
 
 from medm2g_jax.data import shards
-from medm2g_jax.data.case import Adapter, Case, Left, Root
+from medm2g_jax.data.case import OUTSIDE, Adapter, Case, Left, Root
 from medm2g_jax.data.check import parse_ranges
 from medm2g_jax.data.clean import CLEANINGS
 from medm2g_jax.data.cut import Cutting, Outcome, cut
@@ -159,6 +159,7 @@ def _found(adapter: Adapter, source: Root, order: Order, say: Callable[[str], An
         if order.limit is not None and len(cases) >= order.limit:
             break
     left += [Left(name, "a folder that may not be read (its rights)") for name in sorted(source.closed)]
+    left += [Left(name, OUTSIDE) for name in sorted(source.outside)]
     say(f"{len(cases)} cases found, {_whole(left)} left out, in {time.monotonic() - began:.1f} s")
     if not cases:
         why = ", ".join(f"{n} {reason}" for reason, n in Counter(one.reason for one in left).most_common(5))

@@ -313,6 +313,27 @@ def test_folders_that_may_not_be_read_are_said(tmp_path, monkeypatch):
         (tmp_path / "down" / name).chmod(0o700)
 
 
+def test_links_pipes_and_what_macos_leaves_behind(tmp_path):
+    shape, affine = (24, 24, 4), grid((24, 24, 4), (6, 6, 20))
+    for seed, name in enumerate(("down/a", "down/b", "elsewhere")):
+        nifti(tmp_path / name / "t1.nii", head("t1", shape, affine, seed), affine)
+    (tmp_path / "down/a/._t1.nii").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    for name, target in (("c", "../../elsewhere/t1.nii"), ("d", "t1.nii"), ("e", "../.git/annex/objects/x")):
+        (tmp_path / "down" / name).mkdir()
+        (tmp_path / "down" / name / "t1.nii").symlink_to(target)
+    (tmp_path / "down/f").mkdir()
+    os.mkfifo(tmp_path / "down/f/t1.nii")
+    made = Made(tmp_path / "down", tmp_path / "out", "folder:nifti", share=0.0)
+    assert {row["subject"] for row in made.rows.values()} == {"a", "b"}
+    assert made.left == {
+        ("", "lies outside of the root (a link, or a path with ..)"): 1,
+        ("mri:t1", "is a link to a file that is not there"): 2,
+        ("mri:t1", "cannot be read (no regular file)"): 1,
+    }
+    with pytest.raises(UserError, match=r"c: no case .*\(left out: 1 lies outside of the root"):
+        Made(tmp_path / "down/c", tmp_path / "out2", "folder:nifti")
+
+
 @pytest.mark.parametrize("name", ["folder:nifti", "folder:dicom", "folder:images", "ixi", "synthrad", "gold_atlas"])
 def test_a_wrong_root_is_said_in_one_line(tmp_path, name):
     (tmp_path / "Doe.pdf").write_text("no volume")
