@@ -55,7 +55,7 @@ def test_masks_of_the_phantom_are_as_large_as_its_lesions():
 
 @pytest.fixture
 def source():
-    return Phantom(size=32, seed=0, train=180, val=0, test=40)
+    return Phantom(size=32, seed=0, train=240, val=0, test=40)
 
 
 def parts(task: str, figures: list) -> dict[str, float]:

@@ -17,7 +17,7 @@ from medm2g_jax.device import jit
 from medm2g_jax.diffusion import Denoised, Streams, sample
 from medm2g_jax.evaluate.metrics.image import Images
 from medm2g_jax.evaluate.samples import CHUNK
-from medm2g_jax.generate import build_denoiser, with_bridges
+from medm2g_jax.generate import build_denoiser, tell_flows, with_bridges
 from medm2g_jax.inference import Model
 from medm2g_jax.keys import row_keys, row_normal, salt
 from medm2g_jax.modality import split_stream
@@ -38,9 +38,9 @@ def inpainted(model: Model, given: dict[str, Images], target: str, rows: int, se
     flows = {s: model.model.flows[split_stream(s)[0]] for s in request.make}
 
     def some(params: dict, known: dict[str, Array], empty: dict, keys: Array) -> Array:
-        params = {**params, **model.model.null(params, empty)}
         clean = {s: model.model.encode(params, split_stream(s)[0], x) for s, x in known.items()}
-        joint = build_denoiser(model.model, request, params, {}, len(keys), defaults["guidance"])
+        told = tell_flows(model.model, request, params, {}, empty, keys)
+        joint = build_denoiser(model.model, request, params, told, len(keys), defaults["guidance"])
 
         def denoise(z: Streams, t: Array) -> Denoised:
             own = jax.vmap(jax.random.fold_in, (0, None))(keys, t)
