@@ -308,7 +308,8 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
         own |= dict(eval_every=max(1, own["steps"] // 6), warmup=0.1, clean=1.0, alone=0.0, rehearse=0.0)
         own |= dict(weight_decay=0.0)  # it would shrink what has no gradient here: V and f of what is made
         own["loss"] = dict(eps=1.0)
-        own |= dict(streams="")  # "mri:t2", "mri:t1,mri:t2": of a modality with some here no others; "": all there are
+        # streams="mri:t1,mri:t2": of a modality with some here no others; make="mri:pd": the one stream that is made.
+        own |= dict(streams="", make="")
         own |= dict(rank=8) if tune[1] == "lora" else {}
         # Undersample k-space of the source (MRI): its factor, and what is kept: the low frequencies, or lines that get
         # sparser outwards.

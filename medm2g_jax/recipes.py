@@ -88,7 +88,8 @@ def rows_of(config: ConfigDict, graph: rounds.Graph, cached: Sequence[str] = ())
         earlier=tuple(stage.earlier.items()),
         rehearse=config.rehearse if stage.earlier else 0.0,
         accelerate=accelerated(config),
-        only=streams_of(config),
+        only=streams_of(config, "streams"),
+        made="".join(streams_of(config, "make")),
         identify=True,
     )
     drawn = rows.accelerate[:1] if rows.accelerate else ()  # undersampled anew each time
@@ -108,18 +109,25 @@ def accelerated(config: ConfigDict) -> tuple[str, int, str] | None:
     return rounds.TASKS[tune[0]].accelerated, config.accelerate, config.keep_lines
 
 
-def streams_of(config: ConfigDict) -> tuple[str, ...]:
-    """`Rows.only` of a fine-tune: what config.streams names; () of any other stage.
+def streams_of(config: ConfigDict, field: str) -> tuple[str, ...]:
+    """The streams that a field of a fine-tune names: `streams`, those that rows may be of (`Rows.only`), or `make`, the
+    one that is made; () of any other stage.
 
     Raises:
-      UserError: there is no such stream, or none of the pair that the fine-tune is for.
+      UserError: there is no such stream, or it is of no modality that this fine-tune trains on; `make` is of another
+        than its target, or names several.
     """
-    names = [name.strip() for name in config.get("streams", "").split(",") if name.strip()]
-    for name in names:
+    names = tuple(name.strip() for name in config.get(field, "").split(",") if name.strip())
+    if names:
         task = rounds.TASKS[rounds.tuned(config.stage)[0]]
-        if split_stream(name)[0] not in task.round.split("_"):
-            raise UserError(f"config.streams={config.streams!r}: {name} is of no modality of {task.round}")
-    return tuple(names)
+        able = (task.target,) if field == "make" else rounds.members(task.round)
+        wrong = [name for name in names if split_stream(name)[0] not in able]
+        if wrong or (field == "make" and len(names) > 1):
+            raise UserError(
+                f"config.{field}={config[field]!r}: expected {'one stream' if field == 'make' else 'streams'} of "
+                f"{' or '.join(able)} for {config.stage}"
+            )
+    return names
 
 
 def weighted(recipe: Recipe, weights: Mapping[str, float], features: Any) -> tuple[Array, dict[str, Array]]:

@@ -145,5 +145,20 @@ def test_a_fine_tune_of_named_streams_is_given_no_others():
     with pytest.raises(UserError, match="unknown stream 'mri:dwi'; known streams: .*mri:t2"):
         rows_of(config, stage_graph(config))
     config.streams = "xray"
-    with pytest.raises(UserError, match="config.streams='xray': xray is of no modality of ct_mri"):
+    with pytest.raises(UserError, match="config.streams='xray': expected streams of ct or mri for tune_mri_to_ct_full"):
         rows_of(config, stage_graph(config))
+
+
+def test_a_fine_tune_may_make_one_contrast_of_the_others():
+    config = micro("finetune", "mri,full,tiny,alone", streams="mri:t1,mri:t2,mri:pd", make="mri:pd")
+    source = Phantom(size=32, seed=0, train=8, val=4, test=2, pairs=(("mri",),))
+    rows = rows_of(config, stage_graph(config))
+    about = next(pipeline.batches(source, rows, "train", 16, 0, size=32))["about"]
+    index = {s: i for i, s in enumerate(MODALITIES["mri"].streams)}
+    others = about["others"]["mri"]
+    assert set(about["stream"]["mri"]) == {index["mri:pd"]}
+    assert set(others["stream"][others["has"]]) == {index["mri:t1"], index["mri:t2"]}
+    for wrong in ("ct", "mri:t1,mri:pd"):
+        config.make = wrong
+        with pytest.raises(UserError, match=f"config.make='{wrong}': expected one stream of mri for tune_mri_full"):
+            rows_of(config, stage_graph(config))

@@ -80,6 +80,7 @@ class Rows:
         and other ones, not prompts.
       pixels: modalities whose required and earlier images C reads as well.
       only: streams; of a modality with some among these a row is of no others.
+      made: the stream that every row has of its modality; "": any. A record must hold it.
     """
 
     require: tuple[str, ...] = ()
@@ -97,6 +98,7 @@ class Rows:
     latents: tuple[str, ...] = ()
     pixels: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
+    made: str = ""
 
     @property
     def only_contrasts(self) -> bool:
@@ -139,8 +141,10 @@ def _fits(record: Record, rows: Rows) -> bool:
     several = any(len(_stated(record, m)) > 1 for m in rows.contrasts)
     whole = all(_streams(record, m) for m in rows.require)
     # Of a single modality guided by itself the other contrasts are all there is to be guided by.
-    return (several or (whole and not rows.only_contrasts)) and (
-        not rows.any_of or any(_streams(record, m) for m in rows.any_of)
+    return (
+        (several or (whole and not rows.only_contrasts))
+        and (not rows.any_of or any(_streams(record, m) for m in rows.any_of))
+        and (not rows.made or rows.made in record.streams)
     )
 
 
@@ -214,6 +218,7 @@ def matching(source: Source, rows: Rows, split: str) -> Int[np.ndarray, "n"]:
 def needs(rows: Rows) -> str:
     """What a record must hold, in words."""
     words = [] if rows.only_contrasts else [*rows.require]
+    words += [rows.made] if rows.made else []
     if rows.any_of:
         words.append("any of " + ", ".join(rows.any_of))
     if rows.prompts and not rows.unprompted:
@@ -277,6 +282,8 @@ class _Reader:
 
     def _target(self, record: Record, modality: str, rng: np.random.Generator) -> str:
         rows = self.rows
+        if rows.made in record.streams and rows.made.partition(":")[0] == modality:
+            return rows.made
         others = [m for m in rows.prompts if m != modality and _can_prompt(record, rows, m)]
         if modality in rows.prompts and not others and _can_prompt(record, rows, modality):
             return _draw(_stated(record, modality), rng)  # the only prompt is another contrast: state both
@@ -512,9 +519,7 @@ def read_streams(source: Source, streams: Sequence[str], split: str, count: int,
     return {stream: [read(i, stream) for i in chosen] for stream in streams if len(chosen)}
 
 
-def records_with(
-    source: Source, streams: Sequence[str], split: str, count: int, seed: int
-) -> Int[np.ndarray, "n"]:
+def records_with(source: Source, streams: Sequence[str], split: str, count: int, seed: int) -> Int[np.ndarray, "n"]:
     """The numbers of the records that `read_streams` reads, in its order."""
     index = [i for i, r in enumerate(source.records) if r.split == split and set(streams) <= set(r.streams)]
     return np.random.default_rng(seed).permutation(index)[:count].astype(int)
