@@ -41,7 +41,7 @@ def test_an_instant_is_shared_between_what_is_under_way():
 def test_ratios_are_of_pairs_and_goals_of_full_sizes_on_cpu():
     task = common.Task("x", "x", ours=None, torch=None, pairs=3, goals={"stock": 1.5})
     timed = dict(seconds=dict(ours=[1.0, 4.0, 3.0], torch=[1.0, 2.0, 3.0]), first=dict(ours=9.0, torch=1.0))
-    timed |= dict(others=0.0, device="cpu")
+    timed |= dict(others=0.0, device="cpu", options={"xla_a": "1"})
     options = argparse.Namespace(device="cpu", dtype="float32", small=False)
     (row,) = common._rows(task, timed, options, "torch, stock MKL")
     assert row["ratio"] == {"median": 1.0, "least": 1.0, "most": 2.0} and row["met"]
