@@ -7,7 +7,8 @@ from scipy.stats import wilcoxon
 from medm2g_jax.data.phantom.render import Phantom
 from medm2g_jax.evaluate import judge as judging
 from medm2g_jax.evaluate import table
-from medm2g_jax.evaluate.judge import PAIRED, Judge, ahead
+from medm2g_jax.evaluate.figures import Figure
+from medm2g_jax.evaluate.judge import NEAREST, PAIRED, Judge, ahead
 from medm2g_jax.evaluate.metrics import METRICS
 from medm2g_jax.evaluate.metrics.intervals import signed_rank
 from medm2g_jax.inference import Model
@@ -99,3 +100,17 @@ def test_what_the_probe_reads_is_counted_where_it_means_something(source):
     ill = int((judge._findings["kind"] != 0).sum())
     assert of["lesion seen"].value == 0 and of["lesion seen"].n == of["side right"].n == ill
     assert of["no lesion seen where none is"].value == 1 and of["no lesion seen where none is"].n == 24 - ill
+
+
+def test_a_report_that_is_looked_up_and_better_is_said_to_be():
+    def figure(task: str, value: float, metric: str = "finding F1") -> Figure:
+        interval = (value - 0.02, value + 0.02)
+        protocol = "findings" if metric == "finding F1" else "words, r2gen"
+        return Figure(task=task, metric=metric, protocol=protocol, value=value, interval=interval, n=9, seed=0)
+
+    near = f"CT -> report{NEAREST}"
+    some = [figure("CT -> report", 0.5), figure(near, 0.6), figure("CT -> report", 0.5, "BLEU-4")]
+    assert ahead([*some, figure(near, 0.53, "BLEU-4")]) == [
+        "CT -> report: that of the nearest training image beats the model in finding F1, 0.600 [0.580, 0.620] over "
+        "0.500 [0.480, 0.520]"
+    ]

@@ -122,11 +122,14 @@ class Judge:
         )
 
 
+NEAREST = " of the nearest training image"  # whose report is an answer
 BESIDE = ("MAE, lesion", "cosine with its source @ours", "kind right", "lesion seen")
+WORDS = ("BLEU-4", "finding F1")
 
 
 def ahead(figures: Sequence[Figure]) -> list[str]:
-    """A sentence for each answer that beats the model in PSNR, with what the two have beside it."""
+    """A sentence for each answer that beats the model: in PSNR, with what the two have beside it; in what reports say,
+    where the intervals are apart."""
     of = {(f.task, f.metric): f for f in figures}
     out = []
     for f in figures:
@@ -141,4 +144,11 @@ def ahead(figures: Sequence[Figure]) -> list[str]:
             f"{task}: {name} beats the model in PSNR, by {-f.value:.2f} dB [{low:.2f}, {high:.2f}], p {f.p:.2g}"
             + (f"; beside it {beside}" if beside else "")
         )
+    for (task, metric), theirs in of.items():
+        ours = of.get((task.removesuffix(NEAREST), metric))
+        if task.endswith(NEAREST) and metric in WORDS and ours and ours.interval and theirs.interval:
+            if theirs.interval[0] > ours.interval[1]:
+                first, second = (f"{f.value:.3f} [{f.interval[0]:.3f}, {f.interval[1]:.3f}]" for f in (theirs, ours))
+                whose = f"that{NEAREST}"
+                out.append(f"{ours.task}: {whose} beats the model in {metric}, {first} over {second}")
     return out

@@ -14,6 +14,7 @@ from medm2g_jax.data.pipeline import read_streams
 from medm2g_jax.data.source import Source, labeller
 from medm2g_jax.evaluate.baselines import constant_report, nearest_report
 from medm2g_jax.evaluate.figures import Figure
+from medm2g_jax.evaluate.judge import NEAREST
 from medm2g_jax.evaluate.metrics import report_figures, text_figures
 from medm2g_jax.evaluate.rows import Row
 from medm2g_jax.evaluate.samples import samples
@@ -70,5 +71,5 @@ def reports_from(
     add(f"the most frequent training {word}", lambda: constant_report(train[text], rows))
     vectors = lambda some: model.embedded(image, some)  # noqa: E731
     near = lambda: nearest_report(train[text], vectors(np.stack(train[image])), vectors(x))  # noqa: E731
-    add(f"{task} of the nearest training image", near)
+    add(f"{task}{NEAREST}", near)
     return out
