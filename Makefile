@@ -34,7 +34,7 @@ lint: $(VENV)/dev.stamp
 	$(VENV)/bin/shellcheck launch/*.sh .ci/run
 
 docs: $(VENV)/dev.stamp
-	$(PY) -m mkdocs build --quiet --clean
+	$(PY) -m mkdocs build --clean
 
 bench: $(VENV)/dev.stamp
 	$(PY) -m benchmarks.all
