@@ -177,6 +177,7 @@ _OPTIMIZER = dict(
     eval_every=0,  # 0: at the end only
     eval_rows=64,  # held-out rows that the loss is measured on, at most; 0: it is not, and the last step counts as best
     checkpoint_every=100,
+    show_every=0,  # steps between two drawings of the stage's samples and figures, same noise; 0: at the end only
     keep=2,
 )
 

@@ -90,6 +90,7 @@ RANGES: Mapping[str, Range] = {
     "eval_every": _COUNT,
     "eval_rows": _COUNT,
     "checkpoint_every": _SIZE,
+    "show_every": _COUNT,
     "keep": _SIZE,
     "loss": _NOT_NEGATIVE,
     "barlow_lambda": _NOT_NEGATIVE,

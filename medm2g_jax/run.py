@@ -2,10 +2,14 @@
 
 import functools
 import itertools
+import os
+import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -232,9 +236,22 @@ def _train(config: ConfigDict, root: epath.Path, source: Source, say: Callable[[
     if cut:
         say(f"texts that were longer than the networks read, and were cut: {cut}")
     if first:
-        say(f"\nwrote {write_report(root, config.listing, labeller(source))}")
+        report = write_report(root, config.listing, labeller(source))
+        say(f"\nwrote {report}" + ("" if "://" in str(report) else f"; look at {Path(report).resolve().as_uri()}"))
     if config.stage == graph.last or graph.stages[config.stage].verb == "round":
-        say(f"next, any to any:\n  {_next_command(graph, config.stage, root)}")
+        whole = f"{root}/{config.stage}" if graph.stages[config.stage].target else root
+        tool = _tool()
+        say(f"next, any to any:\n  {tool} {_next_command(graph, config.stage, root)}")
+        say(f"the same in the browser:\n  {tool} demo --model {whole}")
+        say(f"how good it is:\n  {tool} evaluate --model {whole}")
+
+
+def _tool() -> str:
+    """`medm2g`, or where it is while its environment is not the shell's, as after `make demo`."""
+    beside = Path(sys.executable).with_name("medm2g")
+    if shutil.which("medm2g") or not beside.exists():
+        return "medm2g"
+    return os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
 
 
 def _train_stages(
@@ -282,9 +299,9 @@ def _train_stages(
 
 
 def _next_command(graph: rounds.Graph, name: str, root: epath.Path) -> str:
-    """A `medm2g generate` on the model that this run has just finished."""
+    """A `generate` on the model that this run has just finished, without the tool's own name."""
     stage = graph.stages[name]
-    command = f"medm2g generate --model {root}"
+    command = f"generate --model {root}"
     if stage.verb != "round":
         return f"{command} --make {stage.subjects[0]} --out {root}/generated"
     a, b = stage.subjects if len(stage.subjects) == 2 else MODALITIES[stage.subjects[0]].streams[1:3]
