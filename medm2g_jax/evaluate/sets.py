@@ -5,13 +5,16 @@ every metric of features, beside what the same flow makes of nothing and real tr
 expected to pass; and how much four draws of one report differ, beside real images of different subjects.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 from etils import epath
 
 from medm2g_jax.data.pipeline import read_streams
 from medm2g_jax.data.source import Source
+from medm2g_jax.errors import UserError
+from medm2g_jax.evaluate import extractors
 from medm2g_jax.evaluate.figures import Figure
 from medm2g_jax.evaluate.metrics import METRICS, feature_figures
 from medm2g_jax.evaluate.metrics.image import scales_in
@@ -19,9 +22,10 @@ from medm2g_jax.evaluate.pictures import grid
 from medm2g_jax.evaluate.samples import samples
 from medm2g_jax.evaluate.synthesis import task_words
 from medm2g_jax.inference import Model
-from medm2g_jax.modality import stream_word
+from medm2g_jax.modality import MODALITIES, split_stream, stream_word
 
 DRAWS = 4
+Features = Callable[[np.ndarray], np.ndarray]
 SHOWN = 8
 
 
@@ -35,8 +39,9 @@ def as_sets(
     *,
     sheet: epath.Path | None = None,
 ) -> list[Figure]:
-    """Figures of `target` made from the streams `given`, of `rows` test records that have them. The extractor is the
-    model's own C, which also steers what it makes: it tells models apart, and is no witness from outside.
+    """Figures of `target` made from the streams `given`, of `rows` test records that have them. Extractors are the
+    model's own C, which also steers what it makes: it tells models apart, and is no witness from outside; and those of
+    `extractors` that were trained on such images, where there are their weights.
 
     Args:
       sheet: a picture of the first ones to write.
@@ -51,10 +56,11 @@ def as_sets(
     beside = {f"nothing -> {stream_word(target)}": nothing}
     if train and len(train[target]) == rows:
         beside[f"real training {stream_word(target)}"] = np.stack(train[target])
-    features = model.embedded(target, x)
     out = []
-    for name, images in {task: drawn[0], **beside}.items():
-        out += feature_figures(name, features, model.embedded(target, images), "ours", seed=seed)
+    for extractor, features in _extractors(model, target):
+        real = features(x)
+        for name, images in {task: drawn[0], **beside}.items():
+            out += feature_figures(name, real, features(images), extractor, seed=seed)
     if (scales := scales_in(*x.shape[1:3])) > 1:
         name = f"MS-SSIM among draws, {scales} scales"
         real = np.stack([x[np.random.default_rng(seed + i).permutation(rows)] for i in range(DRAWS)])
@@ -65,3 +71,16 @@ def as_sets(
         grid(sheet, [(name, list(images[:SHOWN])) for name, images in shown.items()], title=task)
         print(sheet, flush=True)
     return out
+
+
+def _extractors(model: Model, target: str) -> Iterator[tuple[str, Features]]:
+    """(name, features of images in [-1, 1]); what has no weights is left out, and said."""
+    yield "ours", partial(model.embedded, target)
+    for name, own in extractors.EXTRACTORS.items():
+        if own.reads(MODALITIES[split_stream(target)[0]]):
+            try:
+                loaded = extractors.load(name)
+            except UserError as why:
+                print(f"  FID @{name} and its kin are left out: {why}", flush=True)
+            else:
+                yield name, loaded.features
