@@ -102,6 +102,16 @@ TASKS = dict(
         "mixed in or before, and steps are not printed, nor what as many real ones would give. Detection by boxes is "
         "not measured here.",
     ),
+    chexpert=dict(
+        readers=dict(
+            classified=((("text",), "xray"),),
+            findings=("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion"),
+            base=0,
+            asked=5000,
+            steps=2000,
+        ),
+        rows=1000,
+    ),
     table9=dict(
         synthesis=((("mri:t1", "mri:t2"), "mri:pd"), (("mri:t2",), "ct")),
         sets=(("text", "xray"),),

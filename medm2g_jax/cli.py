@@ -9,12 +9,14 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from medm2g_jax.errors import UserError
 
 MODEL = "a run root, one stage's folder in it, an exported folder, or phantom, the model in the box"
 STOPPED = 130  # exit status of what Ctrl-C ended
+EXTRACTORS = ("inception", "xrv", "radimagenet", "rad_dino")  # of `evaluate.extractors`, which is slow to import
 SEEN = 3  # exit status of what was done and has found something that somebody has to look at
 
 
@@ -366,7 +368,7 @@ def _audit(args: argparse.Namespace) -> int:
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
-    sources = ("sd15", "clip", "vd", "optimus", "bert-gpt2", "prompt_in", "export")
+    sources = ("sd15", "clip", "vd", "optimus", "bert-gpt2", "prompt_in", *EXTRACTORS, "export")
     parser.add_argument("source", choices=sources, metavar="SOURCE", help=", ".join(sources))
     parser.add_argument("--from", dest="source_path", metavar="PATH", help="file or folder to read")
     parser.add_argument("--to", required=True, metavar="DIR", help="folder to write into")
@@ -385,6 +387,13 @@ def _convert(args: argparse.Namespace) -> None:
     from medm2g_jax import export
     from medm2g_jax.convert import run
 
+    if args.source in EXTRACTORS:
+        from medm2g_jax.evaluate import extractors
+
+        if not args.source_path or not Path(args.source_path).exists():
+            raise UserError(f"--from {args.source_path}: expected {extractors.EXTRACTORS[args.source].file}")
+        print(extractors.convert(args.source, Path(args.source_path), Path(args.to)))
+        return
     if args.source == "export":
         print(export.export(args.source_path, args.to, args.format, args.flow, args.dtype))
         return

@@ -126,6 +126,12 @@ PROTOCOLS: dict[str, Protocol] = {
         interval=f"of precision, recall and coverage {_WILSON}, of density {_BOOTSTRAP}: of the rows beside the other "
         "set as it is",
     ),
+    "maps": Protocol(
+        judge="the maps of an extractor, named after @; LPIPS without learnt weights: channels as unit vectors, "
+        "squared distance, averaged over pixels, summed over maps",
+        resize="as range1, then as the extractor was trained",
+        interval=_BOOTSTRAP,
+    ),
     "nearest partner": Protocol(
         judge="cosine; what the source's labeller reads in the report of a row and in that of its nearest of the n",
         interval=_WILSON,

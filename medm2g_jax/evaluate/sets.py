@@ -6,13 +6,15 @@ expected to pass; and how much four draws of one report differ, beside real imag
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from etils import epath
 
 from medm2g_jax.data.pipeline import read_streams
 from medm2g_jax.data.source import Source
+from medm2g_jax.errors import UserError
+from medm2g_jax.evaluate import extractors
 from medm2g_jax.evaluate.figures import Figure
 from medm2g_jax.evaluate.metrics import METRICS, feature_figures
 from medm2g_jax.evaluate.metrics.image import scales_in
@@ -21,9 +23,10 @@ from medm2g_jax.evaluate.rows import Row
 from medm2g_jax.evaluate.samples import samples
 from medm2g_jax.evaluate.synthesis import task_words
 from medm2g_jax.inference import Model
-from medm2g_jax.modality import stream_word
+from medm2g_jax.modality import MODALITIES, split_stream, stream_word
 
 DRAWS = 4
+Features = Callable[[np.ndarray], np.ndarray]
 SHOWN = 8
 
 
@@ -38,8 +41,9 @@ def as_sets(
     row: Row,
     sheet: epath.Path | None = None,
 ) -> list[Figure]:
-    """Figures of `target` made from the streams `given`, of `rows` test records that have them. The extractor is the
-    model's own C, which also steers what it makes: it tells models apart, and is no witness from outside.
+    """Figures of `target` made from the streams `given`, of `rows` test records that have them. Extractors are the
+    model's own C, which also steers what it makes: it tells models apart, and is no witness from outside; and those of
+    `extractors` that were trained on such images, where there are their weights.
 
     Args:
       row: measures each row, or takes it up (`rows.Rows`).
@@ -51,17 +55,19 @@ def as_sets(
     task = " -> ".join(task_words(given, target))
     draw = functools.cache(lambda i: samples(model, asked, [target], rows, seed + i)[target])
     train = read_streams(source, (target,), "train", rows, seed)
-    beside = {
-        task: lambda: draw(0),
-        f"nothing -> {stream_word(target)}": lambda: samples(model, {}, [target], rows, seed)[target],
-    }
+    nothing = functools.cache(lambda: samples(model, {}, [target], rows, seed)[target])
+    beside = {task: lambda: draw(0), f"nothing -> {stream_word(target)}": nothing}
     if train and len(train[target]) == rows:
         beside[f"real training {stream_word(target)}"] = lambda: np.stack(train[target])
-    features, out = model.embedded(target, x), []
-    for name, images in beside.items():
-        made = lambda images=images: model.embedded(target, images())  # noqa: E731
-        measure = lambda name=name, made=made: feature_figures(name, features, made(), "ours", seed=seed)  # noqa: E731
-        out += row(f"{task}: {name}", measure)
+    out = []
+    for extractor, features in _extractors(model, target):
+        real = functools.cache(functools.partial(features, x))
+
+        def measure(name: str, extractor=extractor, features=features, real=real) -> list[Figure]:
+            return feature_figures(name, real(), features(beside[name]()), extractor, seed=seed)
+
+        for name in beside:
+            out += row(f"{task}: {name} @{extractor}", functools.partial(measure, name))
 
     def draws() -> list[Figure]:
         drawn, some = [draw(i) for i in range(DRAWS)], []
@@ -77,3 +83,16 @@ def as_sets(
         return some
 
     return out + row(f"{task}: {DRAWS} draws", draws)
+
+
+def _extractors(model: Model, target: str) -> Iterator[tuple[str, Features]]:
+    """(name, features of images in [-1, 1]); what has no weights is left out, and said."""
+    yield "ours", functools.partial(model.embedded, target)
+    for name, own in extractors.EXTRACTORS.items():
+        if own.reads(MODALITIES[split_stream(target)[0]]):
+            try:
+                loaded = extractors.load(name)
+            except UserError as why:
+                print(f"  FID @{name} and its kin are left out: {why}", flush=True)
+            else:
+                yield name, loaded.features

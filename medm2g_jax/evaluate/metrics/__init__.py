@@ -124,6 +124,7 @@ METRICS: dict[str, Metric | OfSets] = {
     "MAE HU, synthrad2025": Metric("synthrad2025", published.synthrad_mae, "synthrad2025", higher=False),
     "PSNR dB, synthrad2025": Metric("synthrad2025", published.synthrad_psnr, "synthrad2025"),
     "MS-SSIM, synthrad2025": Metric("synthrad2025", published.synthrad_ms_ssim, "synthrad2025"),
+    "perceptual distance": Metric("maps", image.perceptual, "maps", higher=False),
     "Dice": Metric("region", regions.dice, "regions"),
     "HD95 px": Metric("boundary", partial(regions.hd95, spacing=None), "regions", higher=False),
     "HD95 mm": Metric("boundary in mm", regions.hd95, "regions", higher=False),
