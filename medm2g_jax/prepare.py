@@ -120,8 +120,11 @@ def prepare(
     """
     order.check()
     source, out = Root(root, patterns, adapter.chosen(options or {})), Path(out).expanduser()
-    if out.resolve() == source.path.resolve() or source.path.resolve().is_relative_to(out.resolve()):
+    here, there = (Path(os.path.realpath(path)) for path in (out, source.path))
+    if there.is_relative_to(here):
         raise UserError(f"--out {out}: the downloaded set is in it; name another folder")
+    if here.is_relative_to(there):  # where it would be found as a part of the set
+        raise UserError(f"--out {out}: is in the downloaded set, {source.path}; name a folder beside that")
     say(f"{adapter.title}\n  licence: {adapter.licence}\n  {adapter.access}")
     folder = _Folder(out, adapter, order, source)
     cases, left = _found(adapter, source, order, say)
@@ -132,9 +135,12 @@ def prepare(
     if folder.finished(stamps):  # images that went into shards are not cut again
         say(f"{folder.out / MANIFEST}: finished by an earlier run, nothing is left to do")
         return folder.out / MANIFEST
-    outcomes = _cut_all(cases, stamps, folder, order, say)
-    manifest = _finish(adapter, source, folder, order, cases, left, outcomes, say)
-    folder.finish(stamps)
+    try:
+        outcomes = _cut_all(cases, stamps, folder, order, say)
+        manifest = _finish(adapter, source, folder, order, cases, left, outcomes, say)
+        folder.finish(stamps)
+    except OSError as error:  # what is made so far stays; the same command goes on from there
+        raise unwritable(out, error) from error
     return manifest
 
 
