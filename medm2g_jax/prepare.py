@@ -19,6 +19,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -46,6 +47,7 @@ from medm2g_jax.train.log import duration
 
 EVERY = 5.0  # seconds between two lines of progress
 _WAITING = 4  # cases a process that are handed out ahead
+_QUIET = (signal.SIGINT, signal.SIG_DFL)  # what Ctrl-C does to a process: it ends, without a traceback
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,7 +367,7 @@ def _in_processes(todo: list[tuple[Case, str]], how: Cutting, workers: int | Non
     waiting, ahead = deque(todo), count * _WAITING
     while waiting:
         running: deque[tuple[Case, str, Future]] = deque()
-        with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(count, get_context("spawn"), signal.signal, _QUIET) as pool:
             try:
                 while waiting or running:
                     while waiting and len(running) < ahead:
@@ -377,6 +379,9 @@ def _in_processes(todo: list[tuple[Case, str]], how: Cutting, workers: int | Non
                 continue
             except BrokenProcessPool:
                 pass
+            except BaseException:  # Ctrl-C, a full disk: of what is handed out, no more is begun
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         # Which of those at work it was nobody knows: each is tried alone, in a process of its own.
         for case, stamp, _ in running:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
