@@ -56,7 +56,7 @@ _SAID = "DerivationDescription ImageComments ContributingEquipmentSequence".spli
 _PER_FRAME = """ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness RescaleSlope RescaleIntercept
     RescaleType""".split()  # in an enhanced file
 _ITEM, _ITEMS = b"\xfe\xff\x00\xe0", 200_000  # of sequences and fragments: a real file has some dozens a frame
-_READS = 2**20  # of a file, one or two an element, in all its sequences: an enhanced file has some hundreds a frame
+_READS = 750_000  # of a file, one or two an element, in all its sequences: an enhanced file has some hundreds a frame
 _FILES = 100_000  # looked at in one folder
 _INFLATED = 2**28  # bytes that a deflated file may become, whatever an image may have: a small file asks for them
 _DEFLATED, _PLAIN = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1"
