@@ -34,19 +34,30 @@ def host_device() -> jax.Device | None:
         return None
 
 
-@functools.cache
 def compiler_options() -> dict[str, Any] | None:
     """Options for `jax.jit(..., compiler_options=)` on this backend; None where there are none.
 
-    On CPU what MEDM2G_CPU_OPTIONS says, else what was found to be fastest on this machine (`cpu.choose`). They are kept
+    On CPU what MEDM2G_CPU_OPTIONS says, else what was found to be fastest on this machine (`cpu.kept`). They are kept
     beside the compilation cache that the environment names, else with what this user's programs keep: not in a run's
     own folder, where each would measure again.
     """
+    return _options()
+
+
+def measure_compiler_options() -> None:
+    """Find them, where this machine has none yet: some seconds that a training, and nothing shorter, is worth."""
+    _options(measure=True)
+    _options.cache_clear()
+
+
+@functools.cache
+def _options(measure: bool = False) -> dict[str, Any] | None:
     if jax.default_backend() != "cpu":
         return None
     if (told := os.environ.get(cpu.VARIABLE)) is not None:
         return cpu.accepted(cpu.given(told))
-    return cpu.choose(Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache.user_cache()))
+    folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache.user_cache())
+    return cpu.choose(folder) if measure else cpu.kept(folder)
 
 
 def jit(f: Callable, *, out_shardings: Any = None, save_memory: bool = False, **options: Any) -> Callable:

@@ -26,7 +26,7 @@ from medm2g_jax.data.open import OWN, source_of
 from medm2g_jax.data.source import Source, labeller
 from medm2g_jax.data.source import check as check_files
 from medm2g_jax.data.text import Tokenizers
-from medm2g_jax.device import use_compilation_cache
+from medm2g_jax.device import measure_compiler_options, use_compilation_cache
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.report import write_report
 from medm2g_jax.evaluate.show import ceiling, data_picture, show
@@ -211,6 +211,7 @@ def run(config: ConfigDict, workdir: str | None = None, source: Source | None = 
     if not loop.stage_configs(config, todo):
         say(f"{config.stage} is done: {root / config.stage}")
         return root
+    measure_compiler_options()
     with worded(root), owned(root, say):
         _train(config, root, source, say)
     say(f"{config.stage}: all done in {time.time() - began:.0f} s")
