@@ -55,9 +55,12 @@ def test_an_error_has_the_others_save_and_end_and_is_what_is_raised():
     assert saved == ["vae"]
 
 
-def test_networks_short_of_memory_train_alone(monkeypatch):
+def test_networks_short_of_memory_and_several_devices_train_one_stage_at_a_time(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("jax.device_count", lambda: 1)
     tiny, large = get_config("text_ct", "tiny"), get_config("text_ct", "base")
     assert together.at_once(tiny, tiny.stages.values()) == 2 and together.at_once(large, large.stages.values()) == 1
-    tiny.at_once = 1
+    tiny.at_once = 3
+    assert together.at_once(tiny, tiny.stages.values()) == 3
+    monkeypatch.setattr("jax.device_count", lambda: 2)
     assert together.at_once(tiny, tiny.stages.values()) == 1
