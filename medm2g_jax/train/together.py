@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 def at_once(config: ConfigDict, stages: Iterable[ConfigDict]) -> int:
     """How many of these stages train at a time: config.at_once, where it says so, else two small ones on a CPU's cores.
 
-    One on accelerators, which a step fills, among several processes, which would have to agree, on several devices, whose
-    exchanges wait for each other on one pool of threads, and of networks whose activations are recomputed for want of
-    memory.
+    One on accelerators, which a step fills; on several devices, whose exchanges wait for each other on one pool of
+    threads, and among several processes, which would have to agree; of networks whose activations are recomputed for
+    want of memory.
     """
     if jax.default_backend() != "cpu" or jax.device_count() > 1:
         return 1
