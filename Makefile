@@ -1,6 +1,7 @@
 # make demo       train the Text-CT round at its tiny size on phantom data, with everything it builds on
 # make test       the test suite;  make test-full  the networks at their published size (slow)
 # make lint       ruff, and shellcheck on the launch scripts
+# make docs       the site of docs/ in site/; fails where a link leads nowhere
 # make bench      speed and memory against the same networks in torch; half an hour on two quiet cores at most
 # make plan-env   .venv-tpu, with the TPU compiler, for `medm2g plan --topology=...` on a machine without a TPU
 # make clean      remove .venv, .venv-tpu and caches; runs/ stays
@@ -15,7 +16,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 MALLOC := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 PYTEST := $(MALLOC) $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=12
 
-.PHONY: demo test test-full lint bench plan-env clean
+.PHONY: demo test test-full lint docs bench plan-env clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/runtime.stamp
@@ -32,6 +33,9 @@ lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check .
 	$(VENV)/bin/shellcheck launch/*.sh .ci/run
 
+docs: $(VENV)/dev.stamp
+	$(PY) -m mkdocs build --clean
+
 bench: $(VENV)/dev.stamp
 	$(PY) -m benchmarks.all
 
@@ -39,7 +43,7 @@ bench: $(VENV)/dev.stamp
 plan-env: $(TPU_VENV)/stamp
 
 clean:
-	rm -rf $(VENV) $(TPU_VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(TPU_VENV) build dist site *.egg-info .pytest_cache .ruff_cache
 	find benchmarks configs medm2g_jax tests -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamps make a repeated call instant; a changed list of requirements installs again.

@@ -50,7 +50,6 @@ setup(
         # Decoders of compressed DICOM that pydicom does not bring; pylibjpeg-libjpeg, for JPEG, is under the GPL.
         "dicom": ["pyjpegls>=1.4", "pylibjpeg>=2.0", "pylibjpeg-libjpeg>=2.3", "pylibjpeg-openjpeg>=2.4"],
         "itk": ["SimpleITK>=2.4"],
-        "metrics": ["pycocoevalcap>=1.2", "rouge-score>=0.1.2", "sacrebleu>=2.6", "scikit-image>=0.26"],
         "parquet": ["pyarrow>=21.0"],  # of `medm2g embed`
         "demo": ["gradio>=6.31"],
         "tpu": ["gcsfs", "jax[tpu]"],

@@ -9,11 +9,14 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from medm2g_jax.errors import UserError
 
 MODEL = "a run root, one stage's folder in it, an exported folder, or phantom, the model in the box"
+STOPPED = 130  # exit status of what Ctrl-C ended
+EXTRACTORS = ("inception", "xrv", "radimagenet", "rad_dino")  # of `evaluate.extractors`, which is slow to import
 SEEN = 3  # exit status of what was done and has found something that somebody has to look at
 
 
@@ -281,10 +284,13 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, help="test subjects; default all, at most the config's")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--out", default="", metavar="DIR", help="for the figures as JSON, CSV and Markdown, and "
-                        "pictures; default evaluation.json beside the result")  # fmt: skip
+                        "pictures, row by row: stopped, the same command goes on; default evaluation.json beside the "
+                        "result")  # fmt: skip
+    parser.add_argument("--against", default="", metavar="FILE", help="TASK.json of another evaluation: print the "
+                        "differences; what was not measured alike is refused")  # fmt: skip
 
 
-def _evaluate(args: argparse.Namespace) -> None:
+def _evaluate(args: argparse.Namespace) -> int:
     from medm2g_jax.data.write import check_writable
     from medm2g_jax.evaluate.measure import measure
     from medm2g_jax.limits import check_sampling
@@ -299,23 +305,34 @@ def _evaluate(args: argparse.Namespace) -> None:
     config = runpy.run_path(path)["get_config"](words)
     if config.paper:
         print(f"the paper, {config.task}: {config.paper}", flush=True)
-    if not (config.findings or config.synthesis or config.reports or config.sets):
-        return
-    measure(
-        args.model,
-        args.rows,
-        config.seed if args.seed is None else args.seed,
-        config.synthesis,
-        task=config.task,
-        findings=config.findings,
-        regression=config.regression,
-        reported=config.reports,
-        cleaning=config.cleaning,
-        sets=config.sets,
-        data=args.data,
-        out=args.out,
-        most=config.rows,
-    )
+    if not (config.findings or config.synthesis or config.reports or config.sets or config.readers):
+        return 0
+    named = [("--config", args.config), ("--data", args.data), ("--rows", args.rows), ("--seed", args.seed)]
+    typed = ["medm2g", "evaluate", f"--model={args.model}", *(f"{name}={value}" for name, value in named if value)]
+    try:
+        measure(
+            args.model,
+            args.rows,
+            config.seed if args.seed is None else args.seed,
+            config.synthesis,
+            task=config.task,
+            findings=config.findings,
+            regression=config.regression,
+            reported=config.reports,
+            cleaning=config.cleaning,
+            sets=config.sets,
+            readers=config.readers,
+            data=args.data,
+            out=args.out,
+            most=config.rows,
+            command=shlex.join(typed),
+            against=args.against,
+        )
+    except KeyboardInterrupt:
+        kept = f"finished rows are in {args.out}, and the same command goes on from there" if args.out else ""
+        print(f"\nstopped; {kept or 'nothing is written: with --out DIR finished rows are kept'}", file=sys.stderr)
+        return STOPPED
+    return 0
 
 
 def _audit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -351,7 +368,7 @@ def _audit(args: argparse.Namespace) -> int:
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
-    sources = ("sd15", "clip", "vd", "optimus", "bert-gpt2", "prompt_in", "export")
+    sources = ("sd15", "clip", "vd", "optimus", "bert-gpt2", "prompt_in", *EXTRACTORS, "export")
     parser.add_argument("source", choices=sources, metavar="SOURCE", help=", ".join(sources))
     parser.add_argument("--from", dest="source_path", metavar="PATH", help="file or folder to read")
     parser.add_argument("--to", required=True, metavar="DIR", help="folder to write into")
@@ -359,9 +376,9 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", default="image", help="vd: whose transformers, image (for reports) or text")
     parser.add_argument("--bert", metavar="DIR", help="optimus: the folder of BERT's tokenizer (bert-base-cased)")
     parser.add_argument("--gpt2", metavar="DIR", help="optimus: that of GPT-2's; bert-gpt2: GPT-2's weights")
-    parser.add_argument("--as", dest="format", metavar="FORMAT", help="diffusers, clip, bert, gpt2, safetensors")
+    parser.add_argument("--as", dest="format", metavar="FORMAT", help="diffusers, clip, bert, gpt2, safetensors, hub")
     parser.add_argument(
-        "--dtype", default="float32", help="export --as safetensors: float32, float16, or int8, a byte a weight"
+        "--dtype", default="float32", help="export --as safetensors or hub: float32, float16, or int8, a byte a weight"
     )
     parser.add_argument("--flow", help="export of a run: which modality's UNet or prompt encoder")
 
@@ -370,6 +387,13 @@ def _convert(args: argparse.Namespace) -> None:
     from medm2g_jax import export
     from medm2g_jax.convert import run
 
+    if args.source in EXTRACTORS:
+        from medm2g_jax.evaluate import extractors
+
+        if not args.source_path or not Path(args.source_path).exists():
+            raise UserError(f"--from {args.source_path}: expected {extractors.EXTRACTORS[args.source].file}")
+        print(extractors.convert(args.source, Path(args.source_path), Path(args.to)))
+        return
     if args.source == "export":
         print(export.export(args.source_path, args.to, args.format, args.flow, args.dtype))
         return
@@ -512,6 +536,14 @@ def _demo(args: argparse.Namespace) -> None:
     demo.run(args.model, args.port, args.browser)
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    from medm2g_jax import doctor
+
+    broken = doctor.doctor()
+    print(f"{broken} to mend; exit status {SEEN}" if broken else "nothing to mend")
+    return SEEN if broken else 0
+
+
 class Verb(NamedTuple):
     """A row of VERBS: help in one line, its arguments, what it does with them (and its exit status, where that is not
     0), and what it is in more words."""
@@ -588,6 +620,13 @@ VERBS = {
         _demo,
         "Serves a page on 127.0.0.1: any to any, counterfactuals, downloads. Needs the extra `demo` (gradio).",
     ),
+    "doctor": Verb(
+        "what is installed here, what is missing, and what to do",
+        lambda parser: None,
+        _doctor,
+        "Devices, memory, disk, packages, extras, data and weights. Each line is ok, - (one can do without it) or "
+        "!! (to be mended), with what to type. Exit status 0 if there is nothing to mend, 3 if there is.",
+    ),
 }
 
 
@@ -606,6 +645,9 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)  # as shells count SIGINT
     if status:
         sys.exit(status)
 

@@ -1,11 +1,10 @@
 """Compiler options for the CPU at hand, by measurement: what helps on one maker's costs a sixth on another's.
 
-Once a machine and jaxlib, a small training step (convolution, GroupNorm, SiLU, attention, GEGLU) is compiled under each
-of CHOICES and timed in turns; the fastest is kept in a file, which every later process reads. Nothing that changes what
-is computed is among them (`xla_cpu_enable_fast_math` is not).
+Once a machine and jaxlib, before the first training, a small step (convolution, GroupNorm, SiLU, attention, GEGLU) is
+compiled under each of CHOICES and timed in turns; the fastest is kept in a file, which every later process reads.
+Nothing that changes what is computed is among them (`xla_cpu_enable_fast_math` is not).
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -89,13 +88,24 @@ def processor() -> str:
     return next(named, "") or platform.processor() or platform.machine()
 
 
-def choose(folder: Path) -> Options:
-    """The choice for this processor, its number of cores and jaxlib that `folder` keeps, else one that is measured now
-    and kept. Of several processes that measure at once the first one's counts, for all."""
+def _place(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The file of this processor, its number of cores and jaxlib, and what it says it is of."""
     about = {"processor": processor(), "cores": os.cpu_count(), "jaxlib": jaxlib.__version__, "of": CHOICES}
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    path = folder / f"cpu-options-{key}.json"
-    if not path.exists():
+    return folder / f"cpu-options-{key}.json", about
+
+
+def kept(folder: Path) -> Options:
+    """The choice that `folder` keeps for this machine, else FIRST: who makes one image does not wait for a probe."""
+    path, _ = _place(folder)
+    return json.loads(path.read_text())["options"] if path.is_file() else accepted(CHOICES[FIRST])
+
+
+def choose(folder: Path) -> Options:
+    """`kept`, measured now where there is none. Of several processes that measure at once the first one's counts, for
+    all."""
+    path, about = _place(folder)
+    if not path.is_file():
         options = {name: accepted(some) for name, some in CHOICES.items()}
         spent = probe(options)
         best = min(spent, key=spent.get)
@@ -109,7 +119,7 @@ def choose(folder: Path) -> Options:
         )
         if not _keep(path, json.dumps(found, indent=1)):
             return options[best]
-    return json.loads(path.read_text())["options"]
+    return kept(folder)
 
 
 def _keep(path: Path, text: str) -> bool:
@@ -119,10 +129,9 @@ def _keep(path: Path, text: str) -> bool:
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part") as part:
             part.write(text)
             part.flush()
-            with contextlib.suppress(FileExistsError):
-                os.link(part.name, path)
-    except OSError:  # a folder that cannot be written, or a file system without links
-        return False
+            os.link(part.name, path)
+    except OSError:  # it is there by now; or a folder that cannot be written, or a file system without links
+        return path.is_file()
     return True
 
 

@@ -1,9 +1,9 @@
 """The desk behind the page of `medm2g demo`: one model, requests that take turns, and what came of each.
 
 A request is an `Order`; `Desk.make` is a generator of how far it is, and last of its `Result`. Whoever closes the
-generator cancels the request, as `Desk.cancel` does: while it waits at once, while it samples after the pass that runs.
-Passes hold one sample, so that one executable serves any number of draws. The model is loaded, and the first order's
-program compiled, by a thread of the desk's own, while the page comes up. This file knows no page.
+generator cancels the request, as `Desk.cancel` does: while it waits at once, while it samples after the steps that run.
+Passes hold one sample, so that one executable serves any number of draws, and of steps. The model is loaded, and the
+first order's program compiled, by a thread of the desk's own, while the page comes up. This file knows no page.
 """
 
 import collections
@@ -29,6 +29,7 @@ from medm2g_jax.data.phantom.report import swap_side
 from medm2g_jax.data.picture import Picture
 from medm2g_jax.data.volume import Volume, check_modality, ranged, single, stack
 from medm2g_jax.data.write import write_samples
+from medm2g_jax.demo_near import Found, find
 from medm2g_jax.errors import UserError
 from medm2g_jax.generate import Generated
 from medm2g_jax.inference import LARGE, Model
@@ -36,6 +37,7 @@ from medm2g_jax.limits import check_sampling
 from medm2g_jax.loading import described, makes
 from medm2g_jax.modality import MODALITIES, Modality, split_stream, stream_word
 from medm2g_jax.train.log import duration
+from medm2g_jax.vectors import Vectors
 
 MOST_VOXELS = 2**27  # of a file that is dropped; 512 slices of 512 x 512
 MOST_TEXT = 2000  # characters
@@ -286,7 +288,7 @@ class _Work:
         self.whose = whose
         self.cancelled = threading.Event()
         self.progress = Progress("waiting")
-        self.result: Result | None = None
+        self.result: Result | Found | None = None
         self.error: Exception | None = None
 
 
@@ -305,6 +307,7 @@ class Desk:
         self._line: list[_Work] = []
         self._results: collections.deque[Path] = collections.deque()
         self._moved = threading.Condition()
+        self._vectors: dict[str, Vectors] = {}
         self._known: set[tuple] = set()  # requests whose programs are compiled
         self._first: concurrent.futures.Future[Result | None] = concurrent.futures.Future()
         self._model: concurrent.futures.Future[Model] = concurrent.futures.Future()
@@ -346,8 +349,21 @@ class Desk:
         Raises:
           UserError: it cannot be made, or too many wait.
         """
+        order = checked(order)
+        yield from self._in_turn(lambda work: self._made(work, order, before), whose)
+
+    def nearest(self, result: Result, whose: str = "") -> Iterator[Progress | Found]:
+        """What lies nearest, in the aligned space, to what a result was made of and to what was made, among subjects of
+        the data that the model was trained on which it has not seen; takes its turn, and is cancelled, as `make` is.
+
+        Raises:
+          UserError: the model has no vectors of any of it, these data are not there, or may not be shown.
+        """
+        yield from self._in_turn(lambda work: self._nearest(work, result.rows[0]), whose)
+
+    def _in_turn(self, job: Callable[[_Work], Any], whose: str) -> Iterator[Any]:
         work, start = _Work(whose), time.monotonic()
-        thread = threading.Thread(target=self._run, args=(work, checked(order), before), daemon=True)
+        thread = threading.Thread(target=self._run, args=(work, job), daemon=True)
         with self._moved:
             if len(self._line) > MOST_WAITING:
                 raise UserError(f"{MOST_WAITING} requests wait already; try again when some are done")
@@ -380,12 +396,12 @@ class Desk:
         with self._moved:
             return self._line.index(work) if work in self._line else 0
 
-    def _run(self, work: _Work, order: Order, before: Result | None) -> None:
+    def _run(self, work: _Work, job: Callable[[_Work], Any]) -> None:
         try:
             with self._moved:
                 self._moved.wait_for(lambda: self._line[0] is work or work.cancelled.is_set())
             self._check(work)
-            work.result = self._made(work, order, before)
+            work.result = job(work)
         except _Cancelled:
             pass
         except Exception as error:  # for the thread that waits, which raises it again
@@ -404,23 +420,41 @@ class Desk:
         work.progress = Progress("loading the model")
         model = self._model.result()
         self._check(work)
-        given = {s: v if isinstance(v, str) else v.picture for s, v in order.given.items()}
-        program = tuple(given), order.make, order.steps, order.sampler, order.guides
-        # The first pass of a new combination compiles its program, and nobody can say for how long.
+        given = _values(order)
+        program = tuple(given), order.make, order.sampler, order.guides
+        # The first part of a new combination compiles its program, and nobody can say for how long.
         compiling = "" if program in self._known else "compiling this combination, which is done once, and "
         work.progress = Progress(f"{compiling}making {_of(1, order.draws)}", 0.0 if not compiling else None)
+        pace, drawn = _Pace(order.draws * order.steps), 0
+
+        def watch(step: int, steps: int) -> None:
+            self._check(work)
+            work.progress = pace.after(drawn * steps + step, f"{_of(drawn + 1, order.draws)}, step {step} of {steps}")
 
         def tell(done: int, total: int) -> None:
+            nonlocal drawn
             self._check(work)
+            drawn = done
             text = f"making {_of(done + 1, total)}" if done < total else "decoding"
             work.progress = Progress(text, done / total)
 
-        made = model.generate(given, order.make, rows=1, tell=tell, **order.numbers())
+        made = model.generate(given, order.make, rows=1, tell=tell, watch=watch, **order.numbers())
         self._known.add(program)
         self._check(work)
         work.progress = Progress("writing the files", 1.0)
         rows = (*(before.rows[:1] if before else ()), Made(order, made))
         return Result(rows, self._files(model, rows), time.monotonic() - start)
+
+    def _nearest(self, work: _Work, row: Made) -> Found:
+        work.progress = Progress("loading the model")
+        model = self._model.result()
+
+        def say(text: str) -> None:
+            self._check(work)
+            work.progress = Progress(text)
+
+        made = {s: x[0] for s, x in row.made.samples.items() if MODALITIES[split_stream(s)[0]].is_image}
+        return find(model, _values(row.order), made, self._vectors, say)
 
     def _files(self, model: Model, rows: tuple[Made, ...]) -> dict[str, str]:
         """A file a form of all that was made, each marked as synthetic in it."""
@@ -443,6 +477,25 @@ class Desk:
         return files
 
 
+class _Pace:
+    """How far a request of so many steps is, and how long the rest takes at the pace of what is behind it. What comes
+    before the first report does not count: a program may have been compiled then."""
+
+    def __init__(self, steps: int):
+        self._steps = steps
+        self._first: tuple[float, int] | None = None
+
+    def after(self, done: int, what: str) -> Progress:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now, done
+        began, before = self._first
+        left = ""
+        if done > before and done < self._steps:
+            left = f", {duration((now - began) / (done - before) * (self._steps - done))} left"
+        return Progress(f"making {what}{left}", done / self._steps)
+
+
 def _of(number: int, total: int) -> str:
     return "it" if total == 1 else f"draw {number} of {total}"
 
@@ -450,6 +503,11 @@ def _of(number: int, total: int) -> str:
 def _grid(order: Order) -> volumes.Cut | None:
     """Where what is made lies: on the slice that is given, where one is."""
     return next((v.cut for v in order.given.values() if isinstance(v, Given) and v.cut is not None), None)
+
+
+def _values(order: Order) -> dict[str, Any]:
+    """What is given, as `Model.generate` takes it."""
+    return {s: v if isinstance(v, str) else v.picture for s, v in order.given.items()}
 
 
 def _said(order: Order) -> dict[str, str]:

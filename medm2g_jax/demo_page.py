@@ -11,6 +11,7 @@ import gradio as gr
 
 from medm2g_jax import demo_desk, demo_view
 from medm2g_jax.demo_desk import Able, Desk, Given, Order, Result
+from medm2g_jax.demo_near import Found
 from medm2g_jax.errors import UserError
 from medm2g_jax.limits import CHOICES, MAX_SEED
 from medm2g_jax.modality import MODALITIES, split_stream, stream_word
@@ -46,16 +47,19 @@ def page(desk: Desk) -> Any:
                     swap = gr.Button(
                         "Exchange left and right, same noise", interactive=False, size="md", elem_id="swap"
                     )
+                    near = gr.Button("What lies nearest", interactive=False, size="md", elem_id="near")
                     window = gr.Radio(
                         [demo_view.FULL], value=demo_view.FULL, show_label=False, visible=False, elem_id="window"
                     )
                 shown = gr.HTML(demo_view.hint("What is made appears here."), elem_id="results")
                 downloads = _downloads()
+                neighbours = gr.HTML("", elem_id="neighbours")
         gr.HTML(demo_view.foot(able))
         kept = gr.State(None)
 
         inputs = {**fields, **settings}
-        outputs = [status, shown, kept, window, go, swap, stop, *downloads.values()]
+        buttons = [go, swap, near, stop]
+        outputs = [status, shown, kept, window, neighbours, *buttons, *downloads.values()]
         tell = functools.partial(_told, downloads=tuple(downloads))
 
         def first_result(chosen: str, before: Result | None) -> Iterator[tuple]:
@@ -68,6 +72,9 @@ def page(desk: Desk) -> Any:
         def exchange(tab: gr.Request, chosen: str, before: Result) -> Iterator[tuple]:
             yield from tell(_exchanged(desk, before, tab.session_hash), chosen, before)
 
+        def retrieve(tab: gr.Request, chosen: str, before: Result) -> Iterator[tuple]:
+            yield from tell(desk.nearest(before, tab.session_hash), chosen, before)
+
         def cancel(tab: gr.Request) -> None:
             desk.cancel(tab.session_hash)
 
@@ -79,6 +86,7 @@ def page(desk: Desk) -> Any:
         for name in able.texts():
             fields[name].submit(make, asked, **own)
         swap.click(exchange, [window, kept], **own)
+        near.click(retrieve, [window, kept], **own)
         stop.click(cancel, queue=False, **quiet)
         window.change(_looked_at, [kept, window], [shown], queue=False, **quiet)
         _wire_drops(able, fields, quiet)
@@ -259,21 +267,24 @@ def _told(
       ours: nobody has asked for it, and nobody cancels it.
     """
     same = gr.skip()
-    files = (same,) * len(downloads)
-    busy = (gr.update(interactive=False), gr.update(interactive=False), gr.update(interactive=not ours))
+    rest = (same,) * len(downloads)
+    busy = *(gr.update(interactive=False) for _ in range(3)), gr.update(interactive=not ours)
     step = None
     try:
         for step in steps:
             if isinstance(step, demo_desk.Progress):
-                yield demo_view.status(step), same, same, same, *busy, *files
+                yield demo_view.status(step), *(same,) * 4, *busy, *rest
+            elif isinstance(step, Found):
+                found = demo_view.nearest(step, window)
+                yield demo_view.said("done"), *(same,) * 3, found, *_idle(before), *rest
             elif step is not None:
                 yield _arrived(step, window, downloads)
-        if not isinstance(step, Result):
-            yield demo_view.said("ready" if ours else "cancelled"), same, same, same, *_idle(before), *files
+        if not isinstance(step, Result | Found):
+            yield demo_view.said("ready" if ours else "cancelled"), *(same,) * 4, *_idle(before), *rest
     except UserError as error:
-        yield demo_view.problem(error), same, same, same, *_idle(before), *files
+        yield demo_view.problem(error), *(same,) * 4, *_idle(before), *rest
     except Exception:  # a fault of ours: the page can be used again, and the traceback is for the terminal
-        yield demo_view.problem(UserError(FAULT)), same, same, same, *_idle(before), *files
+        yield demo_view.problem(UserError(FAULT)), *(same,) * 4, *_idle(before), *rest
         raise
     finally:
         steps.close()
@@ -289,13 +300,14 @@ def _arrived(result: Result, window: str, downloads: tuple[str, ...]) -> tuple:
     )
     chosen = gr.update(choices=list(names), value=window, visible=len(names) > 1)
     said = demo_view.said(f"done in {result.seconds:.1f} s")
-    return said, demo_view.results(result, window), result, chosen, *_idle(result), *files
+    return said, demo_view.results(result, window), result, chosen, "", *_idle(result), *files
 
 
 def _idle(result: Result | None) -> tuple:
-    """The buttons to make, to exchange sides and to cancel, while nothing runs."""
+    """The buttons to make, to exchange sides, to find what lies nearest and to cancel, while nothing runs."""
     has_side = result is not None and demo_desk.has_side(result.rows[0].order)
-    return gr.update(interactive=True), gr.update(interactive=has_side), gr.update(interactive=False)
+    able = True, has_side, result is not None, False
+    return tuple(gr.update(interactive=one) for one in able)
 
 
 def _looked_at(kept: Result | None, window: str) -> Any:

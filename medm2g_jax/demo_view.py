@@ -17,12 +17,14 @@ from PIL.PngImagePlugin import PngInfo
 from medm2g_jax.data.marks import NOTE
 from medm2g_jax.data.picture import Picture, normalised
 from medm2g_jax.demo_desk import Able, Given, Made, Progress, Result
+from medm2g_jax.demo_near import Found, Neighbour
 from medm2g_jax.errors import UserError
 from medm2g_jax.generate import Generated
 from medm2g_jax.modality import MODALITIES, Modality, split_stream, stream_word
 from medm2g_jax.train.log import duration
 
 WARNING = "Synthetic. Not for clinical use."
+NOT_MADE = "Images of these data, not made by the model. Not for clinical use."
 FULL = "Full"
 # Unit -> what radiologists look at values of it through: name -> window. `FULL`, the modality's own, is always there.
 WINDOWS: Mapping[str, Mapping[str, tuple[float, float]]] = {
@@ -49,8 +51,8 @@ CSS = """
   overflow-wrap: anywhere; }
 .dark .m2g-error { color: #fecaca; background: #450a0a; border-color: #991b1b; }
 .m2g-row { margin-bottom: 1.1rem; }
-.m2g-row > h2 { font-size: .95rem; margin: 0 0 .45rem; font-weight: 600; }
-.m2g-row > h2 q { font-weight: 400; font-style: italic; }
+.m2g-row h2 { font-size: .95rem; margin: 0 0 .45rem; font-weight: 600; }
+.m2g-row h2 q { font-weight: 400; font-style: italic; }
 .m2g-cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 200px), 1fr)); gap: .8rem; }
 .m2g-card { margin: 0; border: 1px solid var(--m2g-line); border-radius: 8px; overflow: hidden; min-width: 0;
   max-width: 340px; background: var(--background-fill-secondary); }
@@ -67,6 +69,12 @@ CSS = """
 .m2g-tile .m2g-left { top: 6px; left: 7px; } .m2g-tile .m2g-right { top: 6px; right: 7px; }
 .m2g-tile .m2g-what { bottom: 0; left: 0; right: 0; padding: 3px 7px 4px; font-size: .68rem; background: #000a; }
 .m2g-draws { display: grid; grid-template-columns: repeat(auto-fill, minmax(56px, 1fr)); gap: 2px; background: #000; }
+.m2g-found { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: .9rem 1.4rem; }
+.m2g-near { display: grid; grid-template-columns: repeat(4, 1fr); gap: .4rem; }
+@media (max-width: 640px) { .m2g-near { grid-template-columns: 1fr 1fr; } }
+.m2g-near figure { margin: 0; }
+.m2g-near figcaption { font-size: .7rem; line-height: 1.35; color: var(--m2g-soft); margin-top: .2rem; overflow: hidden;
+  display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4; overflow-wrap: anywhere; }
 .m2g-report { margin: 0; padding: .2rem .6rem .6rem; line-height: 1.45; overflow-wrap: anywhere; }
 .m2g-report li { margin: .25rem 0 .25rem 1.1rem; }
 .m2g-arrows { list-style: none; margin: 0; padding: .45rem .6rem; font-size: .8rem; display: grid; gap: .25rem; }
@@ -267,6 +275,28 @@ def kind_of(how: str) -> tuple[str, str]:
         grid = ", pixel by pixel" if "registered" in ways else ""
         return "trained", f"on pairs{grid}{beside}"
     return "emergent", "never seen as a pair: through the aligned space"
+
+
+def nearest(found: Found, window: str = FULL) -> str:
+    """What lies nearest in the aligned space, a row for each that asked and each stream."""
+    rows = []
+    for stream, made, neighbours in found.rows:
+        target = title_of(neighbours[0].near.stream)
+        asked = f"the {'generated' if made else 'given'} {stream_word(stream)}"
+        tiles = "".join(_neighbour(one, window) for one in neighbours)
+        title = f"<h2>{escaped(target)} nearest to {escaped(asked)}</h2>"
+        rows.append(f'<div>{title}<div class="m2g-near">{tiles}</div></div>')
+    foot = f"Cosines in the aligned space, among {found.among}; each with its own report. {NOT_MADE}"
+    shown = f'<div class="m2g-found">{"".join(rows)}</div>'
+    return f'<section class="m2g m2g-row">{shown}<p class="m2g-foot">{escaped(foot)}</p></section>'
+
+
+def _neighbour(one: Neighbour, window: str) -> str:
+    word, modality = title_of(one.near.stream), _modality(one.near.stream)
+    what = f"{one.near.cosine:+.3f}"
+    shown = tile(levels(one.image, window_of(modality, window)), f"{word}, cosine {what}", what, note=NOT_MADE)
+    text = f'<figcaption title="{escaped(one.text)}">{escaped(one.text)}</figcaption>'
+    return f'<figure data-near="{escaped(one.near.stream)}">{shown}{text}</figure>'
 
 
 # --- the rest of the page -------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from medm2g_jax import cpu
+from medm2g_jax import cache, cpu
 from medm2g_jax.errors import UserError
 
 CPU_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
@@ -34,19 +34,30 @@ def host_device() -> jax.Device | None:
         return None
 
 
-@functools.cache
 def compiler_options() -> dict[str, Any] | None:
     """Options for `jax.jit(..., compiler_options=)` on this backend; None where there are none.
 
-    On CPU what MEDM2G_CPU_OPTIONS says, else what was found to be fastest on this machine (`cpu.choose`). They are kept
+    On CPU what MEDM2G_CPU_OPTIONS says, else what was found to be fastest on this machine (`cpu.kept`). They are kept
     beside the compilation cache that the environment names, else with what this user's programs keep: not in a run's
     own folder, where each would measure again.
     """
+    return _options()
+
+
+def measure_compiler_options() -> None:
+    """Find them, where this machine has none yet: some seconds that a training, and nothing shorter, is worth."""
+    _options(measure=True)
+    _options.cache_clear()
+
+
+@functools.cache
+def _options(measure: bool = False) -> dict[str, Any] | None:
     if jax.default_backend() != "cpu":
         return None
     if (told := os.environ.get(cpu.VARIABLE)) is not None:
         return cpu.accepted(cpu.given(told))
-    return cpu.choose(Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or user_cache()))
+    folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache.user_cache())
+    return cpu.choose(folder) if measure else cpu.kept(folder)
 
 
 def jit(f: Callable, *, out_shardings: Any = None, save_memory: bool = False, **options: Any) -> Callable:
@@ -105,11 +116,6 @@ def _unnamed(tree: Any) -> Any:
     if isinstance(tree, dict):
         return tuple(_unnamed(tree[k]) for k in sorted(tree))
     return tuple(map(_unnamed, tree)) if isinstance(tree, tuple | list) else tree
-
-
-def user_cache() -> Path:
-    """Where this user's programs keep what they can make again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medm2g_jax"
 
 
 def use_compilation_cache(folder) -> None:

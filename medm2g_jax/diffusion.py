@@ -12,8 +12,8 @@ What a network predicts is a row of `PREDICTIONS`. Everything else speaks of a *
 
     denoise(z, t) -> {stream: (z0, eps)}        z: {stream: (b ...)}, t: one noise level for all
 
-which any prediction gives. `guided` wraps one in classifier-free guidance, `sample` moves a dict of streams from noise
-to data by one. A sampler is one function, a step, and a row of `SAMPLERS`.
+which any prediction gives. `guided` wraps one in classifier-free guidance, `sample` (and `sample_some`, a part of the
+way) moves a dict of streams from noise to data by one. A sampler is one function, a step, and a row of `SAMPLERS`.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from medm2g_jax.arrays import Latent, Times
 from medm2g_jax.errors import UserError
@@ -349,20 +349,60 @@ def sample(
     Raises:
       UserError: no such sampler or spacing, or steps out of range.
     """
+    state = State({s: x.astype(jnp.float32) for s, x in z.items()})
+    state = state._replace(memory=remembered(state.z, sampler))
+    move = _mover(denoise, keys, sampler, eta)
+    numbered = jnp.arange(steps), sampler_table(steps, spacing, schedule)
+    state, _ = jax.lax.scan(lambda state, at: (move(state, *at), None), state, numbered)
+    return state.z
+
+
+def sample_some(
+    denoise: Denoise,
+    state: State,
+    keys: Array,
+    table: Row,
+    begin: Int[Array, ""],
+    end: Int[Array, ""],
+    sampler: str = "ddim",
+    eta: float | Float[Array, ""] = 0.0,
+) -> State:
+    """The steps `begin` to `end` of a table, with the noise that `sample` has. Where they are traced one executable
+    serves any number of steps, whole or in parts between which somebody hears how far it is.
+
+    Args:
+      table: see `padded_table`.
+    """
+    move = _mover(denoise, keys, sampler, eta)
+    row = lambda i: jax.tree.map(lambda x: x[i], table)  # noqa: E731
+    return jax.lax.fori_loop(begin, end, lambda i, state: move(state, i, row(i)), state)
+
+
+def padded_table(steps: int, spacing: str = "auto", schedule: str = "scaled_linear") -> Row:
+    """`sampler_table`, filled up with zeros to T rows: of one shape whatever the number of steps."""
+    return jax.tree.map(lambda x: np.pad(x, (0, T - steps)), sampler_table(steps, spacing, schedule))
+
+
+def remembered(z: Mapping[str, Any], sampler: str) -> Any:
+    """What a sampler remembers of latents before its first step.
+
+    Raises:
+      UserError: no such sampler.
+    """
     if sampler not in SAMPLERS:
         raise UserError(f"sampler={sampler!r}: expected one of {', '.join(SAMPLERS)}")
-    step, memory = SAMPLERS[sampler]
+    return SAMPLERS[sampler].memory(z)
+
+
+def _mover(denoise: Denoise, keys: Array, sampler: str, eta: float | Float[Array, ""]) -> Callable[..., State]:
+    """(state, number of the step, its row) -> state."""
 
     def at_integer(z: Streams, t: Array) -> Denoised:
         return denoise(z, t.astype(jnp.int32))
 
-    def body(state: State, numbered: tuple[Array, Row]) -> tuple[State, None]:
-        i, row = numbered
+    def move(state: State, i: Array, row: Row) -> State:
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
         noise = {s: row_normal(own, x.shape[1:], salt(f"step {s}")) for s, x in state.z.items()}
-        return step(at_integer, state, row, noise, jnp.asarray(eta, jnp.float32)), None
+        return SAMPLERS[sampler].step(at_integer, state, row, noise, jnp.asarray(eta, jnp.float32))
 
-    z = {s: x.astype(jnp.float32) for s, x in z.items()}
-    numbered = jnp.arange(steps), sampler_table(steps, spacing, schedule)
-    state, _ = jax.lax.scan(body, State(z, memory(z)), numbered)
-    return state.z
+    return move

@@ -4,6 +4,7 @@
     clip           a transformers CLIPModel: C_T and one imaging modality's C
     bert, gpt2     the two halves of the text autoencoder, without Optimus's own layers
     safetensors    a whole trained model in one folder that needs nothing else; `medm2g_jax.load` reads it
+    hub            the same, as a model hub takes it: model.safetensors, and a README.md with YAML before the card
 
 What other tools have no place for stays behind (guides, contexts, streams, prompt_in, Optimus's layers), and the model
 card says so.
@@ -12,7 +13,7 @@ card says so.
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,12 @@ from medm2g_jax.convert.files import Output, Tensor, new_folder, some, write_saf
 from medm2g_jax.convert.packed import pack
 from medm2g_jax.convert.rules import Step, back, outputs
 from medm2g_jax.errors import UserError
+from medm2g_jax.loading import in_the_box, load, locate
 from medm2g_jax.modality import MODALITIES, centre, of_kind
 
-FORMATS = ("diffusers", "clip", "bert", "gpt2", "safetensors")
+FORMATS = ("diffusers", "clip", "bert", "gpt2", "safetensors", "hub")
+WHOLE = {"safetensors": WEIGHTS, "hub": "model.safetensors"}  # formats of a whole model, and the weights' file
+FRONT_ENDS = "\n---\n\n"
 VERSION = "0.42.0"  # of diffusers, whose configs these are
 # Of what the process is, what DDIM's config has.
 DDIM = ("beta_end", "beta_schedule", "beta_start", "clip_sample", "num_train_timesteps", "prediction_type")
@@ -65,17 +69,17 @@ def export(
     if source is None:
         raise UserError("medm2g convert export needs --from PATH, a run or a folder of converted weights")
     source, to = Path(source), Path(to)
-    if not source.exists():
+    if not source.exists() and str(source) not in in_the_box():
         raise UserError(f"--from {source}: no such file or folder")
     if format is None:
         raise UserError(f"medm2g convert export needs --as, one of {', '.join(FORMATS)}")
     if format not in FORMATS:
         raise UserError(f"--as {format}: expected one of {', '.join(FORMATS)}")
-    if format != "safetensors" and dtype != "float32":
-        raise UserError(f"--dtype {dtype}: of --as safetensors alone; --as {format} is float32")
+    if format not in WHOLE and dtype != "float32":
+        raise UserError(f"--dtype {dtype}: of --as {' and '.join(WHOLE)} alone; --as {format} is float32")
     began = time.time()
-    if format == "safetensors":
-        count, size, licences = _whole(source, to, dtype)
+    if format in WHOLE:
+        count, size, licences = _whole(source, to, dtype, format)
     else:
         given = _of_converted(source, format) if _is_converted(source) else _of_run(source, format, flow)
         write = {"diffusers": _diffusers, "clip": _clip, "bert": _bert, "gpt2": _gpt2}[format]
@@ -140,8 +144,6 @@ def _tokenizers(weights: Path, *parts: str) -> dict[str, Path]:
 
 
 def _of_run(source: Path, format: str, flow: str | None) -> Source:
-    from medm2g_jax.loading import load
-
     images = of_kind("image")
     if format in ("diffusers", "clip") and flow not in images:
         raise UserError(f"--as {format} of a run needs --flow, one of {', '.join(images)}; found {flow!r}")
@@ -393,10 +395,8 @@ def _gpt2(given: Source, folder: Path) -> tuple[int, int]:
 # --- a whole model --------------------------------------------------------------------------------------------------
 
 
-def _whole(source: Path, to: Path, dtype: str) -> tuple[int, int, tuple[str, ...]]:
-    """One folder with weights.safetensors, model.json, config.json, tokenizers and a card."""
-    from medm2g_jax.loading import load, locate
-
+def _whole(source: Path, to: Path, dtype: str, format: str) -> tuple[int, int, tuple[str, ...]]:
+    """One folder with the weights, model.json, config.json, tokenizers and a card."""
     root = Path(locate(str(source)))
     model = load(str(root))
     params = {n: v for n, v in model.params.items() if not n.startswith("null/")}
@@ -405,17 +405,63 @@ def _whole(source: Path, to: Path, dtype: str) -> tuple[int, int, tuple[str, ...
     meta = json.loads(json.dumps(model.meta))
     meta["shared"]["weights"] = ""  # it needs none
     licences = tuple(meta["licences"])
-    pairs = "; ".join(f"{k}: " + ", ".join(f"{a} -> {b}" for a, b in v) for k, v in meta["pairs"].items())
-    more = f"Flows: {', '.join(model.modalities)}. Trained pairs, {pairs}. Load it with `medm2g_jax.load(FOLDER)`."
-    if meta["standing_in"]:
-        more += f"\n\nNever trained, initialised instead: {', '.join(meta['standing_in'])}."
     tokenizers = root / "tokenizers" if (root / "tokenizers").is_dir() else root.parent / "tokenizers"
+    told = _described(model, sum(v.size for v in params.values()), dtype)
+    told = card(f"MedM2G: {meta['stage']}", licences, (), told)
+    if (root / "README.md").is_file():  # of an export that is exported again: what was measured of it
+        told = (root / "README.md").read_text(encoding="utf-8")
+        told = told.partition(FRONT_ENDS)[2] if told.startswith("---\n") else told
+    front = _front_matter(model.modalities, licences) if format == "hub" else ""
     with new_folder(to) as folder:
-        prints = write_safetensors(folder / WEIGHTS, made, {"format": "pt", "medm2g": "model"})
+        prints = write_safetensors(folder / WHOLE[format], made, {"format": "pt", "medm2g": "model"})
         if model.tokenizers:
             shutil.copytree(tokenizers, folder / "tokenizers")
         shutil.copyfile(root / "config.json", folder / "config.json")
-        (folder / "README.md").write_text(card(f"MedM2G: {meta['stage']}", licences, (), more), encoding="utf-8")
-        kept = meta | {"storage": "safetensors", "crc32": prints}
+        (folder / "README.md").write_text(front + told, encoding="utf-8")
+        kept = meta | {"storage": "safetensors", "file": WHOLE[format], "crc32": prints}
         (folder / "model.json").write_text(json.dumps(kept, indent=1), encoding="utf-8")
     return len(params), sum(v.nbytes for v in stored.values()), licences
+
+
+def _described(model: Any, count: int, dtype: str) -> str:
+    """The part of a whole model's card that says what it does, on what it was trained, and how it is used."""
+    meta = model.meta
+    data, pairs = meta["shared"]["data"], meta["pairs"]
+    trained = {kind: ", ".join(f"{a} -> {b}" for a, b in some_) for kind, some_ in pairs.items()}
+    rows = {
+        "makes": ", ".join(model.modalities),
+        "takes": ", ".join(model.givable),
+        "images": f"{model.size} x {model.size} pixels",
+        "parameters": f"{count / 1e6:.4g} M, stored as {dtype}",
+        "data": f"{data['source'].partition(':')[0]}; its licences are above",
+        "rounds": ", ".join(meta["rounds"]) or "none",
+        **{f"trained pairs, {kind}": said or "none" for kind, said in trained.items()},
+        "fingerprint of the model it was made of": f"`{model.fingerprint}`",
+    }
+    lines = ["| | |", "|---|---|", *(f"| {name} | {said} |" for name, said in rows.items()), ""]
+    first = next(iter(model.modalities))
+    given = next((m for m in model.givable if m != first), None)
+    value = "'...'" if given == centre().name else "'image.png'"
+    lines += ["```python", "import medm2g_jax", "", 'model = medm2g_jax.load("FOLDER")']
+    lines += [f"made = model.generate({{{f'{given!r}: {value}' if given else ''}}}, [{first!r}])", "```", ""]
+    lines += ["Pairs that were not trained go through the aligned space alone: they are emergent, and worse."]
+    if meta["standing_in"]:
+        lines += ["", f"Never trained, initialised instead: {', '.join(meta['standing_in'])}."]
+    lines += ["", "What it does has to be measured before it is used for anything: `medm2g evaluate --model FOLDER`, "]
+    lines[-1] += "and whether it gives back the people it was trained on: `medm2g audit --model FOLDER`."
+    return "\n".join(lines)
+
+
+def _front_matter(modalities: Sequence[str], licences: Sequence[str]) -> str:
+    """What a model hub reads of a card: YAML between two lines of ---."""
+    names = " ".join(licences).lower()
+    if any("openrail" in one.lower() for one in licences):
+        licence = "creativeml-openrail-m"
+    else:
+        licence = "apache-2.0" if licences and names.count("apache-2.0") == len(licences) else "other"
+    lines = ["---", f"license: {licence}"]
+    if licence == "other":  # the hub asks for a name then; the card lists what each part is under
+        lines += ["license_name: several", "license_link: README.md"]
+    tags = ("medical", "medical-imaging", "jax", "flax", "latent-diffusion", "medm2g", *modalities)
+    lines += ["library_name: medm2g_jax", "pipeline_tag: any-to-any", "tags:", *(f"- {tag}" for tag in tags)]
+    return "\n".join(lines) + FRONT_ENDS

@@ -10,12 +10,13 @@ and classifier-free guidance moves it away from the prediction with the null pro
 its grid a flow keeps in both halves, and where that is given also its guide: guidance would overshoot what the flow has
 before its eyes (docs/quality.md). Where a source ->
 flow pair was trained, all tokens of a context are used; for other pairs only its pooled token, since only pooled
-vectors are aligned. This file builds the denoiser of a request; `diffusion.sample` moves it.
+vectors are aligned. What is the same at every
+step is made once (`tell_flows`). This file builds the denoiser of a request; `diffusion.sample_some` moves by it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,19 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from medm2g_jax.arrays import Params
-from medm2g_jax.diffusion import SAMPLERS, SPACINGS, Denoise, Denoised, Streams, guided, sample
+from medm2g_jax.diffusion import (
+    SAMPLERS,
+    SPACINGS,
+    Denoise,
+    Denoised,
+    Row,
+    State,
+    Streams,
+    guided,
+    padded_table,
+    remembered,
+    sample_some,
+)
 from medm2g_jax.errors import UserError
 from medm2g_jax.keys import row_normal, salt
 from medm2g_jax.modality import split_stream
@@ -40,11 +53,11 @@ PARTS = {False: ((False, True), (False, True)), True: ((False, True, True), (Fal
 
 @dataclass(frozen=True)
 class Request:
-    """Everything about a generation that shapes its executable; guidance, eta and seeds are traced instead.
+    """Everything about a generation that shapes its executable, and its steps; guidance, eta and seeds come beside it.
 
     Attributes:
       given, make: streams.
-      steps, sampler, spacing: see `diffusion.sample`.
+      steps, sampler, spacing: see `diffusion.sample`. Steps and spacing are traced: see `program`.
       guide: "cond" leaves the guide out of the unconditional half of guidance, but for a flow that reads given sources
         on its grid; "both" keeps it there (CoDi).
       prompts: "given", or "none" for the null prompt whatever is given.
@@ -84,6 +97,10 @@ class Request:
         twice = set(self.given) & set(self.make)
         if twice:
             raise UserError(f"stream {sorted(twice)[0]!r} is both given and wanted")
+
+    def program(self) -> "Request":
+        """The same for all requests that one executable serves."""
+        return replace(self, steps=1, spacing="auto")
 
     def link(self, source: str, target: str) -> str | None:
         """How stream `source` guides stream `target`: with all "tokens", its "pooled" token, or not (None)."""
@@ -166,22 +183,51 @@ def _shortest_path(neighbours: Mapping[str, set[str]], start: str, end: str) -> 
 # --- the denoiser ---------------------------------------------------------------------------------------------------
 
 
-def build_denoiser(
-    model: MedM2G, request: Request, params: Params, given: Mapping[str, Any], rows: int, guidance: Any
-) -> Denoise:
-    """The denoiser of a request: denoise(z, t) -> {stream: (z0, eps)} of the wanted streams (and bridges).
+class Told(NamedTuple):
+    """What flows are told of what is given, the same at every step.
+
+    Attributes:
+      null: the null prompt, {} where there is no centre.
+      encoded: latents of given streams that guide.
+      clean: V of these, see `_contexts`.
+      prompts: wanted stream -> given stream -> what its prompt is made of.
+    """
+
+    null: Params
+    encoded: dict[str, Array]
+    clean: dict[str, tuple[Context, Context]]
+    prompts: dict[str, dict[str, tuple[Array, Bool[Array, "b"]]]]
+
+
+def tell_flows(
+    model: MedM2G, request: Request, params: Params, given: Mapping[str, Any], empty: Mapping, keys: Array
+) -> Told:
+    """What the flows of a request are told, by the networks that are not asked again: C, V and the autoencoders.
 
     Args:
-      params: with the null prompt among them where the model has a centre (`MedM2G.null`).
-      given: {stream: a batch's value}.
+      given: {stream: a batch's value: images (b h w 1) in [-1, 1], or ids (b n)}.
+      empty: ids of the empty text, (1 n); {} where there is no text.
+      keys: one a sample (b,).
     """
-    make = with_bridges(request)
-    links = {a: {s: how for s in (*request.given, *make) if (how := request.link(s, a))} for a in make}
-    sources = {s for used in links.values() for s in used}
-    encoded = {s: model.encode(params, _modality(s), x) for s, x in given.items() if s in sources}
+    used = {s for links in _links(request).values() for s in links}
+    encoded = {s: model.encode(params, _modality(s), x) for s, x in given.items() if s in used}
     clean = _contexts(model, params, encoded, jnp.int32(0))
-    prompts = _prompts(model, request, make, params, given, rows)
-    told = {a for a in make if any(request.registered(s, a) for s in request.given)}  # pixel by pixel
+    prompts = _prompts(model, request, with_bridges(request), params, given, keys.shape[0])
+    return Told(model.null(params, empty), encoded, clean, prompts)
+
+
+def _links(request: Request) -> dict[str, dict[str, str]]:
+    """Wanted stream -> the streams that guide it, and how."""
+    make = with_bridges(request)
+    return {a: {s: how for s in (*request.given, *make) if (how := request.link(s, a))} for a in make}
+
+
+def build_denoiser(model: MedM2G, request: Request, params: Params, told: Told, rows: int, guidance: Any) -> Denoise:
+    """The denoiser of a request: denoise(z, t) -> {stream: (z0, eps)} of the wanted streams (and bridges)."""
+    params, make, links = {**params, **told.null}, with_bridges(request), _links(request)
+    encoded, clean, prompts = told.encoded, told.clean, told.prompts
+    sources = {s for used in links.values() for s in used}
+    by_pixel = {a for a in make if any(request.registered(s, a) for s in request.given)}
     # With neither prompt nor guide there is nothing to guide by, and one half is enough.
     bare = not any(prompts.values()) and not sources
     # Without a barrier XLA's CPU compiler keeps float32 copies of all bfloat16 parameters through the whole loop.
@@ -202,7 +248,7 @@ def build_denoiser(
             null = flow.null(own)
             prompt = null_context(null, count) if bare else prompt_parts(null, prompts[s], rows, prompted)
             guides = [available[source][how == "pooled"] for source, how in links[s].items()]
-            everywhere = request.guide == "both" or s in told
+            everywhere = request.guide == "both" or s in by_pixel
             has = (True,) * parts if everywhere else guided_by
             guide = guide_parts(concat(guides), has) if guides else None
             near = [
@@ -254,26 +300,42 @@ def _prompts(
     return out
 
 
-def build_sampler(model: MedM2G, request: Request) -> Callable[..., dict[str, Array]]:
-    """sample(params, given, empty, keys, guidance, eta) -> {stream: latent z_0 (b ...)}, for jit.
+def build_sampler(model: MedM2G, request: Request) -> Callable[..., State]:
+    """sample(params, told, keys, guidance, eta, table, state, begin, end) -> the state after these steps, for jit.
+    Neither steps nor spacing of the request is in it: they are the table's.
 
     Args of the returned function:
-      given: {stream: a batch's value: images (b h w 1) in [-1, 1], or ids (b n)}.
-      empty: ids of the empty text, (1 n); {} where there is no text.
+      told: of `tell_flows`.
       keys: one a sample (b,); noise is a function of it and the stream's name.
       guidance: a scalar; where `request.apart` two, of prompts and of guides.
       eta: a scalar.
+      table: of `table_of`.
+      state: of the steps before; what it holds before the first, `blank_state`, is not read.
+      begin, end: which steps. After the table's last z are the latents z_0.
     """
 
-    def sampler(params: Params, given: Mapping[str, Any], empty: Mapping, keys: Array, guidance, eta) -> dict:
-        rows = keys.shape[0]
-        denoise = build_denoiser(model, request, {**params, **model.null(params, empty)}, given, rows, guidance)
-        shapes = {s: model.flows[_modality(s)].family.latent_shape for s in with_bridges(request)}
-        z = {s: row_normal(keys, shape, salt(f"start {s}")) for s, shape in shapes.items()}
-        schedule = next(iter(model.flows.values())).process.schedule  # one for all, which move in lockstep
-        return sample(denoise, z, keys, request.sampler, request.steps, request.spacing, eta, schedule)
+    def sampler(
+        params: Params, told: Told, keys: Array, guidance: Any, eta: Any, table: Row, state: State, begin: Any, end: Any
+    ) -> State:
+        denoise = build_denoiser(model, request, params, told, keys.shape[0], guidance)
+        start = {s: row_normal(keys, x.shape[1:], salt(f"start {s}")) for s, x in state.z.items()}
+        state = state._replace(z={s: jnp.where(begin == 0, x, state.z[s]) for s, x in start.items()})
+        return sample_some(denoise, state, keys, table, begin, end, request.sampler, eta)
 
     return sampler
+
+
+def table_of(model: MedM2G, request: Request) -> Row:
+    """The steps of a request, as `build_sampler`'s function takes them."""
+    schedule = next(iter(model.flows.values())).process.schedule  # one for all, which move in lockstep
+    return padded_table(request.steps, request.spacing, schedule)
+
+
+def blank_state(model: MedM2G, request: Request, rows: int) -> State:
+    """A state of so many samples that has not begun: zeros."""
+    shapes = {s: model.flows[_modality(s)].family.latent_shape for s in with_bridges(request)}
+    z = {s: np.zeros((rows, *shape), np.float32) for s, shape in shapes.items()}
+    return State(z, remembered(z, request.sampler))
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,14 @@ from medm2g_jax.data.picture import Picture, network_input
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.device import jit
 from medm2g_jax.errors import UserError
-from medm2g_jax.generate import Generated, Request, build_sampler, with_bridges
+from medm2g_jax.generate import Generated, Request, blank_state, build_sampler, table_of, tell_flows, with_bridges
 from medm2g_jax.keys import row_keys, salt
 from medm2g_jax.limits import check_sampling
 from medm2g_jax.modality import MODALITIES, split_stream
 from medm2g_jax.model import MedM2G
 
-Tell = Callable[[int, int], Any]  # (rows made so far, rows in all)
+Tell = Callable[[int, int], Any]  # (made so far, in all)
+PARTS = 10  # of a batch's steps, between which whoever watches hears how far it is
 LARGE = 2**30  # bytes of parameters from which memory counts for more than the last bit of speed
 
 
@@ -51,7 +52,7 @@ class Model:
         self.modalities = tuple(model.flows if modalities is None else modalities)
         self.lengths = dict(meta["lengths"])
         self._large = sum(p.nbytes for p in params.values()) > LARGE
-        self._samplers: dict[Request, Callable] = {}
+        self._samplers: dict[Request, tuple[Callable, Callable]] = {}  # what flows are told, and what moves them
         self._decoders: dict[tuple[str, int], Callable] = {}
         self._encoders: dict[tuple[str, str], Callable] = {}
 
@@ -105,6 +106,7 @@ class Model:
         eta: float,
         rows: int | None = None,
         tell: Tell | None = None,
+        watch: Tell | None = None,
     ) -> dict[str, Float[np.ndarray, "n ..."]]:
         """Latents of the wanted streams, from values as networks read them (`generate.build_sampler`).
 
@@ -112,15 +114,27 @@ class Model:
           guidance: where `request.apart`, of prompts and of guides.
           rows: made at a time, as one batch; None for all. A sample does not depend on its batch.
           tell: is called after each of these batches.
+          watch: is called within a batch, with (steps made so far, steps in all); what it raises ends the sampling.
         """
-        if request not in self._samplers:
-            self._samplers[request] = jit(build_sampler(self.model, request), save_memory=self._large)
+        program, table = request.program(), table_of(self.model, request)
+        if program not in self._samplers:
+            told = jit(lambda *x: tell_flows(self.model, program, *x), save_memory=self._large)
+            self._samplers[program] = told, jit(build_sampler(self.model, program), save_memory=self._large)
+        tell_, move = self._samplers[program]
         empty = self.ids([""]) if self.tokenizers else {}
         scales = jnp.asarray(guidance, jnp.float32), jnp.float32(eta)
+        part = request.steps if watch is None else max(1, request.steps // PARTS)
 
         def some(given, keys):
-            made = self._samplers[request](self.params, given, empty, keys, *scales)
-            return {s: made[s] for s in request.make}
+            state, told = blank_state(self.model, request, len(keys)), tell_(self.params, given, empty, keys)
+            for begin in range(0, request.steps, part):
+                end = min(begin + part, request.steps)
+                at = np.int32(begin), np.int32(end)
+                state = move(self.params, told, keys, *scales, table, state, *at)
+                if watch is not None:
+                    jax.block_until_ready(state)
+                    watch(end, request.steps)
+            return {s: state.z[s] for s in request.make}
 
         return _in_passes(some, rows or len(keys), given, keys, tell=tell)
 
@@ -195,6 +209,7 @@ class Model:
         numbers: Sequence[int] | None = None,
         rows: int | None = None,
         tell: Tell | None = None,
+        watch: Tell | None = None,
         **options: Any,
     ) -> Generated:
         """Make the wanted streams from the given ones.
@@ -215,7 +230,9 @@ class Model:
           numbers: which i each sample has; None for 0, 1, 2 ... Those of one number have one noise, as the slices of a
             volume do (`volumes`).
           rows: made at a time; None for the run's own `sample.rows`. A sample does not depend on it.
-          tell: is called after each of these passes, before decoding; what it raises ends the generation.
+          tell: is called after each of these passes, before decoding, with (samples made so far, samples in all); what
+            it raises ends the generation.
+          watch: is called within a pass, with (steps made so far, steps in all); what it raises ends the generation.
           **options: `sampler`, `spacing`, `guide`, `prompts`, `guides`, `register` of `generate.Request`.
 
         Raises:
@@ -250,7 +267,8 @@ class Model:
         each, rows = max(draws, best_of), rows or self.defaults["rows"]
         repeated = jax.tree.map(lambda x: np.repeat(x, each, axis=0), batch)
         keys = _draw_keys(seed, range(n) if numbers is None else numbers, each)
-        latents = self.sample(request, repeated, keys, scales, self.defaults["eta"] if eta is None else eta, rows, tell)
+        eta = self.defaults["eta"] if eta is None else eta
+        latents = self.sample(request, repeated, keys, scales, eta, rows, tell, watch)
         if broken := [s for s, z in latents.items() if not np.isfinite(z).all()]:
             raise UserError(f"{broken[0]}: no finite sample came of guidance {scale}; ask for less")
         made = {s: self.decode(s, latents[s], rows, beams) for s in request.make}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from medm2g_jax import rounds
+from medm2g_jax import cache, rounds
 from medm2g_jax.arrays import Params
 from medm2g_jax.config import weights_folder
 from medm2g_jax.convert import weights
@@ -20,7 +20,7 @@ from medm2g_jax.convert.converted import exists as converted_exists
 from medm2g_jax.convert.files import open_tensors
 from medm2g_jax.convert.packed import SCALE, unpack
 from medm2g_jax.data.text import Tokenizers
-from medm2g_jax.device import activation_dtype, use_compilation_cache, user_cache
+from medm2g_jax.device import activation_dtype, use_compilation_cache
 from medm2g_jax.diffusion import Process
 from medm2g_jax.errors import UserError
 from medm2g_jax.inference import Model
@@ -174,9 +174,9 @@ def _from_run(
 def _from_export(
     root: epath.Path, meta: Mapping, model: MedM2G, needed: Callable[[str], bool], dtype: Any
 ) -> tuple[Params, epath.Path]:
-    """Parameters of a model that `medm2g convert export --as safetensors` wrote, compared with its CRCs."""
-    use_compilation_cache(user_cache() / "xla")
-    path = Path(root) / "weights.safetensors"
+    """Parameters of a model that `medm2g convert export --as safetensors` or `hub` wrote, compared with its CRCs."""
+    use_compilation_cache(cache.compiled())
+    path = Path(root) / (meta["file"] if "file" in meta else "weights.safetensors")  # exports of before name none
     params: Params = {}
     tensors = open_tensors(path)
     if set(tensors) != set(meta["crc32"]):

@@ -2,10 +2,14 @@
 
 import functools
 import itertools
+import os
+import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +26,7 @@ from medm2g_jax.data.open import OWN, source_of
 from medm2g_jax.data.source import Source, labeller
 from medm2g_jax.data.source import check as check_files
 from medm2g_jax.data.text import Tokenizers
-from medm2g_jax.device import use_compilation_cache
+from medm2g_jax.device import measure_compiler_options, use_compilation_cache
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.report import write_report
 from medm2g_jax.evaluate.show import ceiling, data_picture, show
@@ -30,7 +34,7 @@ from medm2g_jax.family import text_lengths
 from medm2g_jax.limits import check
 from medm2g_jax.modality import MODALITIES, centre
 from medm2g_jax.recipes import rows_of
-from medm2g_jax.train import data_record, loop, results
+from medm2g_jax.train import data_record, loop, results, together
 from medm2g_jax.train.abstract import compile_ahead
 from medm2g_jax.train.disk import worded
 from medm2g_jax.train.owner import owned
@@ -207,6 +211,7 @@ def run(config: ConfigDict, workdir: str | None = None, source: Source | None = 
     if not loop.stage_configs(config, todo):
         say(f"{config.stage} is done: {root / config.stage}")
         return root
+    measure_compiler_options()
     with worded(root), owned(root, say):
         _train(config, root, source, say)
     say(f"{config.stage}: all done in {time.time() - began:.0f} s")
@@ -226,37 +231,78 @@ def _train(config: ConfigDict, root: epath.Path, source: Source, say: Callable[[
     if source.open and first:
         data_picture(data, root / f"{source.name}.png", graph.modalities)
 
-    guess = {name: _SECONDS[graph.stages[name].verb] for name in configs}
-    spent: dict[str, float] = {}
-    # An accelerator's compiler tries its candidates on the device that a step is using; a CPU's needs none.
-    alone = jax.default_backend() == "cpu" and jax.process_count() == 1
-    following = [*list(configs.values())[1:], None]
-    with ThreadPoolExecutor(1) as beside:
-        for i, (name, stage) in enumerate(configs.items()):
-            ratio = sum(spent.values()) / sum(guess[s] for s in spent) if spent else 1.0
-            rest = ratio * sum(guess[s] for s in list(configs)[i + 1 :])
-            say(f"\n== {name} ({i + 1} of {len(configs)})")
-            start = time.time()
-            ahead = functools.partial(beside.submit, compile_ahead, following[i], root, source, data.vocab)
-            meanwhile = ahead if alone and following[i] is not None else None
-            meta = loop.run_stage(stage, root, data, plan_eta=rest, show=show, ceiling=ceiling, meanwhile=meanwhile)
-            spent[name] = time.time() - start
-            size = meta["parameters"] / 1e6
-            say(f"  {name}: done in {spent[name]:.0f} s, {size:.2f} M parameters -> {root / name}")
+    _train_stages(configs, root, data, graph, together.at_once(config, configs.values()), say)
     truncated = data.tokenizers.truncated if data.tokenizers else {}
     cut = ", ".join(f"{name} {share:.1%}" for name, share in truncated.items() if share)
     if cut:
         say(f"texts that were longer than the networks read, and were cut: {cut}")
     if first:
-        say(f"\nwrote {write_report(root, config.listing, labeller(source))}")
+        report = write_report(root, config.listing, labeller(source))
+        say(f"\nwrote {report}" + ("" if "://" in str(report) else f"; look at {Path(report).resolve().as_uri()}"))
     if config.stage == graph.last or graph.stages[config.stage].verb == "round":
-        say(f"next, any to any:\n  {_next_command(graph, config.stage, root)}")
+        whole = f"{root}/{config.stage}" if graph.stages[config.stage].target else root
+        tool = _tool()
+        say(f"next, any to any:\n  {tool} {_next_command(graph, config.stage, root)}")
+        say(f"the same in the browser:\n  {tool} demo --model {whole}")
+        say(f"how good it is:\n  {tool} evaluate --model {whole}")
+
+
+def _tool() -> str:
+    """`medm2g`, or where it is while its environment is not the shell's, as after `make demo`."""
+    beside = Path(sys.executable).with_name("medm2g")
+    if shutil.which("medm2g") or not beside.exists():
+        return "medm2g"
+    return os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
+
+
+def _train_stages(
+    configs: Mapping[str, ConfigDict],
+    root: epath.Path,
+    data: loop.Data,
+    graph: rounds.Graph,
+    workers: int,
+    say: Callable[[str], Any],
+) -> None:
+    """Train these stages, `workers` at a time, and meanwhile compile the programs of the one that is to come."""
+    guess = {name: _SECONDS[graph.stages[name].verb] for name in configs}
+    needs = {name: [s for s in graph.plan(name) if s in configs and s != name] for name in configs}
+    begun: list[str] = []
+    spent: dict[str, float] = {}
+    compiled: dict[str, Future] = {}
+    # An accelerator's compiler tries its candidates on the device that a step is using; a CPU's needs none.
+    alone = jax.default_backend() == "cpu" and jax.process_count() == 1
+    stop = loop.StopFlag()
+
+    def train(name: str) -> None:
+        begun.append(name)
+        ratio = sum(spent.values()) / sum(guess[s] for s in spent) if spent else 1.0
+        rest = ratio * sum(guess[s] for s in configs if s not in begun) / workers
+        say(f"\n== {name} ({len(begun)} of {len(configs)})")
+        if name in compiled:
+            compiled[name].result()
+        start = time.time()
+        meta = loop.run_stage(configs[name], root, data, rest, show, ceiling, compile_next if alone else None, stop)
+        spent[name] = time.time() - start
+        size = meta["parameters"] / 1e6
+        say(f"  {name}: done in {spent[name]:.0f} s, {size:.2f} M parameters -> {root / name}")
+
+    def compile_next() -> None:
+        following = next((s for s in configs if s not in begun and s not in compiled), None)
+        if following is not None:
+            stage = configs[following]
+            compiled[following] = beside.submit(compile_ahead, stage, root, data.source, data.vocab)
+
+    try:
+        with ThreadPoolExecutor(1) as beside:
+            together.run(needs, guess, train, workers, stop.ask)
+    finally:
+        stop.close()
 
 
 def _next_command(graph: rounds.Graph, name: str, root: epath.Path) -> str:
-    """A `medm2g generate` on the model that this run has just finished."""
+    """A `generate` on the model that this run has just finished, without the tool's own name."""
     stage = graph.stages[name]
-    command = f"medm2g generate --model {root}"
+    command = f"generate --model {root}"
     if stage.verb != "round":
         return f"{command} --make {stage.subjects[0]} --out {root}/generated"
     a, b = stage.subjects if len(stage.subjects) == 2 else MODALITIES[stage.subjects[0]].streams[1:3]

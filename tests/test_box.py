@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from medm2g_jax import export
 from medm2g_jax.data.phantom.render import Phantom
 from medm2g_jax.evaluate.metrics.image import psnr
 from medm2g_jax.loading import BOX, load
@@ -58,3 +59,28 @@ def test_it_puts_the_mass_on_the_side_of_the_report(model):
     left, right = (model.generate({"text": report}, **asked).samples["ct"][0] for report in reports)
     difference = left - right
     assert difference[:, 32:].mean() > 10 and difference[:, :32].mean() < -10  # HU
+
+
+def test_a_hub_s_folder_is_read_back_and_its_card_by_the_hub_s_own_library(model, tmp_path):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    out = tmp_path / "hub"
+    export.export("phantom", out, "hub", dtype="float16")
+    card = huggingface_hub.ModelCard.load(out / "README.md")
+    assert card.data.license == "apache-2.0" and card.data.library_name == "medm2g_jax"
+    assert {"medical", "ct", "mri", "xray", "text"} <= set(card.data.tags)
+    assert card.text.lstrip().startswith("# The model in the box") and "Not for clinical use" in card.text
+    again = load(str(out))
+    assert sorted(p.name for p in out.iterdir()) == [
+        "README.md", "config.json", "model.json", "model.safetensors", "tokenizers",
+    ]  # fmt: skip
+    asked = dict(given={"text": REPORT}, make=["ct"], steps=2, eta=0.0)
+    ours, theirs = (m.generate(**asked).samples["ct"] for m in (model, again))
+    np.testing.assert_allclose(ours, theirs, atol=5)  # HU; its weights in float16
+    export.export(out, tmp_path / "second", "safetensors")  # which has no front matter
+    assert (tmp_path / "second" / "README.md").read_text().startswith("# The model in the box")
+
+
+def test_the_card_of_several_licences_says_other():
+    assert "license: other\nlicense_name: several" in export._front_matter(["ct"], ["CC BY 4.0", "Apache-2.0"])
+    assert "license: creativeml-openrail-m" in export._front_matter(["ct"], ["CreativeML OpenRAIL-M", "CC0"])
+    assert "license: other" in export._front_matter(["ct"], [])

@@ -29,7 +29,8 @@ def test_what_is_refused_is_dropped_alone(capsys):
 )
 def test_the_fastest_is_kept_and_read_again(times, choice, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cpu, "probe", lambda options: dict.fromkeys(options, 20.0) | times)
-    assert cpu.choose(tmp_path / "cache") == cpu.CHOICES[choice]
+    assert cpu.kept(tmp_path / "cache") == cpu.CHOICES[cpu.FIRST]  # an image is made without a measurement
+    assert cpu.choose(tmp_path / "cache") == cpu.kept(tmp_path / "cache") == cpu.CHOICES[choice]
     (path,) = (tmp_path / "cache").iterdir()
     kept = json.loads(path.read_text())
     assert kept["processor"] == cpu.processor() and kept["milliseconds"]["stock"] == times["stock"]
@@ -44,8 +45,9 @@ def test_the_fastest_is_kept_and_read_again(times, choice, tmp_path, monkeypatch
 
 
 def test_the_environment_overrides(monkeypatch):
-    told = device.compiler_options.__wrapped__
-    monkeypatch.setattr(cpu, "choose", lambda folder: {"from": str(folder)})
+    told = device._options.__wrapped__
+    monkeypatch.setattr(cpu, "kept", lambda folder: {"from": str(folder)})
+    monkeypatch.setattr(cpu, "choose", lambda folder: {"measured for": str(folder)})
     for text, options in (("none", {}), ("xla_cpu_prefer_vector_width=512, xla_cpu_enable_fast_min_max=False",
                           {"xla_cpu_prefer_vector_width": "512", "xla_cpu_enable_fast_min_max": False})):  # fmt: skip
         monkeypatch.setenv(cpu.VARIABLE, text)
@@ -56,7 +58,7 @@ def test_the_environment_overrides(monkeypatch):
             told()
     monkeypatch.delenv(cpu.VARIABLE)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/somewhere")
-    assert told() == {"from": "/somewhere"}
+    assert told() == {"from": "/somewhere"} and told(measure=True) == {"measured for": "/somewhere"}
 
 
 def test_the_probe_runs_and_measures_what_is_alike_once():

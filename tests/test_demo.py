@@ -23,10 +23,10 @@ import nibabel
 import numpy as np
 import pytest
 from dicom_files import SECRET, dataset, save
-from micro import model_of
+from micro import micro, model_of
 from PIL import Image
 
-from medm2g_jax import cli, demo, demo_desk, demo_view, load
+from medm2g_jax import cli, demo, demo_desk, demo_near, demo_view, load
 from medm2g_jax.data import marks
 from medm2g_jax.data.formats import raster
 from medm2g_jax.data.picture import Picture
@@ -35,6 +35,7 @@ from medm2g_jax.errors import UserError
 from medm2g_jax.generate import Generated
 from medm2g_jax.inference import Model
 from medm2g_jax.modality import MODALITIES
+from medm2g_jax.train import results
 
 DEFAULTS = dict(steps=2, guidance=1.0, eta=1.0, sampler="ddim")
 
@@ -95,6 +96,65 @@ def test_the_mirrored_patient_stands_beside_the_first_with_the_same_noise(desk):
     assert len(again.rows) == 2 and len(json.loads(Path(again.files["json"]).read_text())) == 2
 
 
+def test_progress_within_a_draw_costs_no_other_program_and_changes_nothing(desk):
+    model = desk._model.result()
+    asked = order({"mri:t2": image()}, steps=20, seed=2)
+    steps = list(desk.make(asked))
+    known = len(model._samplers)
+    seen: list[tuple[int, int]] = []
+    picture = asked.given["mri:t2"].picture
+    again = model.generate({"mri:t2": picture}, ["ct"], rows=1, seed=2, **DEFAULTS | {"steps": 20})
+    np.testing.assert_array_equal(again.samples["ct"], steps[-1].rows[0].made.samples["ct"])
+    model.generate({"mri:t2": picture}, ["ct"], rows=1, watch=lambda *x: seen.append(x), **DEFAULTS | {"steps": 13})
+    assert len(model._samplers) == known and seen == [(n, 13) for n in range(1, 14)]
+    with pytest.raises(ZeroDivisionError):  # what the watcher raises is the end of it
+        model.generate({"mri:t2": picture}, ["ct"], rows=1, watch=lambda *_: 1 / 0, **DEFAULTS)
+
+
+def test_the_time_that_is_left_is_that_of_the_steps_that_are_behind(monkeypatch):
+    now = iter((100.0, 103.0, 106.0))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    pace = demo_desk._Pace(40)
+    assert pace.after(10, "it") == Progress("making it", 0.25)  # whatever was compiled before
+    assert pace.after(20, "it") == Progress("making it, 6 s left", 0.5)
+    assert pace.after(40, "it") == Progress("making it", 1.0)
+
+
+def test_what_lies_nearest_are_the_subjects_of_the_greatest_cosine(desk):
+    model = desk._model.result()
+    given = image(3)
+    result = last(desk.make(order({"mri:t2": given}, seed=1)))
+    steps = list(desk.nearest(result))
+    found = steps.pop()
+    assert any("reading CT of 16 subjects" in step.text for step in steps)
+    assert [(s, made, {n.near.stream for n in rows}) for s, made, rows in found.rows] == [
+        ("mri:t2", False, {"ct"}),
+        ("ct", True, {"ct"}),
+    ]
+    source = demo_near.data_of(model, "phantom")
+    test = [i for i, record in enumerate(source.records) if record.split == "test"]
+    images = {i: model.in_units("ct", source.read(i, "ct", np.random.default_rng([0, i]))[None])[0] for i in test}
+    vectors = model.embed("ct", list(images.values()))
+    for (stream, _, rows), value in zip(found.rows, (given.picture, result.rows[0].made.samples["ct"][0]), strict=True):
+        cosines = vectors @ model.embed(stream, [value])[0]
+        np.testing.assert_allclose([n.near.cosine for n in rows], np.sort(cosines)[::-1][:4], atol=1e-5)
+        best = rows[0]
+        assert best.near.name == f"phantom#{test[int(cosines.argmax())]}"
+        np.testing.assert_allclose(best.image, images[test[int(cosines.argmax())]])
+    assert not any("reading" in step.text for step in list(desk.nearest(result))[:-1])  # their vectors are there
+    html = demo_view.nearest(found)
+    assert html.count("<figure") == 8 and demo_view.NOT_MADE in html and "CT nearest to the given MRI t2" in html
+
+
+def test_of_data_that_are_not_open_nothing_is_shown(desk, monkeypatch):
+    class Closed:
+        open = False
+
+    monkeypatch.setattr(demo_near, "data_of", lambda model, spec: Closed())
+    with pytest.raises(UserError, match="may not be shown"):
+        last(desk.nearest(last(desk.first())))
+
+
 class Held(Model):
     """A model that waits for a nod before each pass."""
 
@@ -102,10 +162,11 @@ class Held(Model):
         self.params, self.defaults = {}, DEFAULTS
         self.nod, self.passes = threading.Semaphore(0), 0
 
-    def generate(self, given, make, *, tell, draws, seed, **_):
+    def generate(self, given, make, *, tell, watch, draws, steps, seed, **_):
         for n in range(draws):
             assert self.nod.acquire(timeout=20)
             self.passes += 1
+            watch(steps, steps)
             tell(n + 1, draws)
         blank = {s: np.zeros((draws, 8, 8), np.float32) for s in make}
         return Generated(blank, {}, seed, draws=draws)
@@ -332,7 +393,7 @@ def test_without_a_model_in_the_box_one_has_to_be_named(monkeypatch):
 
 # --- the page in a browser ------------------------------------------------------------------------------------------
 
-BROWSER = shutil.which("chromium"), shutil.which("chromedriver")
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
 REAL, PICTURES = os.environ.get("MEDM2G_DEMO_MODEL"), os.environ.get("MEDM2G_DEMO_PICTURES")
 needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs gradio (extra demo)")
 needs_browser = pytest.mark.skipif(
@@ -354,19 +415,33 @@ FLAGS = (
 class Painted(Model):
     """A body with a lesion on the side that the report names, or that of the image; reports say where it is."""
 
+    tokenizers = None
+    givable = ("text", "xray", "ct", "mri")
+
     def __init__(self):
         self.params, self.defaults = {}, DEFAULTS
+        self.meta = dict(shared=results.shared(micro("ct_mri")), stage="painted", ranges={})
         self.nod = threading.Event()
         self.nod.set()
 
-    def generate(self, given, make, *, rows, tell, draws, seed, **_):
+    def generate(self, given, make, *, rows, tell, watch, draws, steps, seed, **_):
         for n in range(draws):
-            assert self.nod.wait(60)
+            for step in range(steps):
+                assert self.nod.wait(60)
+                watch(step + 1, steps)
             tell(n + 1, draws)
         left = any("left" in v if isinstance(v, str) else self.is_left(v.pixels) for v in given.values())
         samples = {s: self.paint(MODALITIES[s.partition(":")[0]], left, draws, seed) for s in make}
         pairs = {f"{a} -> {b}": "prompt tokens, guide tokens" for a in given for b in make}
         return Generated(samples, pairs, seed, draws=draws)
+
+    def ids(self, texts):
+        return {"clip": np.array([["left" in text] for text in texts])}
+
+    def embedded(self, stream, x):
+        """Left, right, and a little of what else there is: texts and images of one side lie together."""
+        left = x["clip"][:, 0] if isinstance(x, dict) else np.array([self.is_left(one[..., 0]) for one in x])
+        return np.stack([left, ~left, np.full(len(left), 0.1)], axis=1).astype(np.float32) / np.float32(1.01**0.5)
 
     @staticmethod
     def is_left(pixels) -> bool:
@@ -496,6 +571,8 @@ class Tab:
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
+    # The driver that is here is named: selenium looks for none, loads none down, and counts nobody.
+    os.environ |= dict(SE_OFFLINE="true", SE_AVOID_STATS="true", SE_AVOID_BROWSER_DOWNLOAD="true")
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -549,6 +626,28 @@ def test_type_make_look_and_swap_sides(served, tab, tmp_path):
         tab.until(lambda name=name: list(tmp_path.glob(name)), name)
         assert next(tmp_path.glob(name)).read_bytes().startswith(begin)
     assert not tab.all("#download-nifti")
+
+
+@needs_gradio
+@needs_browser
+def test_what_lies_nearest_stands_below_until_something_else_is_made(served, tab):
+    model = served[0]
+    tab.write("mass in the left lung .")
+    tab.want("ct")
+    tab.make()
+    tab.says("mass in the left lung", "#results h2")
+    tab.done()
+    tab.click("#near")
+    tab.until(lambda: len(tab.all('#neighbours [data-near="ct"]')) == 8, "four for the report, four for the CT", 120)
+    assert len(tab.all("#neighbours figure")) == 16 and all(x.text for x in tab.all("#neighbours figcaption"))
+    assert "CT nearest to the given report" in tab.text("#neighbours h2")
+    assert "not made by the model" in tab.text("#neighbours")
+    if not REAL:
+        shown = tab.all('#neighbours [data-near="ct"] img')[0].get_attribute("src")
+        assert model.is_left(np.asarray(Image.open(io.BytesIO(base64.b64decode(shown.partition(",")[2]))), float))
+    tab.make()
+    tab.until(lambda: not tab.all("#neighbours figure"), "what was found of something else is gone")
+    tab.done()
 
 
 @needs_gradio
@@ -629,6 +728,9 @@ def test_nothing_is_wider_than_the_window(served, driver, tab, width, scheme):
     tab.done()
     tab.click("#swap")
     tab.says("Left and right exchanged", "#results")
+    tab.done()
+    tab.click("#near")
+    tab.until(lambda: tab.all("#neighbours figure"), "what lies nearest", 120)
     tab.done()
     assert driver.execute_script("return document.documentElement.scrollWidth") <= width
     assert bool(tab.all("body.dark")) == (scheme == "dark")

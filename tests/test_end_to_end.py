@@ -18,7 +18,7 @@ from medm2g_jax.device import jit
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate import samples
 from medm2g_jax.evaluate.measure import measure
-from medm2g_jax.generate import build_sampler, with_bridges
+from medm2g_jax.generate import blank_state, build_sampler, table_of, tell_flows, with_bridges
 from medm2g_jax.loading import load, newest_result
 from medm2g_jax.model import init_group
 from medm2g_jax.train import checkpoint, results
@@ -193,12 +193,14 @@ def test_half_precision_storage_gives_nearly_the_same_from_half_the_memory(root,
     assert 1e-4 < np.abs(ours - exact).mean() / exact.std() < 0.1
     request = half.request(["text"], ["ct"], steps=20)
     keys = jax.random.split(jax.random.key(0), 1)
-    inputs = half.model_input("text", [REPORT]), half.ids([""]), keys
+    given = {"text": half.model_input("text", [REPORT])}
+    told = jit(lambda *x: tell_flows(half.model, request, *x))(half.params, given, half.ids([""]), keys)
     copies = 4 * sum(p.size for n, p in half.params.items() if n.startswith("ct/unet"))
 
     def temporaries(save_memory):
         sample = jit(build_sampler(half.model, request), save_memory=save_memory)
-        args = (half.params, {"text": inputs[0]}, *inputs[1:], 2.0, 0.0)
+        how = table_of(half.model, request), blank_state(half.model, request, 1), np.int32(0), np.int32(20)
+        args = (half.params, told, keys, 2.0, 0.0, *how)
         return sample.lower(*args).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(False) - temporaries(True) > 0.7 * copies

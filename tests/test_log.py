@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from absl import logging as absl_logging
+from ml_collections import ConfigDict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from medm2g_jax.train import log as log_module
@@ -94,6 +95,21 @@ def test_texts(tmp_path):
     for name, text in (("reports", "No acute finding.\n\nNodule, 8 mm."), ("one", "µ")):
         (event,) = events(tmp_path).Tensors(f"{name}/text_summary")
         assert event.step == 3 and event.tensor_proto.string_val[0].decode() == text
+
+
+def test_the_config_is_text_and_hyper_parameters(tmp_path):
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    log = opened(tmp_path)
+    log.write_config(ConfigDict({"lr": 0.5, "optimizer": "adam", "remat": True, "net": {"width": 8}, "crop": (1, 2)}))
+    log.close()
+    read = events(tmp_path)
+    (text,) = read.Tensors("config/text_summary")
+    assert b"optimizer: adam" in text.tensor_proto.string_val[0] and b"width: 8" in text.tensor_proto.string_val[0]
+    content = read.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    own = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert own["lr"].number_value == 0.5 and own["optimizer"].string_value == "adam" and own["remat"].bool_value
+    assert set(own) == {"lr", "optimizer", "remat"}
 
 
 @pytest.mark.parametrize("open_data", [True, False])

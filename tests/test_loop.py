@@ -18,6 +18,7 @@ import pytest
 from etils import epath
 from jax._src.array import ArrayImpl
 from micro import NET, flags, micro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from medm2g_jax import rounds, run
 from medm2g_jax.config import stage_graph
@@ -66,7 +67,7 @@ def final_state(root, stage: str) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     root = tmp_path_factory.mktemp("whole") / "run"
-    process = start(root)
+    process = start(root, "--config.stages.image_vae.show_every=4", "--config.show_every=4")
     out, _ = process.communicate(timeout=400)
     assert process.returncode == 0, out[-3000:]
     return root
@@ -195,6 +196,10 @@ def test_a_finished_run_has_everything_a_user_needs(uninterrupted):
         assert json.loads((folder / "versions.json").read_text())["jax"] == jax.__version__
         assert json.loads((folder / "config.json").read_text())["stage"] == stage
         assert list((folder / "tensorboard").iterdir()) and (folder / "log.jsonl").read_text()
+    for stage in ("image_vae", STAGE):  # drawn at step 4 and at the end
+        logged = EventAccumulator(str(uninterrupted / stage / "tensorboard"), size_guidance={"images": 0}).Reload()
+        steps = [[image.step for image in logged.Images(tag)] for tag in logged.Tags()["images"]]
+        assert steps and all(one == [4, 8] for one in steps), steps
     page = (uninterrupted / "report.html").read_text()
     assert "data:image/png;base64," in page and "http" not in page.replace("http-equiv", "")
 

@@ -76,20 +76,22 @@ def show(
     data: loop.Data,
     meta: dict,
     log: Log,
+    step: int,
 ) -> list[dict]:
-    """Draw and measure the stage that has just been trained; returns its figures, as they stand in model.json."""
+    """Draw and measure what a stage has learnt by a step, of fixed records and noise; returns its figures, as they
+    stand in model.json."""
     shown = _shown(config, graph, folder, model, params, data, meta)
     draw = {"vae": _autoencoder, "align": _alignment, "ldm": _single_flow, "round": _round}[shown.stage.verb]
     figures = draw(shown)
-    log.write_scalars(config.steps, scalars(figures))
+    log.write_scalars(step, scalars(figures))
     for figure in figures:
         print(f"  {config.stage}: {line(figure)}", flush=True)
     # What of it may be shown was decided when it was written.
     for path in sorted(folder.glob("*.png")):
         with path.open("rb") as f:
-            log.write_images(config.steps, {path.stem: np.asarray(Image.open(f))[None, ..., None] / 255})
+            log.write_images(step, {path.stem: np.asarray(Image.open(f))[None, ..., None] / 255})
     if (folder / "texts.json").exists():
-        log.write_texts(config.steps, json.loads((folder / "texts.json").read_text()))
+        log.write_texts(step, json.loads((folder / "texts.json").read_text()))
     return to_json(figures)
 
 

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from etils import epath
 from jaxtyping import Array, Float
+from ml_collections import ConfigDict
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -97,6 +98,14 @@ class Log:
         if self._writes and (self._open_data or not real):
             joined = {k: text if isinstance(text, str) else "\n\n".join(text) for k, text in texts.items()}
             self._write(step, (summary.text(name, text) for name, text in joined.items()))
+
+    def write_config(self, config: ConfigDict) -> None:
+        """What the stage runs with: as text, and its own plain fields as TensorBoard's hyper-parameters, beside the
+        held-out loss that they led to."""
+        if self._writes:
+            own = {name: value for name, value in config.items() if isinstance(value, bool | int | float | str)}
+            self.write_texts(0, {"config": f"```\n{config}\n```"})
+            self._write(0, summary.hparams(own, {"held_out/loss": 0.0}))
 
     def progress(self, step: int, scalars: Mapping[str, Any], plan_eta: float | int | None = None) -> None:
         """Print where the stage stands: the scalars without "/" in their names, the speed, the time left.

@@ -20,9 +20,9 @@ import functools
 import json
 import re
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -45,6 +45,7 @@ from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.device import activation_dtype, jit
 from medm2g_jax.errors import UserError
 from medm2g_jax.keys import salt
+from medm2g_jax.model import MedM2G
 from medm2g_jax.recipes import Recipe
 from medm2g_jax.train import checkpoint, latents, results, sharding
 from medm2g_jax.train.log import SLOW, Log, memory, versions
@@ -58,6 +59,7 @@ FREE = (
     "eval_every",
     "eval_rows",
     "checkpoint_every",
+    "show_every",
     "keep",
     "mesh",
     "dtype",
@@ -69,6 +71,7 @@ FREE = (
     "data_reason",
     "remat",
     "latents",
+    "at_once",
 )
 FINISH_BATCHES = 8
 
@@ -148,8 +151,8 @@ class Stopped(Exception):
     """The run was asked to stop (SIGTERM) and has saved its state."""
 
 
-class _StopFlag:
-    """Turns SIGTERM into an answer that the loop asks for between steps.
+class StopFlag:
+    """Turns SIGTERM into an answer that the loop asks for between steps; made in the main thread.
 
     Of several processes each may be signalled at another moment, or only one of them: there jax catches the signal, and
     all agree on a step (`jax.distributed` must be running, which it is).
@@ -159,9 +162,10 @@ class _StopFlag:
         self._set = False
         self._alone = jax.process_count() == 1
         if self._alone:
-            self._old = signal.signal(signal.SIGTERM, self._raise_flag)
+            self._old = signal.signal(signal.SIGTERM, self.ask)
 
-    def _raise_flag(self, *_):
+    def ask(self, *_):
+        """Ask every stage of this process to save and end."""
         self._set = True
 
     def at(self, step: int) -> bool:
@@ -180,16 +184,18 @@ def run_stage(
     plan_eta: float = 0.0,
     show: Callable[..., list[dict]] | None = None,
     ceiling: Callable[..., Any] | None = None,
-    meanwhile: Callable[[], Future] | None = None,
+    meanwhile: Callable[[], Any] | None = None,
+    stop: StopFlag | None = None,
 ) -> dict:
     """Train one stage, all of whose upstream results exist, and write its result. Returns the result's model.json.
 
     Args:
       plan_eta: seconds that the stages after this one are expected to take.
-      show: called with (config, graph, folder, model, params, data, meta, log) after the last step: draws the stage's
-        picture and returns its figures, as plain values.
+      show: called with (config, graph, folder, model, params, data, meta, log, step) after the last step, and every
+        config.show_every: draws the stage's picture and returns its figures, as plain values.
       ceiling: called alike, but for the log, before the first step of a fine-tune.
-      meanwhile: begins something that needs no device, once this stage has compiled its step; waited for at the end.
+      meanwhile: begins something that needs no device, once this stage has compiled its step.
+      stop: of the run, where that has one.
     """
     folder = root / config.stage
     began = time.time()
@@ -245,13 +251,15 @@ def run_stage(
     saves = checkpoint.Checkpoints(folder / "checkpoints", keep=config.keep)
     total = config.steps * config.accumulate
     log = Log(folder, config.stage, config.steps, data.source.open)
-    stop = _StopFlag()
+    own_stop = StopFlag() if stop is None else None
+    stop = stop or own_stop
     try:
         restored = saves.restore(_abstract(state, state_shardings))
         if restored is not None:
             state = State(**restored[0])
         step = int(state.step)
         log.open_at(step // config.accumulate, plan_eta)
+        log.write_config(config)
         waited = time.time() - began
         if waited > SLOW:
             log.say(f"  parameters in place after {waited:.0f} s; the first step compiles its program")
@@ -265,6 +273,25 @@ def run_stage(
                 step // config.accumulate, {"held out/loss": loss} | {f"held out/{k}": v for k, v in terms.items()}
             )
             return loss
+
+        def described(params: Params) -> tuple[MedM2G, dict]:
+            """The model with the stage's parameters, and what model.json says of it."""
+            meta, model = results.describe(config, graph, data, upstream, setup.model), setup.model
+            if spec.finish is None:
+                return model, meta
+            some = (sharding.put_batch(b, mesh) for b in islice(loader(0), FINISH_BATCHES))
+            scales = spec.finish({**frozen, **params}, some).get("scales", {})
+            model = dataclasses.replace(model, scales=model.scales | scales)
+            return model, meta | {"scales": meta["scales"] | scales}
+
+        def drawn(params: Params, model: MedM2G, meta: dict, into: epath.Path, step: int) -> list[dict]:
+            if show is None:
+                return []
+            everything = _here({**frozen, **params})  # which all hosts have a part in
+            if jax.process_index() != 0:
+                return []
+            rest = dict(config=config, graph=graph, model=model, params=everything, data=data, meta=meta, log=log)
+            return show(folder=into, step=step, **rest)
 
         if setup.stage.target and step == 0:  # what it begins with may stay the best
             if ceiling is not None and jax.process_index() == 0:
@@ -285,7 +312,7 @@ def run_stage(
             except UserError as error:
                 return error
 
-        stopping, begun, batch = False, None, ahead()
+        stopping, batch = False, ahead()
         while step < total:
             if isinstance(batch, UserError):  # what has been learnt so far is kept, where nobody waits for other hosts
                 if step >= config.accumulate and jax.process_count() == 1:
@@ -296,8 +323,9 @@ def run_stage(
             state, metrics = train_step(state, frozen, batch, key)
             step += 1
             batch = ahead()
-            if meanwhile is not None and begun is None:
-                begun = meanwhile()
+            if meanwhile is not None:
+                meanwhile()
+                meanwhile = None
             stopping = stopping or stop.at(step)
             if step % config.accumulate:
                 continue
@@ -323,6 +351,9 @@ def run_stage(
                 saves.save(done, _as_dict(state), metric=evaluate(state))
             elif done % config.checkpoint_every == 0:
                 saves.save(done, _as_dict(state))
+            if config.show_every and done % config.show_every == 0 and not last:
+                with tempfile.TemporaryDirectory() as scratch:  # its pictures go to TensorBoard alone
+                    drawn(state.ema, *described(state.ema), epath.Path(scratch), done)
             if done % config.checkpoint_every == 0 or last:
                 log.sync()
             if stopping and not last:
@@ -341,33 +372,21 @@ def run_stage(
             log.say(f"  the best held-out loss is that of step {best} of {config.steps}, which is kept")
         del state  # its slots make room for the samples
     finally:
-        stop.close()
+        if own_stop:
+            own_stop.close()
         saves.close()
 
     kept = {k: v for k, v in params.items() if not k.startswith(spec.temporary)}
     kept |= {k: frozen[k].astype(jnp.float32) for k in upstream.own if k in frozen}
-    meta = results.describe(config, graph, data, upstream, setup.model)
-    model = setup.model
-    if spec.finish is not None:
-        some = (sharding.put_batch(b, mesh) for b in islice(loader(0), FINISH_BATCHES))
-        finished = spec.finish({**frozen, **kept}, some)
-        meta["scales"] = meta["scales"] | finished.get("scales", {})
-        model = dataclasses.replace(model, scales=model.scales | finished.get("scales", {}))
+    model, meta = described(kept)
     meta["step"] = best
     meta["parameters"] = int(sum(v.size for v in kept.values()))
     meta["figures"] = []
-    if show is not None:
-        everything = _here({**frozen, **params})
-        if jax.process_index() == 0:
-            meta["figures"] = show(
-                config=config, graph=graph, folder=folder, model=model, params=everything, data=data, meta=meta, log=log
-            )
+    meta["figures"] = drawn(params, model, meta, folder, config.steps)
     meta["finished"] = time.time()
     meta["seconds"] = round(meta["finished"] - began, 1)  # of this process: a resumed stage counts its last part
     checkpoint.save_model(folder, kept, meta)
     log.close()
-    if begun is not None:
-        begun.result()
     return checkpoint.read_meta(folder)
 
 
