@@ -161,7 +161,7 @@ def _unet_step(options, sizes):
     from medm2g_jax import program
 
     step, (state, *batch) = train_step.our_step(options, sizes)
-    flops = program.products(jax.make_jaxpr(step)(state, *batch).jaxpr)[0]
+    flops = program.products(step.trace(state, *batch).jaxpr.jaxpr)[0]
 
     def call():
         nonlocal state
