@@ -63,10 +63,8 @@ def main(options: argparse.Namespace) -> None:
     small = {words[:2]: (name, words, need) for name, words, need in reversed(ROWS)}  # where batches are alike
     for name, words, need in [*small.values()][::-1] if options.dry_run else ROWS:
         left = 60 * options.minutes - (time.monotonic() - begun)
-        if left < (0 if options.dry_run else need / 2):
-            found["rows"][name] = {"error": f"not begun: {left:.0f} s were left"}
-            continue
-        found["rows"][name] = _child(words, options, left)
+        late = left < (0 if options.dry_run else need / 2)
+        found["rows"][name] = {"error": f"not begun: {left:.0f} s left"} if late else _child(words, options, left)
         print(_line(name, found), flush=True)
         options.results.mkdir(parents=True, exist_ok=True)
         path = options.results / ("gpu-dry-run" if options.dry_run else "gpu-bfloat16")
@@ -163,7 +161,7 @@ def _unet_step(options, sizes):
     from medm2g_jax import program
 
     step, (state, *batch) = train_step.our_step(options, sizes)
-    flops = program.products(jax.make_jaxpr(step)(state, *batch).jaxpr)[0]
+    flops = program.products(step.trace(state, *batch).jaxpr.jaxpr)[0]
 
     def call():
         nonlocal state

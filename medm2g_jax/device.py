@@ -98,7 +98,7 @@ def jit(f: Callable, *, out_shardings: Any = None, save_memory: bool = False, **
         leaves = jax.tree.leaves((executable(args) if save_memory else compiled)(*args))
         return jax.tree.unflatten(structures[jax.tree.structure(args)], leaves)
 
-    call.lower = compiled.lower
+    call.lower, call.trace = compiled.lower, compiled.trace
     return call
 
 
