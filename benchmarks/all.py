@@ -37,11 +37,12 @@ def report(results: dict) -> str:
     """The results in Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     malloc = " ".join(f"{name}={value}" for name, value in MALLOC.items())
+    ours = ", ".join(f"{k}={v}" for k, v in (results["tasks"][0].get("options") or {}).items()) or "none"
     parts = [
         f"# Benchmarks: {results['device']}, {results['dtype']}",
         f"{results['date']}, {results['minutes']:.0f} minutes. {results['machine']}.\n{versions}.",
         "`make bench` wrote this; `benchmarks/common.py` says what the columns are. Medians [least, most]; ratio: "
-        f"ours / torch, of interleaved pairs. Both run with `{malloc}`.",
+        f"ours / torch, of interleaved pairs. Both run with `{malloc}`; compiler options of ours: {ours}.",
         table(results["tasks"]),
     ]
     if "startup" in results:

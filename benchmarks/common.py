@@ -155,7 +155,7 @@ def _rows(task: Task, timed: Mapping, options: argparse.Namespace, eager: str) -
         row["ratio"] = spread([a / b for a, b in zip(pair["ours"], pair["torch"], strict=True)])
         first = {"ours": timed["first"]["ours"], "torch": timed["first"][side]}
         row["compile"] = {name: max(0.0, first[name] - row[name]["median"]) for name in first}
-        row["others"] = timed["others"]
+        row |= {"others": timed["others"], "options": timed["options"]}
         goal = task.goals.get("fast" if against.endswith("fast MKL") else "stock")
         if goal and (options.device, options.dtype, options.small) == ("cpu", "float32", False):
             row |= {"goal": goal, "met": row["ratio"]["median"] <= goal}
@@ -193,9 +193,12 @@ def _time(task: Task, options: argparse.Namespace) -> dict[str, Any]:
     import jax
     import torch
 
+    from medm2g_jax.device import compiler_options
+
     amd = Path("/proc/cpuinfo").exists() and "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     slow = options.device == "cpu" and amd and torch.backends.mkl.is_available()
-    return dict(seconds=seconds, first=first, others=others, slow_mkl=slow, device=jax.devices()[0].device_kind)
+    about = dict(others=others, slow_mkl=slow, device=jax.devices()[0].device_kind, options=compiler_options())
+    return dict(seconds=seconds, first=first, **about)
 
 
 def seconds_of(call: Call) -> float:

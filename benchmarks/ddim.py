@@ -12,11 +12,11 @@ GUIDANCE = 7.5
 
 
 def _sizes(options):
-    """Sizes, side of the latent, steps."""
-    return (TINY, 8, 5) if options.small else (MEDIUM, 16, 50)
+    """Sizes, images, side of the latent, steps."""
+    return (TINY, 1, 8, 5) if options.small else (MEDIUM, 1, 16, 50)
 
 
-def ours(options):
+def ours(options, sizes=None):
     import jax
     import jax.numpy as jnp
 
@@ -26,32 +26,32 @@ def ours(options):
     from medm2g_jax.nn.attention import context
     from medm2g_jax.nn.unet import UNet
 
-    sizes, side, steps = _sizes(options)
+    sizes, b, side, steps = sizes or _sizes(options)
     net = UNet(**sizes, dtype=activation_dtype(options.dtype))
-    z, prompt = normal(1, side, side, 4), context(normal(2, 77, sizes["width"]))
-    weights = params(net, jnp.concatenate([z, z]), jnp.zeros(2), prompt, dtype=options.dtype)
+    z, prompt = normal(b, side, side, 4), context(normal(2 * b, 77, sizes["width"]))
+    weights = params(net, jnp.concatenate([z, z]), jnp.zeros(2 * b), prompt, dtype=options.dtype)
 
     def run(weights, z, prompt):
         def halves(z, t):
-            both, times = jnp.concatenate([z[""], z[""]]), jnp.broadcast_to(t, 2)
+            both, times = jnp.concatenate([z[""], z[""]]), jnp.broadcast_to(t, 2 * b)
             return {"": Process().split(net.apply(weights, both, times, prompt), both, times)}
 
-        keys = jax.random.split(jax.random.key(0), 1)
+        keys = jax.random.split(jax.random.key(0), b)
         return sample(guided(halves, GUIDANCE), {"": z}, keys, "ddim", steps)
 
     return call(run, weights, z, prompt)
 
 
-def torch(options, compiled):
+def torch(options, compiled, sizes=None):
     import torch
     from diffusers import DDIMScheduler
 
-    from benchmarks.originals import call, device, normal, placed, unet
+    from benchmarks.originals import call, compiler, device, normal, placed, unet
 
-    sizes, side, steps = _sizes(options)
+    sizes, b, side, steps = sizes or _sizes(options)
     net = placed(unet(**sizes), options).eval()
-    net = torch.compile(net) if compiled else net
-    z_start, prompt = normal(options, 1, 4, side, side), normal(options, 2, 77, sizes["width"])
+    net = torch.compile(net, **compiler(options)) if compiled else net
+    z_start, prompt = normal(options, b, 4, side, side), normal(options, 2 * b, 77, sizes["width"])
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,

@@ -12,6 +12,11 @@ def device(options: argparse.Namespace) -> str:
     return "cuda" if options.device == "gpu" else "cpu"
 
 
+def compiler(options: argparse.Namespace) -> dict[str, str]:
+    """What torch.compile takes: on a CPU nothing is compiled, so that a script can be tried without a C++ compiler."""
+    return {} if options.device == "gpu" else {"backend": "eager"}
+
+
 def unet(channels, attention, layers, heads, groups, width):
     """diffusers' UNet of these sizes."""
     from diffusers import UNet2DConditionModel

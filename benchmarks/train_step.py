@@ -18,7 +18,7 @@ def _sizes(options):
     return (TINY, 2, 8) if options.small else (MEDIUM, 16, 16)
 
 
-def our_step(options):
+def our_step(options, sizes=None):
     """(step(state, z_t, t, prompt, eps) -> (state, loss), compiled and with its state donated; its arguments)."""
     import jax
     import jax.numpy as jnp
@@ -30,7 +30,7 @@ def our_step(options):
     from medm2g_jax.nn.attention import context
     from medm2g_jax.nn.unet import UNet
 
-    sizes, b, side = _sizes(options)
+    sizes, b, side = sizes or _sizes(options)
     net = UNet(**sizes, dtype=activation_dtype(options.dtype))
     z, eps = normal(b, side, side, 4), normal(b, side, side, 4, seed=2)
     t, prompt = jnp.arange(b) * (1000 // b), context(normal(b, 77, sizes["width"]))
@@ -46,10 +46,10 @@ def our_step(options):
     return jit(step, donate_argnums=0), ((weights, tx.init(weights)), z, t, prompt, eps)
 
 
-def ours(options):
+def ours(options, sizes=None):
     import jax
 
-    step, (state, *batch) = our_step(options)
+    step, (state, *batch) = our_step(options, sizes)
 
     def call():
         nonlocal state
@@ -59,15 +59,15 @@ def ours(options):
     return call
 
 
-def torch(options, compiled):
+def torch(options, compiled, sizes=None):
     import torch
 
-    from benchmarks.originals import call, device, normal, placed, unet
+    from benchmarks.originals import call, compiler, device, normal, placed, unet
 
-    sizes, b, side = _sizes(options)
+    sizes, b, side = sizes or _sizes(options)
     net = placed(unet(**sizes), options, half=False).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, weight_decay=0.01)
-    net = torch.compile(net) if compiled else net
+    net = torch.compile(net, **compiler(options)) if compiled else net
     z, eps = (normal(options, b, 4, side, side, half=False) for _ in range(2))
     prompt = normal(options, b, 77, sizes["width"], half=False)
     t = torch.arange(b, device=device(options)) * (1000 // b)

@@ -27,11 +27,11 @@ def ours(options):
 def torch(options, compiled):
     import torch
 
-    from benchmarks.originals import call, device, normal, placed, unet
+    from benchmarks.originals import call, compiler, device, normal, placed, unet
 
     sizes, side = _sizes(options)
     net = placed(unet(**sizes), options).eval()
-    net = torch.compile(net) if compiled else net
+    net = torch.compile(net, **compiler(options)) if compiled else net
     z, prompt = normal(options, 1, 4, side, side), normal(options, 1, 77, sizes["width"])
     t = torch.tensor([500], device=device(options))
     return call(lambda: net(z, t, prompt).sample, options)

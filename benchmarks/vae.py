@@ -32,7 +32,7 @@ def torch(options, compiled, method):
     import torch
     from diffusers import AutoencoderKL
 
-    from benchmarks.originals import call, normal, placed
+    from benchmarks.originals import call, compiler, normal, placed
 
     sizes, (side, channels) = _sizes(options, method)
     levels = len(sizes["channels"])
@@ -45,7 +45,7 @@ def torch(options, compiled, method):
         latent_channels=4,
     )
     function = getattr(placed(net, options).eval(), method)
-    function = torch.compile(function) if compiled else function
+    function = torch.compile(function, **compiler(options)) if compiled else function
     x = normal(options, 1, channels, side, side)
     return call(lambda: function(x), options)
 

@@ -9,11 +9,14 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from medm2g_jax.errors import UserError
 
 MODEL = "a run root, one stage's folder in it, an exported folder, or phantom, the model in the box"
+STOPPED = 130  # exit status of what Ctrl-C ended
+EXTRACTORS = ("inception", "xrv", "radimagenet", "rad_dino")  # of `evaluate.extractors`, which is slow to import
 SEEN = 3  # exit status of what was done and has found something that somebody has to look at
 
 
@@ -281,10 +284,13 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, help="test subjects; default all, at most the config's")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--out", default="", metavar="DIR", help="for the figures as JSON, CSV and Markdown, and "
-                        "pictures; default evaluation.json beside the result")  # fmt: skip
+                        "pictures, row by row: stopped, the same command goes on; default evaluation.json beside the "
+                        "result")  # fmt: skip
+    parser.add_argument("--against", default="", metavar="FILE", help="TASK.json of another evaluation: print the "
+                        "differences; what was not measured alike is refused")  # fmt: skip
 
 
-def _evaluate(args: argparse.Namespace) -> None:
+def _evaluate(args: argparse.Namespace) -> int:
     from medm2g_jax.data.write import check_writable
     from medm2g_jax.evaluate.measure import measure
     from medm2g_jax.limits import check_sampling
@@ -299,23 +305,34 @@ def _evaluate(args: argparse.Namespace) -> None:
     config = runpy.run_path(path)["get_config"](words)
     if config.paper:
         print(f"the paper, {config.task}: {config.paper}", flush=True)
-    if not (config.findings or config.synthesis or config.reports or config.sets):
-        return
-    measure(
-        args.model,
-        args.rows,
-        config.seed if args.seed is None else args.seed,
-        config.synthesis,
-        task=config.task,
-        findings=config.findings,
-        regression=config.regression,
-        reported=config.reports,
-        cleaning=config.cleaning,
-        sets=config.sets,
-        data=args.data,
-        out=args.out,
-        most=config.rows,
-    )
+    if not (config.findings or config.synthesis or config.reports or config.sets or config.readers):
+        return 0
+    named = [("--config", args.config), ("--data", args.data), ("--rows", args.rows), ("--seed", args.seed)]
+    typed = ["medm2g", "evaluate", f"--model={args.model}", *(f"{name}={value}" for name, value in named if value)]
+    try:
+        measure(
+            args.model,
+            args.rows,
+            config.seed if args.seed is None else args.seed,
+            config.synthesis,
+            task=config.task,
+            findings=config.findings,
+            regression=config.regression,
+            reported=config.reports,
+            cleaning=config.cleaning,
+            sets=config.sets,
+            readers=config.readers,
+            data=args.data,
+            out=args.out,
+            most=config.rows,
+            command=shlex.join(typed),
+            against=args.against,
+        )
+    except KeyboardInterrupt:
+        kept = f"finished rows are in {args.out}, and the same command goes on from there" if args.out else ""
+        print(f"\nstopped; {kept or 'nothing is written: with --out DIR finished rows are kept'}", file=sys.stderr)
+        return STOPPED
+    return 0
 
 
 def _audit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -351,7 +368,7 @@ def _audit(args: argparse.Namespace) -> int:
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
-    sources = ("sd15", "clip", "vd", "optimus", "bert-gpt2", "prompt_in", "export")
+    sources = ("sd15", "clip", "vd", "optimus", "bert-gpt2", "prompt_in", *EXTRACTORS, "export")
     parser.add_argument("source", choices=sources, metavar="SOURCE", help=", ".join(sources))
     parser.add_argument("--from", dest="source_path", metavar="PATH", help="file or folder to read")
     parser.add_argument("--to", required=True, metavar="DIR", help="folder to write into")
@@ -370,6 +387,13 @@ def _convert(args: argparse.Namespace) -> None:
     from medm2g_jax import export
     from medm2g_jax.convert import run
 
+    if args.source in EXTRACTORS:
+        from medm2g_jax.evaluate import extractors
+
+        if not args.source_path or not Path(args.source_path).exists():
+            raise UserError(f"--from {args.source_path}: expected {extractors.EXTRACTORS[args.source].file}")
+        print(extractors.convert(args.source, Path(args.source_path), Path(args.to)))
+        return
     if args.source == "export":
         print(export.export(args.source_path, args.to, args.format, args.flow, args.dtype))
         return
@@ -391,10 +415,17 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--libtpu-python", default="", metavar="PATH", help="Python of an environment with libtpu; "
                         "default MEDM2G_LIBTPU_PYTHON, else .venv-tpu/bin/python, made by `make plan-env`")  # fmt: skip
     parser.add_argument("--commands", action="store_true", help="print the command of each stage that is not done")
+    parser.add_argument("--sweep", action="store_true", help="compile its step under several meshes and batches")
+    parser.add_argument("--meshes", default="", help="of the sweep: DATAxFSDPxTENSOR, commas between; default a few")
+    parser.add_argument("--batches", default="", help="of the sweep: rows a chip, commas between; default 1 to 32")
+    parser.add_argument("--costs", action="store_true", help="what each stage costs, from its traced step alone")
+    parser.add_argument("--out", help="file for the rows; the sweep's, by default results/plan/STAGE-PRESET-TOPOLOGY"
+                        ".json, goes on where it stopped")  # fmt: skip
+    parser.add_argument("--price", type=float, default=0.0, help="dollars an hour and chip; default an assumption")
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from medm2g_jax import plan, run
+    from medm2g_jax import plan, run, sweep
     from medm2g_jax.main import read_config
     from medm2g_jax.train.log import quiet
 
@@ -406,6 +437,12 @@ def _plan(args: argparse.Namespace) -> None:
             print(f"# {name}: {what}")
             if what != "done":
                 print(shlex.join(["python", "-m", "medm2g_jax.main", *arguments]))
+    elif args.costs:
+        sweep.costs(config, workdir, args.out)
+    elif args.sweep:
+        sweep.show(
+            config, workdir, args.topology, args.libtpu_python, args.meshes, args.batches, args.out, args.price
+        )
     else:
         plan.show(config, workdir, args.topology, args.libtpu_python)
 
@@ -608,6 +645,9 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)  # as shells count SIGINT
     if status:
         sys.exit(status)
 

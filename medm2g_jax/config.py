@@ -197,7 +197,7 @@ _VERB_SIZES: dict[str, dict[str, dict[str, Any]]] = {
         ldm=dict(steps=1200, lr=4e-3, batch=16),
         ldm_text=dict(steps=1500, lr=3e-3, batch=32),
         round=dict(steps=900, lr=5e-3, lr_adapt=5e-3, batch=16),
-        tune_full=dict(steps=300, lr=1e-3, lr_adapt=1e-3, batch=16),
+        tune_full=dict(steps=300, lr=4e-3, lr_adapt=4e-3, batch=16),
         tune_guide=dict(steps=300, lr=2e-3, lr_adapt=2e-3, batch=16),
         tune_lora=dict(steps=300, lr=2e-3, batch=16),
     ),
@@ -309,6 +309,8 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
         own |= dict(eval_every=max(1, own["steps"] // 6), warmup=0.1, clean=1.0, alone=0.0, rehearse=0.0)
         own |= dict(weight_decay=0.0)  # it would shrink what has no gradient here: V and f of what is made
         own["loss"] = dict(eps=1.0)
+        # streams="mri:t1,mri:t2": of a modality with some here no others; make="mri:pd": the one stream that is made.
+        own |= dict(streams="", make="")
         own |= dict(rank=8) if tune[1] == "lora" else {}
         # Undersample k-space of the source (MRI): its factor, and what is kept: the low frequencies, or lines that get
         # sparser outwards.
@@ -477,6 +479,7 @@ def get_config(target: str, words: str | None = "", listing: str | tuple[str, ..
     # Latents of images kept in RUN/latents, so that no step encodes: "on", "off", or "auto" (`train.latents.chosen`).
     config.latents = "auto"
     config.mesh = dict(data=-1, fsdp=1, tensor=1)  # -1: all devices that the others leave
+    config.at_once = 0  # stages that train side by side, on a CPU alone; 0: as many as pay (`train.together.at_once`)
     # Sampling, and the unconditional half of guidance: "cond" leaves the guide out of it, "both" keeps it (CoDi).
     config.sample = dict(
         steps=20 if preset == "tiny" else 50,
@@ -495,7 +498,7 @@ def tasks_config(words: str | None, tasks: Mapping[str, Mapping[str, Any]]) -> C
     name = words or "phantom"
     if name not in tasks:
         raise UserError(f"unknown task {name!r} after the colon of the config; tasks: {', '.join(tasks)}")
-    empty = dict(findings=False, synthesis=(), regression=0, reports=(), cleaning="none", sets=(), paper="")
+    empty = dict(findings=False, synthesis=(), regression=0, reports=(), cleaning="none", sets=(), readers={}, paper="")
     return ConfigDict(dict(task=name, rows=200, seed=0) | empty | tasks[name])
 
 
@@ -537,7 +540,7 @@ def stage_graph(config: ConfigDict, absent: tuple[str, ...] = ()) -> rounds.Grap
             how = says(stage.name, "open")
             near = stage.name in register and graph.near(stage.name)
             opened += [stage.name] if how == "flow" or (how == "auto" and near) else []
-    return dataclasses.replace(graph, opened=tuple(opened))
+    return dataclasses.replace(graph, opened=tuple(opened), practise=bool(tune and config.rehearse))
 
 
 def stage_own_fields(config: ConfigDict) -> list[str]:

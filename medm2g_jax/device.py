@@ -3,23 +3,17 @@
 import ctypes
 import functools
 import gc
-import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from medm2g_jax import cache, cpu
 from medm2g_jax.errors import UserError
 
-# XLA's CPU library for convolutions is up to 3 times slower than its plain path at UNet sizes; leave it the dots.
-# Optimisation level 1 compiles a training step in 85 % of the time and runs it as fast. Measured on jaxlib 0.10.2; as
-# options of one jit they are refused, not fatal, where a version does not know them.
-CPU_OPTIONS = {
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
-    "xla_backend_optimization_level": "1",
-}
 CPU_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
@@ -41,16 +35,18 @@ def host_device() -> jax.Device | None:
 
 
 @functools.cache
-def compiler_options() -> dict[str, str] | None:
-    """Options for `jax.jit(..., compiler_options=)` on this backend, None where there are none or they are refused."""
+def compiler_options() -> dict[str, Any] | None:
+    """Options for `jax.jit(..., compiler_options=)` on this backend; None where there are none.
+
+    On CPU what MEDM2G_CPU_OPTIONS says, else what was found to be fastest on this machine (`cpu.choose`). They are kept
+    beside the compilation cache that the environment names, else with what this user's programs keep: not in a run's
+    own folder, where each would measure again.
+    """
     if jax.default_backend() != "cpu":
         return None
-    try:
-        jax.jit(lambda x: x + 1, compiler_options=CPU_OPTIONS)(jnp.float32(0))
-    except (jax.errors.JaxRuntimeError, ValueError, TypeError) as error:
-        logging.warning("compiler options %s refused by this jaxlib, going on without: %s", CPU_OPTIONS, error)
-        return None
-    return CPU_OPTIONS
+    if (told := os.environ.get(cpu.VARIABLE)) is not None:
+        return cpu.accepted(cpu.given(told))
+    return cpu.choose(Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache.user_cache()))
 
 
 def jit(f: Callable, *, out_shardings: Any = None, save_memory: bool = False, **options: Any) -> Callable:

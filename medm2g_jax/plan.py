@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from medm2g_jax import run
+from medm2g_jax import program, run
 from medm2g_jax.config import stage_graph, stage_own_fields
 from medm2g_jax.data.open import source_of
 from medm2g_jax.data.text import Tokenizers
@@ -36,6 +36,7 @@ from medm2g_jax.train.abstract import abstract_stage
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
+NOTABLE = 2**12  # elements of a weight whose copies count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +46,18 @@ class Chip:
     hbm: int  # GiB
     tflops: float  # bfloat16, peak
     dims: int
+    hbm_gb: float  # GB/s between a chip and its memory
+    link_gb: float  # GB/s that a chip sends to others, over all its links
+    price: float  # dollars an hour: an assumption, about what a single one cost on demand in the US; --price says yours
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)  # for the topology
 
 
 # v4's two cores are one device of 32 GiB, as on its TPU VMs.
 CHIPS = {
-    "v4": Chip(32, 275.0, 3, {"chip_config_name": "megacore"}),
-    "v5e": Chip(16, 197.0, 2),
-    "v5p": Chip(95, 459.0, 3),
-    "v6e": Chip(32, 918.0, 2),
+    "v4": Chip(32, 275.0, 3, 1228.0, 300.0, 3.22, {"chip_config_name": "megacore"}),
+    "v5e": Chip(16, 197.0, 2, 819.0, 200.0, 1.20),
+    "v5p": Chip(95, 459.0, 3, 2765.0, 600.0, 4.20),
+    "v6e": Chip(32, 918.0, 2, 1640.0, 448.0, 2.70),
 }
 
 
@@ -118,7 +122,10 @@ def vocabularies(config: ConfigDict, root: epath.Path) -> tuple[dict[str, int], 
 def compile_step(
     config: ConfigDict, vocab: Mapping[str, int], topology: str, absent: Sequence[str] = (), cached: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What the TPU compiler says of the train step on a slice: bytes and FLOPs of one chip."""
+    """What the TPU compiler says of the train step on a slice: bytes and FLOPs of one chip; what its chips exchange
+    ("collectives", see `program.traffic`); the largest array; of how many frozen bfloat16 weights float32 copies were
+    looked for ("narrow") and which have one ("wide"); scores of all places of a latent with each other ("squares").
+    """
     from jax.experimental import topologies
 
     kind, grid = parse_topology(topology)
@@ -136,7 +143,8 @@ def compile_step(
     # Frozen parameters that this step does not read (decoders) are in memory all the same: keep_unused counts them.
     step = jax.jit(setup.train_step, out_shardings=(setup.layout, None), donate_argnums=0, keep_unused=True)
     with attention.traced_for("tpu"):
-        lowered = step.lower(*arguments)
+        traced = step.trace(*arguments)
+    lowered, (_, repeated) = traced.lower(), program.products(traced.jaxpr.jaxpr)
     out = {"device": devices[0].device_kind, "trace": time.time() - began}
     out["frozen"] = sum(x.size for x in arguments[1].values())
     out["trained"] = sum(x.size for x in arguments[0].trainable.values())
@@ -157,7 +165,20 @@ def compile_step(
     }
     total = sum(sizes.values()) - 2 * sizes["aliased"]  # a donated argument and its result are one buffer
     fits = total <= CHIPS[kind].hbm * GIB
-    return out | sizes | {"fits": fits, "total": total, "flops": cost["flops"], "compile": time.time() - began}
+    text = compiled.as_text()
+    shapes = lambda x: {x.shape, x.sharding.shard_shape(x.shape)}  # noqa: E731
+    narrow = {k: shapes(x) for k, x in arguments[1].items() if x.size >= NOTABLE and x.dtype == jnp.bfloat16}
+    trained = set().union(*map(shapes, arguments[0].trainable.values()))
+    looked = program.wide_copies(text, narrow, trained)
+    out["collectives"] = program.traffic(program.collectives(text))
+    out["largest"] = program.largest(text)
+    out["narrow"], out["wide"] = len(looked), [name for name, wide in looked.items() if wide]
+    places = [s[0] * s[1] for f in setup.model.flows.values() if len(s := f.family.latent_shape) == 3]
+    many = [n for n in set(places) if n * n >= attention.MANY]
+    out["squares"] = [scores for n in many for scores in program.square_scores(text, n)]
+    out["accessed"] = cost.get("bytes accessed", 0.0)
+    flops = cost["flops"] + repeated / chips  # of loops the compiler counts one turn
+    return out | sizes | {"fits": fits, "total": total, "flops": flops, "compile": time.time() - began}
 
 
 def _too_much(message: str) -> dict[str, float]:
@@ -256,6 +277,10 @@ def report(config: ConfigDict, topology: str, answer: Mapping[str, Any]) -> str:
             f"compute floor   {flops / chip.tflops / 1e9:.3g} ms a step at {chip.tflops:g} TFLOP/s a chip (vendor's "
             "bfloat16 peak)",
         ]
+    if "collectives" in answer:
+        moved = [f"{int(x['count'])} {kind} {_bytes(x['bytes'])}" for kind, x in sorted(answer["collectives"].items())]
+        lines.append(f"exchanged       {', '.join(moved) or 'nothing'}: sent by a chip in a micro-step")
+        lines.append(f"largest array   {_bytes(answer['largest'][0])}, {answer['largest'][1]}")
     rows = config.batch * config.accumulate
     lines.append(f"global batch    {rows} rows a step, {rows / chips:g} a chip")
     lines.append(
@@ -276,6 +301,11 @@ def _si(x: float | int) -> str:
     return f"{x:.3g} "
 
 
+def compiler(python: str = "") -> Path:
+    """The Python of the environment that has libtpu: as told, else the one that `make plan-env` makes."""
+    return Path(python or os.environ.get("MEDM2G_LIBTPU_PYTHON") or ROOT / ".venv-tpu" / "bin" / "python")
+
+
 def show(config: ConfigDict, workdir: str, topology: str = "", python: str = "") -> None:
     """Print the stages and what there is of them; with a topology, what the TPU compiler says of config.stage."""
     root = epath.Path(workdir)
@@ -288,7 +318,7 @@ def show(config: ConfigDict, workdir: str, topology: str = "", python: str = "")
     print(run.described(config, root, todo, source))
     if not topology:
         return
-    where = Path(python or os.environ.get("MEDM2G_LIBTPU_PYTHON") or ROOT / ".venv-tpu" / "bin" / "python")
+    where = compiler(python)
     check(config, topology, where)
     graph = results.graph_of(config, root)
     cached = () if source is None else latents.chosen(config, root, graph, source)

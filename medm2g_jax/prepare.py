@@ -19,6 +19,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,7 +32,7 @@ from typing import Any
 from etils import epath
 
 from medm2g_jax.data import shards
-from medm2g_jax.data.case import Adapter, Case, Left, Root
+from medm2g_jax.data.case import OUTSIDE, Adapter, Case, Left, Root
 from medm2g_jax.data.check import parse_ranges
 from medm2g_jax.data.clean import CLEANINGS
 from medm2g_jax.data.cut import Cutting, Outcome, cut
@@ -46,6 +47,7 @@ from medm2g_jax.train.log import duration
 
 EVERY = 5.0  # seconds between two lines of progress
 _WAITING = 4  # cases a process that are handed out ahead
+_QUIET = (signal.SIGINT, signal.SIG_DFL)  # what Ctrl-C does to a process: it ends, without a traceback
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +122,11 @@ def prepare(
     """
     order.check()
     source, out = Root(root, patterns, adapter.chosen(options or {})), Path(out).expanduser()
-    if out.resolve() == source.path.resolve() or source.path.resolve().is_relative_to(out.resolve()):
+    here, there = (Path(os.path.realpath(path)) for path in (out, source.path))
+    if there.is_relative_to(here):
         raise UserError(f"--out {out}: the downloaded set is in it; name another folder")
+    if here.is_relative_to(there):  # where it would be found as a part of the set
+        raise UserError(f"--out {out}: is in the downloaded set, {source.path}; name a folder beside that")
     say(f"{adapter.title}\n  licence: {adapter.licence}\n  {adapter.access}")
     folder = _Folder(out, adapter, order, source)
     cases, left = _found(adapter, source, order, say)
@@ -132,9 +137,12 @@ def prepare(
     if folder.finished(stamps):  # images that went into shards are not cut again
         say(f"{folder.out / MANIFEST}: finished by an earlier run, nothing is left to do")
         return folder.out / MANIFEST
-    outcomes = _cut_all(cases, stamps, folder, order, say)
-    manifest = _finish(adapter, source, folder, order, cases, left, outcomes, say)
-    folder.finish(stamps)
+    try:
+        outcomes = _cut_all(cases, stamps, folder, order, say)
+        manifest = _finish(adapter, source, folder, order, cases, left, outcomes, say)
+        folder.finish(stamps)
+    except OSError as error:  # what is made so far stays; the same command goes on from there
+        raise unwritable(out, error) from error
     return manifest
 
 
@@ -159,6 +167,7 @@ def _found(adapter: Adapter, source: Root, order: Order, say: Callable[[str], An
         if order.limit is not None and len(cases) >= order.limit:
             break
     left += [Left(name, "a folder that may not be read (its rights)") for name in sorted(source.closed)]
+    left += [Left(name, OUTSIDE) for name in sorted(source.outside)]
     say(f"{len(cases)} cases found, {_whole(left)} left out, in {time.monotonic() - began:.1f} s")
     if not cases:
         why = ", ".join(f"{n} {reason}" for reason, n in Counter(one.reason for one in left).most_common(5))
@@ -358,7 +367,7 @@ def _in_processes(todo: list[tuple[Case, str]], how: Cutting, workers: int | Non
     waiting, ahead = deque(todo), count * _WAITING
     while waiting:
         running: deque[tuple[Case, str, Future]] = deque()
-        with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(count, get_context("spawn"), signal.signal, _QUIET) as pool:
             try:
                 while waiting or running:
                     while waiting and len(running) < ahead:
@@ -370,6 +379,9 @@ def _in_processes(todo: list[tuple[Case, str]], how: Cutting, workers: int | Non
                 continue
             except BrokenProcessPool:
                 pass
+            except BaseException:  # Ctrl-C, a full disk: of what is handed out, no more is begun
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         # Which of those at work it was nobody knows: each is tried alone, in a process of its own.
         for case, stamp, _ in running:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:

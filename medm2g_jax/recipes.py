@@ -30,6 +30,7 @@ from medm2g_jax.arrays import Latent, Params, Times
 from medm2g_jax.autoencode import kl_per_dimension
 from medm2g_jax.data.pipeline import Rows
 from medm2g_jax.diffusion import TIMES, T, denoising_loss
+from medm2g_jax.errors import UserError
 from medm2g_jax.extract import invariant_loss, view
 from medm2g_jax.keys import row_keys, row_normal, row_uniform
 from medm2g_jax.modality import of_kind, split_stream
@@ -87,6 +88,8 @@ def rows_of(config: ConfigDict, graph: rounds.Graph, cached: Sequence[str] = ())
         earlier=tuple(stage.earlier.items()),
         rehearse=config.rehearse if stage.earlier else 0.0,
         accelerate=accelerated(config),
+        only=streams_of(config, "streams"),
+        made="".join(streams_of(config, "make")),
         identify=True,
     )
     drawn = rows.accelerate[:1] if rows.accelerate else ()  # undersampled anew each time
@@ -104,6 +107,27 @@ def accelerated(config: ConfigDict) -> tuple[str, int, str] | None:
     if tune is None or "accelerate" not in config or config.accelerate == 1:
         return None
     return rounds.TASKS[tune[0]].accelerated, config.accelerate, config.keep_lines
+
+
+def streams_of(config: ConfigDict, field: str) -> tuple[str, ...]:
+    """The streams that a field of a fine-tune names: `streams`, those that rows may be of (`Rows.only`), or `make`, the
+    one that is made; () of any other stage.
+
+    Raises:
+      UserError: there is no such stream, or it is of no modality that this fine-tune trains on; `make` is of another
+        than its target, or names several.
+    """
+    names = tuple(name.strip() for name in config.get(field, "").split(",") if name.strip())
+    if names:
+        task = rounds.TASKS[rounds.tuned(config.stage)[0]]
+        able = (task.target,) if field == "make" else rounds.members(task.round)
+        wrong = [name for name in names if split_stream(name)[0] not in able]
+        if wrong or (field == "make" and len(names) > 1):
+            raise UserError(
+                f"config.{field}={config[field]!r}: expected {'one stream' if field == 'make' else 'streams'} of "
+                f"{' or '.join(able)} for {config.stage}"
+            )
+    return names
 
 
 def weighted(recipe: Recipe, weights: Mapping[str, float], features: Any) -> tuple[Array, dict[str, Array]]:

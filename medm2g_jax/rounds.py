@@ -125,7 +125,7 @@ class Stage:
       registered: a subject whose guide trains -> the modalities whose images may lie on its grid, and then stand on its
         UNet's input channels: its partner, and itself where its other contrasts guide it (round).
       earlier: a known subject whose flow trains on -> its partners of earlier rounds, with whom it goes on practising,
-        so that it forgets nothing of them (round).
+        so that it forgets nothing of them (round; a fine-tune's target: of other rounds, where it practises).
       target: the one subject whose flow learns, of a fine-tune; "" of all others.
     """
 
@@ -153,7 +153,8 @@ class Graph:
     `contrasts`: a modality whose guide trains is guided by its own other contrasts too. `register`: the rounds in which
     sources on the target's grid stand on its input channels. `opened`: the rounds in which the flows of new modalities
     train on, from where their single flow's stage left them; that of an open partner too, where it reads such sources.
-    `tune`: the name of a fine-tune that stands on all of it, or "".
+    `tune`: the name of a fine-tune that stands on all of it, or ""; `practise`: it goes on practising what its target
+    learnt with its partners of other rounds, those apart that may lie on its grid.
     """
 
     listing: tuple[str, ...]
@@ -163,6 +164,7 @@ class Graph:
     register: tuple[str, ...] = ()
     opened: tuple[str, ...] = ()
     tune: str = ""
+    practise: bool = False
 
     @cached_property
     def pairs(self) -> tuple[tuple[str, ...], ...]:
@@ -260,17 +262,20 @@ class Graph:
         with_grid = self._with_grid(before)
         registered = {target: self.near(round_name).get(target, ())} if target in with_grid else {}
         trains = tuple(f"{target}/{group}" for group in HOWS[how] if group != "grid" or registered)
+        others = self._partners(target, [r for r in self.listing if r != round_name]) if self.practise else ()
+        others = tuple(m for m in others if not MODALITIES[target].shares_grid(MODALITIES[m]))
         reads = dict.fromkeys(
             (
-                *(f"{MODALITIES[m].kind}/vae" for m in ab),
-                *(f"{m}/clip" for m in (*self.centre, *ab)),
+                *(f"{MODALITIES[m].kind}/vae" for m in (*ab, *others)),
+                *(f"{m}/clip" for m in (*self.centre, *ab, *others)),
                 f"{target}/flow",
-                *(f"{m}/guide" for m in ab),
+                *(f"{m}/guide" for m in (*ab, *others)),
                 *(f"{m}/grid" for m in registered),
             )
         )
         contrasts = (target,) if (target, target) in pairs else ()
-        return Stage(self.tune, "round", ab, trains, tuple(reads), (), contrasts, registered, target=target)
+        earlier = {target: others} if others else {}
+        return Stage(self.tune, "round", ab, trains, tuple(reads), (), contrasts, registered, earlier, target)
 
     def near(self, round_name: str) -> dict[str, tuple[str, ...]]:
         """Member of a round -> the modalities whose images may lie on its grid there: its partner, and itself where its

@@ -9,11 +9,10 @@ import sys
 from absl import flags
 from micro import micro, unmeasured
 
-from medm2g_jax import device, run
+from medm2g_jax import run
 
 if __name__ == "__main__":
     flags.FLAGS.mark_as_parsed()
-    device.CPU_OPTIONS = {}
     drawn = run.show
     # What the other stages end with is tested elsewhere, and half of the time.
     shown = (("mri",), "mri"), (("ct",), "ldm_ct")

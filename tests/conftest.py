@@ -29,6 +29,7 @@ else:
 CACHE = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="medm2g-tests-")
+os.environ["MEDM2G_CPU_OPTIONS"] = "none"  # nothing is measured, in the processes that tests start neither
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -41,7 +42,7 @@ install_import_hook("medm2g_jax", "beartype.beartype")
 
 import jax.numpy as jnp  # noqa: E402
 
-from medm2g_jax import device  # noqa: E402
+from medm2g_jax import cpu, device  # noqa: E402
 
 # Tracing makes millions of small objects that live on: looking for garbage among them takes a twentieth of the time.
 gc.freeze()
@@ -60,8 +61,7 @@ def pytest_unconfigure():
         shutil.rmtree(CACHE, ignore_errors=True)
 
 
-SHIPPED = device.CPU_OPTIONS if PLATFORM == "cpu" else None
-device.CPU_OPTIONS = {}
+SHIPPED = cpu.CHOICES[cpu.FIRST] if PLATFORM == "cpu" else None
 
 
 @pytest.fixture

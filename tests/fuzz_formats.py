@@ -8,6 +8,7 @@ Prints what became of them as JSON; a crash leaves the file that did it as FOLDE
 import gzip
 import io
 import json
+import os
 import resource
 import struct
 import sys
@@ -129,6 +130,7 @@ def hostile(folder: Path) -> list[Path]:
         file.write(packer.flush())
     item = struct.pack("<HHI", 0xFFFE, 0xE000, 2**32 - 1)
     (folder / "deep.dcm").write_bytes(start + element(0x00081140, b"SQ", item, 2**32 - 1) * 20_000)
+    (folder / "empty.dcm").write_bytes(start + bytes(2**25))  # elements (0000,0000) of length 0
     many = struct.pack("<HHI", 0xFFFE, 0xE000, 0) * 1_000_000
     (folder / "many.dcm").write_bytes(start + element(0x00081140, b"SQ", many))
     rows, long = element(0x00280010, b"US", b"\1\0"), element(0x7FE00010, b"OW", b"12", 2**32 - 2)
@@ -149,6 +151,12 @@ def hostile(folder: Path) -> list[Path]:
     broken = series(folder / "broken", np.zeros((4, 4, 3), np.int16), np.eye(4))
     (broken / "0001").write_bytes((broken / "0001").read_bytes()[:400])
     (folder / "loop.dcm").symlink_to("loop.dcm")
+    for name in ("pipe.nii.gz", "pipe.png", "pipe.dcm"):  # a reader would wait for it
+        os.mkfifo(folder / name)
+    for name, magic in (("sparse.png", b"\x89PNG\r\n\x1a\n"), ("sparse.dcm", prefix)):
+        with (folder / name).open("wb") as file:
+            file.write(magic)
+            file.truncate(2**40)  # bytes, of which the disk holds a few
     deep_json = io.BytesIO()
     np.lib.format.write_array(deep_json, np.zeros((2, 2)))
     (folder / "a.npy").write_bytes(b"\x93NUMPY\1\0" + struct.pack("<H", 60000) + b"(" * 60000)

@@ -129,10 +129,9 @@ def train(script: str, *arguments: str, seconds: float = 500) -> str:
 if __name__ == "__main__":
     from absl.flags import FLAGS
 
-    from medm2g_jax import device, run
+    from medm2g_jax import run
 
     FLAGS.mark_as_parsed()
-    device.CPU_OPTIONS = {}
     drawn = run.show
     *targets, root = sys.argv[1:]
     # What the stages before them end with is tested elsewhere, and half of the time.

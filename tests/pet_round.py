@@ -8,7 +8,7 @@ import sys
 from absl import flags
 from micro import micro
 
-from medm2g_jax import device, modality, run
+from medm2g_jax import modality, run
 from medm2g_jax.data.phantom.render import Phantom
 from medm2g_jax.data.source import Record
 
@@ -30,6 +30,5 @@ class PetSource:
 
 if __name__ == "__main__":
     flags.FLAGS.mark_as_parsed()
-    device.CPU_OPTIONS = {}
     config = micro("text_pet", steps=3, listing=("text_pet",), upstream=sys.argv[2])
     run.run(config, sys.argv[1], source=PetSource(config.image_size))

@@ -13,7 +13,7 @@ from absl import flags
 from micro import micro, unmeasured
 
 import medm2g_jax
-from medm2g_jax import device, prepare, run
+from medm2g_jax import prepare, run
 from medm2g_jax.data.adapters import adapter_of
 from medm2g_jax.data.manifest import Manifest
 
@@ -41,7 +41,6 @@ SETS = {
 if __name__ == "__main__":
     name, folder = sys.argv[1], Path(sys.argv[2])
     flags.FLAGS.mark_as_parsed()
-    device.CPU_OPTIONS = {}
     run.show = lambda **rest: []  # what stages end with is tested elsewhere
 
     write, target, words, listing, make = SETS[name]

@@ -1,6 +1,7 @@
 """Sets of volumes as they lie on a disk -> manifest folders: what is found, what is left out and why, and that every
 value stored is the one that an independent reader finds there."""
 
+import errno
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from PIL import Image as Pillow
 from medm2g_jax.data import formats, marks
 from medm2g_jax.data.adapters import ADAPTERS, adapter_of
 from medm2g_jax.data.case import Adapter, Case, Image
+from medm2g_jax.data.formats import raster
 from medm2g_jax.data.volume import Volume
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate import card
@@ -313,6 +315,29 @@ def test_folders_that_may_not_be_read_are_said(tmp_path, monkeypatch):
         (tmp_path / "down" / name).chmod(0o700)
 
 
+def test_links_pipes_and_what_macos_leaves_behind(tmp_path):
+    shape, affine = (24, 24, 4), grid((24, 24, 4), (6, 6, 20))
+    for seed, name in enumerate(("down/a", "down/b", "elsewhere")):
+        nifti(tmp_path / name / "t1.nii", head("t1", shape, affine, seed), affine)
+    (tmp_path / "down/a/._t1.nii").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    for name, target in (("c", "../../elsewhere/t1.nii"), ("d", "t1.nii"), ("e", "../.git/annex/objects/x")):
+        (tmp_path / "down" / name).mkdir()
+        (tmp_path / "down" / name / "t1.nii").symlink_to(target)
+    (tmp_path / "down/f").mkdir()
+    os.mkfifo(tmp_path / "down/f/t1.nii")
+    made = Made(tmp_path / "down", tmp_path / "out", "folder:nifti", share=0.0)
+    assert {row["subject"] for row in made.rows.values()} == {"a", "b"}
+    assert made.left == {
+        ("", "lies outside of the root (a link, or a path with ..)"): 1,
+        ("mri:t1", "is a link to a file that is not there"): 2,
+        ("mri:t1", "cannot be read (no regular file)"): 1,
+    }
+    with pytest.raises(UserError, match="is in the downloaded set, .*down; name a folder beside that$"):
+        Made(tmp_path / "down", tmp_path / "down/out", "folder:nifti")
+    with pytest.raises(UserError, match=r"c: no case .*\(left out: 1 lies outside of the root"):
+        Made(tmp_path / "down/c", tmp_path / "out2", "folder:nifti")
+
+
 @pytest.mark.parametrize("name", ["folder:nifti", "folder:dicom", "folder:images", "ixi", "synthrad", "gold_atlas"])
 def test_a_wrong_root_is_said_in_one_line(tmp_path, name):
     (tmp_path / "Doe.pdf").write_text("no volume")
@@ -454,6 +479,27 @@ def _deadly(root):
     for name in root.files("*.npy"):
         info = {"x": Deadly()} if name == "b.npy" else {}
         yield Case(name[0], name[0], {"mri": Image(name)}, info=info)
+
+
+def test_a_full_disk_is_one_line_and_costs_no_case(tmp_path, monkeypatch):
+    shape, affine = (24, 24, 4), grid((24, 24, 4), (6, 6, 20))
+    for seed, name in enumerate("ab"):
+        nifti(tmp_path / "down" / name / "t1.nii", head("t1", shape, affine, seed), affine)
+    left = iter(range(5))  # slices that there is room for: the second volume's first is the last of them
+
+    def write(path, picture, notes):
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_png(path, picture, notes)
+
+    write_png = raster.write_png
+    with monkeypatch.context() as patched:
+        patched.setattr(raster, "write_png", write)
+        with pytest.raises(UserError, match="^--out .*: No space left on device; name another or mend it$"):
+            Made(tmp_path / "down", tmp_path / "out", "folder:nifti", share=0.0)
+    made = Made(tmp_path / "down", tmp_path / "out", "folder:nifti", share=0.0)
+    assert len(made.rows) == 8 and not made.left
+    assert any("1 cases were cut by an earlier run" in line for line in made.said)
 
 
 def test_a_case_that_kills_its_process_is_left_out_and_the_others_go_on(tmp_path):

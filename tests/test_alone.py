@@ -231,9 +231,29 @@ def test_synthesis_is_measured_against_what_costs_nothing(roots, tmp_path, monke
     monkeypatch.setattr(phantom, "train_probe", lambda *_: judge)  # what it reads is not the question here
     asked = [(("mri:t1", "mri:t2"), "mri:flair"), (("mri:t2",), "ct")]  # the second has never been trained
     out = tmp_path / "out"
-    figures = measure(str(roots / "mri"), 4, 0, asked, task="mri", regression=2, out=str(out))
+    how = dict(task="mri", findings=False, regression=2, out=str(out))
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(synthesis, "fit_adversarial", stop)
+        with pytest.raises(KeyboardInterrupt):
+            measure(str(roots / "mri"), 4, 0, asked, **how)
+    before = json.loads((out / "mri.json").read_text())["rows"]
+    # Goes on at the row: of what is there nothing is made again but the draw that the last one is compared with.
+    drawn, draw = [], synthesis.samples
+    monkeypatch.setattr(synthesis, "samples", lambda *a, **k: drawn.append(a) or draw(*a, **k))
+    figures = measure(str(roots / "mri"), 4, 0, asked, **how)
+    after = json.loads((out / "mri.json").read_text())["rows"]
+    assert len(drawn) == 1 and after[:-1] == before and after[-1]["row"].endswith("by pix2pix, 2 steps")
+    stem = "mri_mri-t1_mri-t2_to_mri-flair"
+    assert {p.name for p in out.iterdir()} == {"mri.json", "mri.csv", "mri.md", f"{stem}.png"}
+    assert measure(str(roots / "mri"), 4, 0, asked, **how) == figures and len(drawn) == 1
+    with pytest.raises(UserError, match=r"mri\.json holds \d+ rows of another evaluation: seed 0, now 1; name another"):
+        measure(str(roots / "mri"), 4, 1, asked, **how)
     psnr = {f.task: f for f in figures if f.metric.startswith("PSNR dB") and f.n == 4}
-    beside = {*baselines.IMAGES, "regression, 2 steps"}
+    beside = {*baselines.IMAGES, "inpainting without guidance", "regression, 2 steps", "pix2pix, 2 steps"}
     assert set(psnr) == {
         "MRI flair -> MRI flair",
         "MRI t1 + MRI t2 -> MRI flair",

@@ -17,13 +17,16 @@ def draw(*shape, seed=0, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
 @pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
-def test_attend_and_its_gradients_equal_torch(biased, causal, long, monkeypatch):
-    """All heads at once, and one head and some queries at a time, as many tokens are taken on CPU."""
+def test_attend_and_its_gradients_equal_torch(biased, causal, long, backend, monkeypatch):
+    """All at once, and as many tokens are taken: one head and some queries at a time on CPU, some queries on TPU."""
     monkeypatch.setattr(attention, "SCORES", 0 if long else 2**40)
+    monkeypatch.setattr(attention, "MANY", 0 if long else 2**40)
     monkeypatch.setattr(attention, "BLOCK", 35)
+    token = attention.TRACED_FOR.set(backend)
     n, m = 140, 140 if causal else 200
     q, k, v = draw(2, n, 3, 8, seed=1), draw(2, m, 3, 8, seed=2), draw(2, m, 3, 8, seed=3)
     bias = 3 * draw(2, m, seed=4) if biased else None
@@ -43,6 +46,7 @@ def test_attend_and_its_gradients_equal_torch(biased, causal, long, monkeypatch)
     grads = jax.grad(lambda *x: jnp.sum(attend(*x, bias, causal) ** 2), argnums=(0, 1, 2))(q, k, v)
     for ours, x in zip(grads, theirs, strict=True):
         assert oracles.relative_error(ours, x.grad) < 1e-5
+    attention.TRACED_FOR.reset(token)
 
 
 @pytest.mark.parametrize("long", [False, True])

@@ -12,6 +12,7 @@ from medm2g_jax.data import kspace, pipeline
 from medm2g_jax.data.phantom.render import Phantom
 from medm2g_jax.errors import UserError
 from medm2g_jax.limits import CHOICES
+from medm2g_jax.modality import MODALITIES
 from medm2g_jax.model import low_rank, merged
 from medm2g_jax.recipes import rows_of
 
@@ -40,6 +41,20 @@ def test_the_target_alone_trains_and_everything_else_comes_from_the_rounds(words
     sources = [m for m in stage.subjects if m != task.target]
     assert not any(f"{m}/flow" in stage.reads for m in sources)  # V is all that is read of them
     assert stage_graph(config).plan(config.stage)[-1] == config.stage
+
+
+def test_a_fine_tune_may_go_on_practising_with_partners_that_share_no_grid():
+    config = get_config("finetune", "tiny,mri_to_ct,full")
+    before = stage_graph(config).stage(config.stage)
+    config.rehearse = 0.5
+    stage = stage_graph(config).stage(config.stage)
+    assert before.earlier == {} and stage.earlier == {"ct": ("text",)} and stage.trains == before.trains
+    assert set(stage.reads) - set(before.reads) == {"text/vae", "text/guide"}
+    rows = rows_of(config, stage_graph(config))
+    assert rows.rehearse == 0.5 and rows.earlier == (("ct", ("text",)),)
+    config = get_config("finetune", "tiny,ct,full")  # MRI may lie on its grid: as an earlier partner it would not
+    config.rehearse = 0.5
+    assert stage_graph(config).stage(config.stage).earlier == {}
 
 
 def test_words_of_a_finetune():
@@ -118,3 +133,32 @@ def test_only_the_source_of_a_faster_acquisition_is_undersampled():
     full = next(pipeline.batches(source, rows_of(config, stage_graph(config)), "train", 4, 0, size=32))
     np.testing.assert_array_equal(fast["ct"], full["ct"])
     assert np.abs(fast["mri"] - full["mri"]).mean() > 0.01
+
+
+def test_a_fine_tune_of_named_streams_is_given_no_others():
+    config = micro("finetune", "mri_to_ct,full,tiny,alone", streams="mri:t2")
+    source = Phantom(size=32, seed=0, train=8, val=4, test=2, pairs=(("ct", "mri"),))
+    rows = rows_of(config, stage_graph(config))
+    about = next(pipeline.batches(source, rows, "train", 16, 0, size=32))["about"]
+    assert set(about["stream"]["mri"]) == {MODALITIES["mri"].streams.index("mri:t2")}
+    config.streams = "mri:t2,mri:dwi"
+    with pytest.raises(UserError, match="unknown stream 'mri:dwi'; known streams: .*mri:t2"):
+        rows_of(config, stage_graph(config))
+    config.streams = "xray"
+    with pytest.raises(UserError, match="config.streams='xray': expected streams of ct or mri for tune_mri_to_ct_full"):
+        rows_of(config, stage_graph(config))
+
+
+def test_a_fine_tune_may_make_one_contrast_of_the_others():
+    config = micro("finetune", "mri,full,tiny,alone", streams="mri:t1,mri:t2,mri:pd", make="mri:pd")
+    source = Phantom(size=32, seed=0, train=8, val=4, test=2, pairs=(("mri",),))
+    rows = rows_of(config, stage_graph(config))
+    about = next(pipeline.batches(source, rows, "train", 16, 0, size=32))["about"]
+    index = {s: i for i, s in enumerate(MODALITIES["mri"].streams)}
+    others = about["others"]["mri"]
+    assert set(about["stream"]["mri"]) == {index["mri:pd"]}
+    assert set(others["stream"][others["has"]]) == {index["mri:t1"], index["mri:t2"]}
+    for wrong in ("ct", "mri:t1,mri:pd"):
+        config.make = wrong
+        with pytest.raises(UserError, match=f"config.make='{wrong}': expected one stream of mri for tune_mri_full"):
+            rows_of(config, stage_graph(config))

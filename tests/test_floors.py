@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "medm2g_jax"
 FLOORS = (
     ("cli", "__main__"),
     ("main",),
-    ("demo", "demo_desk", "demo_near", "demo_page", "demo_view", "plan", "export", "doctor"),
+    ("demo", "demo_desk", "demo_near", "demo_page", "demo_view", "plan", "sweep", "export", "doctor"),
     ("run", "fill", "prepare", "volumes", "volume_files", "embed", "retrieve", "vectors", "audit"),
     ("evaluate",),
     ("loading",),
@@ -33,7 +33,7 @@ FLOORS = (
     ("align", "extract", "autoencode"),
     ("nn",),
     ("modality",),
-    ("device", "keys", "arrays", "cache", "errors"),
+    ("device", "cpu", "program", "keys", "arrays", "cache", "errors"),
 )
 FLOOR = {name: level for level, floor in enumerate(FLOORS) for name in floor}
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+SLOW = 1800  # seconds on a busy machine: it hangs
+
 
 def fuzz(folder: Path, seed: int, count: int) -> None:
     here = Path(__file__).parent
     line = [sys.executable, str(here / "fuzz_formats.py"), str(seed), str(count), str(folder)]
-    done = subprocess.run(line, cwd=here.parent, capture_output=True, text=True, env=environment())
+    done = subprocess.run(line, cwd=here.parent, capture_output=True, text=True, env=environment(), timeout=SLOW)
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:], sorted(folder.glob("now*")))
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["slowest"][0] < 5 and found["grown"] < 2, found  # seconds of CPU, GB

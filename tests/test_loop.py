@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from jax._src.array import ArrayImpl
 from micro import NET, flags, micro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -25,7 +26,7 @@ from medm2g_jax.data.contents import contents_of
 from medm2g_jax.data.phantom.render import Phantom
 from medm2g_jax.errors import UserError
 from medm2g_jax.main import read_config
-from medm2g_jax.train import checkpoint, loop, results, sharding
+from medm2g_jax.train import checkpoint, loop, results, setup, sharding
 from medm2g_jax.train.setup import assemble
 
 HERE = Path(__file__).parent
@@ -254,6 +255,36 @@ def test_bad_input_is_one_line(arguments, message, tmp_path):
     assert errors[-1].startswith("error: ") and message in errors[-1] and "Traceback" not in done.stderr
 
 
+def test_no_step_waits_for_the_host_between_logged_ones(tmp_path, monkeypatch):
+    """Nothing is read back from the devices there, a step takes nothing from the host by itself, and the next batch is
+    on its way before the numbers of a logged step are waited for."""
+    happened: list[str] = []
+    read, put, programs = ArrayImpl._value, sharding.put_batch, setup.Setup.programs
+
+    def record(what, function):
+        return lambda *args: happened.append(what) or function(*args)
+
+    def guarded(self, save_memory):
+        train_step, eval_step = programs(self, save_memory)
+
+        def step(*args):
+            with jax.transfer_guard_host_to_device("disallow_explicit"):
+                return train_step(*args)
+
+        return record("step", step), eval_step
+
+    monkeypatch.setattr(ArrayImpl, "_value", property(record("read", read.fget)))
+    monkeypatch.setattr(sharding, "put_batch", record("put", put))
+    monkeypatch.setattr(setup.Setup, "programs", guarded)
+    config = micro("image_vae", steps=8, log_every=4, checkpoint_every=8, eval_rows=0)
+    loop.run_stage(config, epath.Path(tmp_path), run.open_data(config, epath.Path(tmp_path)))
+    steps = [i for i, what in enumerate(happened) if what == "step"]
+    between = [happened[a + 1 : b] for a, b in zip(steps, steps[1:], strict=False)]
+    assert len(steps) == 8
+    assert [some == ["put"] for some in between] == [done not in (1, 4) for done in range(1, 8)]
+    assert all(some[0] == "put" and set(some[1:]) == {"read"} for some in (between[0], between[3]))
+
+
 def test_the_batch_names_the_nearest_that_fits(tmp_path):
     with pytest.raises(UserError, match=r"config\.batch=12 .*config\.batch=16"):
         config = micro("image_vae", batch=12)
@@ -286,23 +317,23 @@ def test_an_open_flow_begins_where_its_single_flow_ended(monkeypatch):
     """From the values of before and in float32; nothing that is there is made afresh."""
     config = micro("mri", listing=("mri",))
     graph, mesh = stage_graph(config), sharding.make_mesh(config.mesh)
-    setup = assemble(config, graph, mesh, {}, {}, {"mri": "sample"}, {}, jnp.float32)
+    made_of = assemble(config, graph, mesh, {}, {}, {"mri": "sample"}, {}, jnp.float32)
     flow = re.compile(rounds.group_regex(("mri/flow",)))
-    assert setup.model.flows["mri"].process.predict == "sample" and "mri/unet/guide/kernel" in setup.shapes
-    before = {n: jnp.full(x.shape, 0.5) for n, x in setup.shapes.items() if flow.match(n)}
-    assert before and len(before) < len(setup.shapes)
+    assert made_of.model.flows["mri"].process.predict == "sample" and "mri/unet/guide/kernel" in made_of.shapes
+    before = {n: jnp.full(x.shape, 0.5) for n, x in made_of.shapes.items() if flow.match(n)}
+    assert before and len(before) < len(made_of.shapes)
     made = {}
 
     def fresh(init, key, placed, dtype=None):
         made.update(placed)
-        return {n: jnp.zeros(setup.shapes[n].shape) for n in placed}
+        return {n: jnp.zeros(made_of.shapes[n].shape) for n in placed}
 
     monkeypatch.setattr(results, "fresh_params", fresh)
     params = before | {"image/vae/x": jnp.ones(3)}
     upstream = results.Upstream(params, {}, {}, (), (), (), {"mri": "sample"}, {}, ())
-    setup = dataclasses.replace(setup, recipe=dataclasses.replace(setup.recipe, start=None))
+    made_of = dataclasses.replace(made_of, recipe=dataclasses.replace(made_of.recipe, start=None))
     data = loop.Data(Phantom(32, 0, train=1, val=0, test=0), None, {}, 32)
-    trainable, frozen = loop._parameters(config, setup, upstream, data, iter, jax.random.key(0), mesh)
-    assert set(made) == set(setup.shapes) - set(before) and {*map(rounds.group_of, made)} == {"mri/guide", "mri/grid"}
-    assert set(trainable) == set(setup.shapes) and set(frozen) == {"image/vae/x"}
+    trainable, frozen = loop._parameters(config, made_of, upstream, data, iter, jax.random.key(0), mesh)
+    assert set(made) == set(made_of.shapes) - set(before) and {*map(rounds.group_of, made)} == {"mri/guide", "mri/grid"}
+    assert set(trainable) == set(made_of.shapes) and set(frozen) == {"image/vae/x"}
     assert all(trainable[n] is before[n] for n in before)

@@ -1,7 +1,9 @@
 """`medm2g plan`: mistakes are one line before any compiler starts; what is compiled is what the trainer runs."""
 
+import json
 import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -87,14 +89,45 @@ def test_a_refusal_of_the_compiler_is_read(message, total, room):
 
 @pytest.mark.skipif(not LIBTPU.exists(), reason="no environment with libtpu: make plan-env")
 def test_the_tpu_compiler_compiles_a_test_size_stage():
-    config = micro_stage("image_vae", batch=8)
+    """A flow beside frozen encoders: in bfloat16 and nowhere in float32 too, gradients summed, parameters gathered."""
+    config = micro_stage("ldm_ct", batch=8)
+    config.mesh.data, config.mesh.fsdp = 2, 4
     answer = plan.ask(config, dict(clip=700, bert=300, gpt2=450), "v5e:2x4", LIBTPU)
     assert answer["device"] == "TPU v5 lite" and answer["fits"] and answer["flops"] > 1e6
-    state = 4 * 4 * answer["trained"]  # parameters, EMA and two moments in float32, on every chip
+    state = 4 * 4 * answer["trained"] / 4  # parameters, EMA and two moments in float32, over fsdp where they divide
     assert state < answer["arguments"] < 40 * state
     assert answer["total"] < plan.GIB
+    assert answer["narrow"] and not answer["wide"]
+    moved = {kind: x["bytes"] for kind, x in answer["collectives"].items()}
+    gradients = 4 * answer["trained"]
+    # Each gradient once between all chips; nothing as large as the images of a batch besides.
+    assert sum(moved.values()) < 6 * gradients and moved["all-gather"] > 0
     with pytest.raises(UserError, match=r"topology v5e:3x5.*not divisible"):
         plan.ask(micro_stage("image_vae", batch=15), dict(clip=700, bert=300, gpt2=450), "v5e:3x5", LIBTPU)
+
+
+@pytest.mark.skipif(not LIBTPU.exists(), reason="no environment with libtpu: make plan-env")
+def test_attention_on_tpu_holds_no_scores_of_all_tokens():
+    """And would, were they not taken in blocks."""
+    env = dict(os.environ, PYTHONPATH=str(plan.ROOT), XLA_FLAGS="")
+    line = [str(LIBTPU), str(HERE / "tpu_attention.py")]
+    done = subprocess.run(line, env=env, text=True, capture_output=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["blocks"] == [] and found["whole"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", ["ldm_ct", "text_ct"])
+@pytest.mark.skipif(not LIBTPU.exists(), reason="no environment with libtpu: make plan-env")
+def test_a_published_size_is_lean_on_tpu(stage):
+    """No float32 copy of a frozen weight, no 4096 x 4096 scores; ten minutes of compiling and 12 GB each."""
+    target, _, subject = stage.rpartition("_") if stage.startswith("ldm") else (stage, "", "")
+    config = get_config(target, f"{subject},sd15" if subject else "sd15")
+    config.batch, config.mesh.data, config.mesh.fsdp = 8, 1, 8
+    answer = plan.ask(config, dict(clip=49408, bert=28996, gpt2=50260), "v5e:2x4", LIBTPU)
+    print(f"\n{stage}: {json.dumps(answer, indent=1)}")
+    assert answer["fits"] and answer["narrow"] > 100 and not answer["wide"] and not answer["squares"]
 
 
 @pytest.mark.full

@@ -1,10 +1,10 @@
-"""What `medm2g prepare` does for all sets alike: shards. What is common to a set's rows is tested with the adapters."""
+"""What `medm2g prepare` does for all sets alike: shards, Ctrl-C. What is common to a set's rows is tested with the adapters."""
 
 import look_alikes
 import numpy as np
 import pytest
 
-from medm2g_jax import prepare
+from medm2g_jax import cli, prepare
 from medm2g_jax.data.adapters import adapter_of
 from medm2g_jax.data.manifest import Manifest
 
@@ -47,3 +47,16 @@ def test_a_shard_that_is_gone_is_made_again_with_the_same_bytes(root, tmp_path):
     made(root, tmp_path, pack=1)
     assert {p: p.read_bytes() for p in (tmp_path / "shards").iterdir()} == before
     assert (tmp_path / "manifest.jsonl").read_bytes() == manifest
+
+
+def test_ctrl_c_is_one_line_and_the_same_command_goes_on(root, tmp_path, monkeypatch, capsys):
+    def stop(*rest):
+        raise KeyboardInterrupt
+
+    line = ["prepare", "chestxray14", "--root", str(root), "--out", str(tmp_path / "out"), "--workers", "1"]
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
+        patched.setattr(prepare, "_finish", stop)
+        cli.main(line)
+    assert ended.value.code == 130 and capsys.readouterr().err == "stopped\n"
+    cli.main(line)
+    assert "were cut by an earlier run; 0 are left" in capsys.readouterr().out

@@ -51,6 +51,10 @@ COMMANDS = {
     "clip": "medm2g convert clip --from CLIP_VIT_L_14_FOLDER --to {}",
     "vd": "medm2g convert vd --from vd-four-flow-v1-0.pth --to {}",
     "optimus": "medm2g convert optimus --from optimus-vae.pth --bert BERT_FOLDER --gpt2 GPT2_FOLDER --to {}",
+    "inception": "medm2g convert inception --from weights-inception-2015-12-05-6726825d.pth --to {}",
+    "xrv": "medm2g convert xrv --from xrv.pt --to {}",
+    "radimagenet": "medm2g convert radimagenet --from radimagenet_resnet50.pt --to {}",
+    "rad_dino": "medm2g convert rad_dino --from RAD_DINO_FOLDER --to {}",
 }
 LICENCES = {
     "sd15": "CreativeML OpenRAIL-M",
@@ -58,6 +62,10 @@ LICENCES = {
     "vd": "MIT (Versatile Diffusion)",
     "optimus": "MIT (as published with Versatile Diffusion)",
     "bert-gpt2": "Apache-2.0 (BERT) and MIT (GPT-2)",
+    "inception": "Apache-2.0 (TensorFlow's models)",
+    "xrv": "Apache-2.0 (torchxrayvision)",
+    "radimagenet": "RadImageNet's own terms, for research; read them there",
+    "rad_dino": "Microsoft's own, on the model's card; read it there",
 }
 # What CreativeML OpenRAIL-M's Attachment A forbids, in short and in our words; the licence itself is what binds.
 RESTRICTIONS = """\

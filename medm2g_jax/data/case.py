@@ -23,6 +23,7 @@ from medm2g_jax.data.source import is_open
 from medm2g_jax.errors import UserError
 
 REPORT = 2**20  # bytes of one report that are read
+OUTSIDE = "lies outside of the root (a link, or a path with ..)"
 _LARGEST = 2**30  # of a table
 
 
@@ -102,17 +103,31 @@ class Root:
             raise UserError(f"--root {path}: expected the folder of a downloaded set, found {found}")
         if not _enterable(self.path):
             raise UserError(f"--root {path}: a folder that may not be read; give yourself the right, chmod u+rx {path}")
-        self._real = self.path.resolve()
+        self._real = os.path.realpath(self.path)
         self.closed: set[str] = set()  # folders that were found and may not be read
+        self.outside: set[str] = set()  # what was found and lies elsewhere
 
     def files(self, pattern: str) -> list[str]:
         """Files, and folders, whose path below the root fits a glob pattern, sorted, "/" between their words. Folders
-        that may not be read are noted in `closed`, and nothing in them is found."""
-        found = [path for path in self.path.glob(pattern) if path.resolve().is_relative_to(self._real)]
+        that may not be read are noted in `closed`, and nothing in them is found; links that lead out in `outside`.
+        Hidden ones are passed over: macOS puts a "._t1.nii.gz" beside each file that it copies."""
+        found = []
+        for path in self.path.glob(pattern):
+            below = path.relative_to(self.path)
+            if any(word.startswith(".") for word in below.parts):
+                continue
+            if self._inside(path):
+                found.append(path)
+            else:
+                self.outside.add(below.as_posix())
         self.closed |= {path.relative_to(self.path).as_posix() for path in found if not _enterable(path)}
         closed = {self.path / name for name in self.closed}
         names = (path for path in found if not closed or closed.isdisjoint(path.parents))
         return sorted(path.relative_to(self.path).as_posix() for path in names)
+
+    def _inside(self, path: Path) -> bool:
+        """Does a path truly lie below the root? A link to itself does: what is wrong with it shows when it is read."""
+        return Path(os.path.realpath(path)).is_relative_to(self._real)
 
     def kinds(self) -> str:
         """What is in it, in words without names: "3 files .csv, 2 folders"."""
@@ -124,9 +139,8 @@ class Root:
         if ".." in name.split("/"):
             return False
         try:
-            path = (self.path / name).resolve()
-            return path.is_relative_to(self._real) and path.exists()
-        except (OSError, ValueError, RuntimeError):  # names that no file can have, links to themselves
+            return self._inside(self.path / name) and (self.path / name).exists()
+        except (OSError, ValueError):  # names that no file can have
             return False
 
     def lacks(self, name: str) -> str:
@@ -137,7 +151,10 @@ class Root:
             there = os.path.lexists(self.path / name)
         except ValueError:
             return "has a name that no file can have"
-        return "lies outside of the root (a link, or a path with ..)" if there else "is missing"
+        if not there:
+            return "is missing"
+        astray = ".." in name.split("/") or not self._inside(self.path / name)
+        return OUTSIDE if astray else "is a link to a file that is not there"
 
     def file(self, name: str) -> Path:
         """The path of a file below the root.

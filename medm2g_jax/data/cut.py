@@ -90,8 +90,16 @@ class Outcome(NamedTuple):
     registered: list[tuple[str, float, float, float, float, float]]
 
 
+class Unwritten(OSError):
+    """What is made cannot be written, as where the disk is full: no fault of the case's."""
+
+
 def cut(case: Case, how: Cutting) -> Outcome:
-    """Make a case into rows; whatever is wrong with it is in the outcome, never raised."""
+    """Make a case into rows; whatever is wrong with it is in the outcome, never raised.
+
+    Raises:
+      Unwritten: see there.
+    """
     root, name, rejected = Root(how.root), how.named(case.id), []
     images: dict[str, Picture | Volume] = {}
     made: set[str] = set()
@@ -118,6 +126,8 @@ def cut(case: Case, how: Cutting) -> Outcome:
     if volumes:
         try:
             work.volumes(volumes)
+        except Unwritten:
+            raise
         except UserError as error:
             rejected.append((name, "", _said(error, how)))
         except DAMAGED as error:
@@ -388,5 +398,8 @@ def _said(error: UserError, how: Cutting) -> str:
 
 def _write(path: Path, pixels: Num[np.ndarray, "h w"]) -> None:
     """A PNG, whole or not at all, the same bytes whenever it is written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written(path, lambda part: raster.write_png(part, Picture(pixels, None), {}))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written(path, lambda part: raster.write_png(part, Picture(pixels, None), {}))
+    except OSError as error:
+        raise Unwritten(error.errno, error.strerror) from error

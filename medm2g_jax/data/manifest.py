@@ -21,7 +21,7 @@ A row may say more of an image, each an object with image keys (`medm2g prepare`
     "orientation": {"ct": "PL"}         where rows and columns go, see `Picture`
 
 What has a scale or a span needs no range: `data.check` looks whether it is whole, and no further. `"info"`, an object,
-is for people and is not read.
+is for people; of it only the labels are read, by who trains a classifier (`data.findings`).
 
 An image named "shards/train-00003.array_record#17" is record 17 of that shard, see `data.shards`.
 
@@ -42,8 +42,9 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from medm2g_jax.data import formats
+from medm2g_jax.data import formats, manifest_rows
 from medm2g_jax.data.check import Examined, Item
+from medm2g_jax.data.findings import stated
 from medm2g_jax.data.formats import raster
 from medm2g_jax.data.manifest_table import Table
 from medm2g_jax.data.picture import MOST_PIXELS, Picture, Span, network_input
@@ -146,6 +147,21 @@ class Manifest:
             return self._examined.ranged(stream, self._opened(index, stream))
         except UserError as error:
             raise UserError(f"row {self.records[index].id!r}: {error}") from error
+
+    @functools.cached_property
+    def present(self) -> Callable[[int], Mapping[str, bool | None]] | None:
+        """See `source.present`: what "info" says, of which nothing is kept before somebody asks."""
+        folders = self._table.folders
+        of = {
+            folder: {own: said for own, info in manifest_rows.infos(folder) if (said := stated(info)) is not None}
+            for folder in dict.fromkeys(folders)
+        }
+
+        def found(index: int) -> Mapping[str, bool | None]:
+            folder, own = folders[index], self.records[index].id
+            return of[folder].get(own) or of[folder].get(own.removeprefix(f"{folder.name}/")) or {}
+
+        return found if any(of.values()) else None
 
     def read(self, index: int, stream: str, rng: np.random.Generator) -> np.ndarray | str:
         """See `Source.read`; nothing here is random.

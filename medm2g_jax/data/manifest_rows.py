@@ -110,6 +110,16 @@ def read(folder: Path) -> Iterator[Row]:
         raise UserError(f"{file}: empty; expected one JSON object a line")
 
 
+def infos(folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(id, "info") of the rows of a manifest that has been read."""
+    file = folder / NAME
+    with open(file, encoding="utf-8-sig") as content:
+        for number, line in enumerate(content, 1):
+            if not line.isspace():
+                row = _json(Place(file, number), line)
+                yield identity(row["id"]), row.get("info") or {}
+
+
 def _not_utf8(file: Path) -> str:
     """What is wrong, and where in the whole file: a decoder of a stream counts from where it stands."""
     try:

@@ -32,7 +32,7 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grain
@@ -79,6 +79,8 @@ class Rows:
       latents: modalities whose images come encoded (`data.latents`) where the autoencoder reads them: required, earlier
         and other ones, not prompts.
       pixels: modalities whose required and earlier images C reads as well.
+      only: streams; of a modality with some among these a row is of no others.
+      made: the stream that every row has of its modality; "": any. A record must hold it.
     """
 
     require: tuple[str, ...] = ()
@@ -95,6 +97,8 @@ class Rows:
     identify: bool = False
     latents: tuple[str, ...] = ()
     pixels: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    made: str = ""
 
     @property
     def only_contrasts(self) -> bool:
@@ -110,6 +114,13 @@ class Rows:
     def partners(self) -> tuple[str, ...]:
         """All of `earlier`'s partners."""
         return tuple(dict.fromkeys(p for _, partners in self.earlier for p in partners))
+
+
+def _admitted(record: Record, rows: Rows) -> Record:
+    """The record with the streams that a row may be of (`Rows.only`)."""
+    narrowed = {stream.partition(":")[0] for stream in rows.only}
+    kept = (s for s in record.streams if s in rows.only or s.partition(":")[0] not in narrowed)
+    return replace(record, streams=tuple(kept)) if rows.only else record
 
 
 def _streams(record: Record, modality: str) -> list[str]:
@@ -130,8 +141,10 @@ def _fits(record: Record, rows: Rows) -> bool:
     several = any(len(_stated(record, m)) > 1 for m in rows.contrasts)
     whole = all(_streams(record, m) for m in rows.require)
     # Of a single modality guided by itself the other contrasts are all there is to be guided by.
-    return (several or (whole and not rows.only_contrasts)) and (
-        not rows.any_of or any(_streams(record, m) for m in rows.any_of)
+    return (
+        (several or (whole and not rows.only_contrasts))
+        and (not rows.any_of or any(_streams(record, m) for m in rows.any_of))
+        and (not rows.made or rows.made in record.streams)
     )
 
 
@@ -141,15 +154,16 @@ def fitting(source: Source, rows: Rows, split: str) -> tuple[Int[np.ndarray, "n"
     unknown = {*rows.require, *rows.any_of, *rows.prompts} - set(MODALITIES)
     if unknown or bool(rows.any_of) != bool(rows.merge) or not (rows.require or rows.any_of):
         raise ValueError(f"bad {rows}: modalities must be registered, and any_of and merge go together")
-    index = _holding(source, split, lambda r: _fits(r, rows))
+    index = _holding(source, rows, split, lambda r: _fits(r, rows))
     if not rows.prompts:
         return np.asarray(index, int), np.asarray([], int)
-    told = _holding(source, split, lambda r: _fits(r, rows) and any(_can_prompt(r, rows, m) for m in rows.prompts))
+    prompted = lambda r: _fits(r, rows) and any(_can_prompt(r, rows, m) for m in rows.prompts)  # noqa: E731
+    told = _holding(source, rows, split, prompted)
     without = np.setdiff1d(index, told, assume_unique=True) if rows.unprompted else []
     return np.asarray(told, int), np.asarray(without, int)
 
 
-def _holding(source: Source, split: str, good: Callable[[Record], bool]) -> list[int]:
+def _holding(source: Source, rows: Rows, split: str, good: Callable[[Record], bool]) -> list[int]:
     """Indices of the records of `split` that are good, which their streams alone decide: millions of records hold a few
     sets of streams, and each set is looked at once."""
     known: dict[tuple[str, ...], bool] = {}
@@ -157,7 +171,7 @@ def _holding(source: Source, split: str, good: Callable[[Record], bool]) -> list
     for i, record in enumerate(source.records):
         if record.split == split:
             if (has := known.get(record.streams)) is None:
-                has = known[record.streams] = bool(good(record))
+                has = known[record.streams] = bool(good(_admitted(record, rows)))
             if has:
                 index.append(i)
     return index
@@ -171,7 +185,7 @@ def practising(source: Source, rows: Rows, split: str) -> dict[str, Int[np.ndarr
         def good(record: Record, modality: str = modality, partners: tuple[str, ...] = partners) -> bool:
             return bool(_streams(record, modality)) and any(_streams(record, p) for p in partners)
 
-        index = _holding(source, split, good)
+        index = _holding(source, rows, split, good)
         found |= {modality: np.asarray(index, int)} if index else {}
     return found
 
@@ -204,6 +218,7 @@ def matching(source: Source, rows: Rows, split: str) -> Int[np.ndarray, "n"]:
 def needs(rows: Rows) -> str:
     """What a record must hold, in words."""
     words = [] if rows.only_contrasts else [*rows.require]
+    words += [rows.made] if rows.made else []
     if rows.any_of:
         words.append("any of " + ", ".join(rows.any_of))
     if rows.prompts and not rows.unprompted:
@@ -267,6 +282,8 @@ class _Reader:
 
     def _target(self, record: Record, modality: str, rng: np.random.Generator) -> str:
         rows = self.rows
+        if rows.made in record.streams and rows.made.partition(":")[0] == modality:
+            return rows.made
         others = [m for m in rows.prompts if m != modality and _can_prompt(record, rows, m)]
         if modality in rows.prompts and not others and _can_prompt(record, rows, modality):
             return _draw(_stated(record, modality), rng)  # the only prompt is another contrast: state both
@@ -277,7 +294,7 @@ class _Reader:
 
     def __call__(self, index: int, rng: np.random.Generator, practises: str = "") -> Batch:
         """practises: the modality of `Rows.earlier` that the row is for; "" for an ordinary one."""
-        record, row, about = self.source.records[index], {}, {}
+        record, row, about = _admitted(self.source.records[index], self.rows), {}, {}
         if self.rows.identify:
             about["record"] = np.int32(index)
         there = {m: bool(_streams(record, m)) and practises in ("", m) for m in self.rows.require}
@@ -497,10 +514,15 @@ def of_streams(
 
 def read_streams(source: Source, streams: Sequence[str], split: str, count: int, seed: int) -> dict[str, list]:
     """What `of_streams` makes a batch of: the same records' values as the source reads them, texts as texts."""
-    index = [i for i, r in enumerate(source.records) if r.split == split and set(streams) <= set(r.streams)]
-    chosen = np.random.default_rng(seed).permutation(index)[:count].astype(int)
+    chosen = records_with(source, streams, split, count, seed)
     read = lambda i, stream: source.read(int(i), stream, np.random.default_rng([seed, int(i)]))  # noqa: E731
     return {stream: [read(i, stream) for i in chosen] for stream in streams if len(chosen)}
+
+
+def records_with(source: Source, streams: Sequence[str], split: str, count: int, seed: int) -> Int[np.ndarray, "n"]:
+    """The numbers of the records that `read_streams` reads, in its order."""
+    index = [i for i, r in enumerate(source.records) if r.split == split and set(streams) <= set(r.streams)]
+    return np.random.default_rng(seed).permutation(index)[:count].astype(int)
 
 
 def share_a_grid(source: Source, streams: Sequence[str], split: str) -> bool:

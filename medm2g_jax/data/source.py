@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -65,6 +65,18 @@ def labeller(source: Source) -> Callable[[str], Any] | None:
 def labels(source: Source) -> Callable[[int], Any] | None:
     """What there is to find in record number i, known exactly, `source.labels`; None where nobody knows."""
     return getattr(source, "labels", None)
+
+
+def present(source: Source) -> Callable[[int], Mapping[str, bool | None]] | None:
+    """Which findings record number i shows, by name, `source.present`: True, False, None where it is uncertain; a name
+    that a record does not have is False. None where nobody says so of any record."""
+    return getattr(source, "present", None)
+
+
+def masks(source: Source) -> Callable[[int, str], np.ndarray] | None:
+    """Where the lesion lies in an image of record number i, `source.masks(i, stream)` -> bool (size size 1); None where
+    the source has no masks."""
+    return getattr(source, "masks", None)
 
 
 def check(source: Source, cache: epath.PathLike | None, say: Callable[[str], Any]) -> None:

@@ -36,6 +36,7 @@ class Figure:
       n: rows measured.
       seed: of what was drawn for it: noise, shuffles, the gallery.
       floor, ceiling: what needs no model, and what a model of this kind cannot pass.
+      p: of a paired difference, how likely one as large is where there is none: Wilcoxon's signed-rank test, two-sided.
     """
 
     task: str
@@ -47,6 +48,7 @@ class Figure:
     seed: int
     floor: Reference | None = None
     ceiling: Reference | None = None
+    p: float | None = None
 
     def __post_init__(self):
         if self.protocol not in PROTOCOLS:
@@ -74,7 +76,7 @@ def to_json(figures: Iterable[Figure]) -> list[dict[str, Any]]:
 
 
 def from_json(rows: Iterable[Mapping[str, Any]]) -> list[Figure]:
-    """The figures that `to_json` has written."""
+    """The figures that `to_json` has written; those of before there were tests have no p."""
     out = []
     for row in rows:
         low_high = row["interval"] and tuple(float(x) for x in row["interval"])
@@ -104,7 +106,8 @@ def line(figure: Figure) -> str:
     if figure.interval is not None:
         first += f" [{', '.join(map(number, figure.interval))}]"
     ends = [(name, end) for name in ("floor", "ceiling") if (end := getattr(figure, name)) is not None]
-    return "; ".join([first, *(f"{name} {number(end.value)}, {end.what}" for name, end in ends), f"n {figure.n}"])
+    told = [first, *(f"{name} {number(end.value)}, {end.what}" for name, end in ends)]
+    return "; ".join([*told, *([] if figure.p is None else [f"p {number(figure.p)}"]), f"n {figure.n}"])
 
 
 def scalars(figures: Iterable[Figure]) -> dict[str, float]:

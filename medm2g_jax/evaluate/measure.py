@@ -2,20 +2,22 @@
 CSV and a table in Markdown, and pictures of the worst, the median and the best case.
 """
 
-import json
-import time
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
+from medm2g_jax import __version__
+from medm2g_jax.data.contents import contents
 from medm2g_jax.data.open import source_of
 from medm2g_jax.data.source import Source, labels
 from medm2g_jax.errors import UserError
-from medm2g_jax.evaluate import table
-from medm2g_jax.evaluate.figures import Figure, line, to_json
-from medm2g_jax.evaluate.phantom import Bench, labelled_source
+from medm2g_jax.evaluate import downstream, table
+from medm2g_jax.evaluate.figures import Figure
+from medm2g_jax.evaluate.phantom import Bench, labelled_source, reader
 from medm2g_jax.evaluate.reports import reports_from
+from medm2g_jax.evaluate.rows import Against, Rows, fingerprint
 from medm2g_jax.evaluate.sets import as_sets
 from medm2g_jax.evaluate.synthesis import can_synthesise, synthesis, task_words
 from medm2g_jax.loading import BOX, load, locate, makes
@@ -35,9 +37,12 @@ def measure(
     reported: Sequence[str] = (),
     cleaning: str = "none",
     sets: Sequence[tuple[str, str]] = (),
+    readers: Mapping[str, Any] | None = None,
     data: str = "",
     out: str = "",
     most: int = 200,
+    command: str = "",
+    against: str = "",
 ) -> list[Figure]:
     """Measure the model at `path`, print its figures, and write them down.
 
@@ -46,18 +51,22 @@ def measure(
       synthesised: (streams given, stream made) of `synthesis`, each where the model's guides are trained for that and
         the data hold it.
       findings: measure what reports and images say of exact labels, where the model was trained on data that have them.
-      regression: steps of the regression beside each synthesis; 0: none.
       reported: image streams that reports are made from (`reports`), both cleaned by the way `cleaning`.
       sets: (stream given, stream made) of `sets`.
+      readers: {"classified", "segmented": cases as those of `synthesised`}, and the fields of `downstream.Plan`.
       data: another data set than the model's own, as config.data.source names it.
-      out: a folder for TASK.json, TASK.csv, TASK.md and, of open data, TASK_*.png; "": evaluation.json beside the
-        round's result, or here where the model came with the package.
+      regression: steps of the regression and of the pix2pix beside each synthesis; 0: none.
+      out: a folder for TASK.json, TASK.csv, TASK.md and, of open data, TASK_*.png, where finished rows are kept as they
+        come, and taken up; "": evaluation.json beside the round's result, or here where the model came with the
+        package, at the end.
+      command: what was typed.
+      against: TASK.json of another evaluation of the same test records, to print the differences to; "": none.
 
     Raises:
-      UserError: the data that it was trained on has no exact labels to judge by, or too few test subjects; it was
-        trained on test subjects of `data`; nothing that is measured here has been trained.
+      UserError: the folder holds rows of another evaluation by this name; the data that it was trained on has no exact
+        labels to judge by, or too few test subjects; it was trained on test subjects of `data`; nothing that is
+        measured here has been trained.
     """
-    began = time.time()
     if rows is not None and rows < 1:
         raise UserError(f"--rows={rows}: expected at least one test subject")
     folder = locate(path)
@@ -67,6 +76,8 @@ def measure(
     asked = [*((synthesis, tuple(given), target) for given, target in synthesised)]
     asked += [(reports_from, (image,), text) for image in reported]
     asked += [(as_sets, (given,), target) for given, target in sets]
+    plan, read = dict(readers or {}), (downstream.classified, downstream.segmented)
+    asked += [(how, tuple(given), target) for how in read for given, target in plan.pop(how.__name__, ())]
     trained = [case for case in asked if can_synthesise(pairs, able, *case[1:])]
     if not reports and not trained:
         raise UserError(
@@ -95,10 +106,23 @@ def measure(
     print(f"{path}: {model.meta['stage']}; {source.name}, {model.size} px, {model.meta['rounds']} trained", flush=True)
     if out:
         epath.Path(out).mkdir(parents=True, exist_ok=True)
-    figures: list[Figure] = []
-    bench = Bench(model, source, rows or most, seed) if findings and labels(source) else None
+    config = dict(synthesis=synthesised, findings=findings, regression=regression, reports=reported, sets=sets)
+    config |= dict(readers=dict(readers or {}))
+    about = dict(
+        task=task,
+        model=model.fingerprint,
+        data=source.name,
+        contents=contents(source).fingerprint,
+        seed=seed,
+        records=rows or most,
+        config=fingerprint(config | dict(cleaning=cleaning)),
+        version=__version__,
+    )
+    other = Against(against, about) if against else None
+    row = Rows(about, epath.Path(out) / f"{task}.json" if out else None, command)
+    reads = functools.cache(lambda m: reader(model, source, m, seed)) if labels(source) else None
     if reports:
-        bench.reports_and_images(reports)
+        Bench(model, source, rows or most, seed, reads).reports_and_images(reports, row)
     if out and not source.open:
         print(f"{source.name} is not open: its images are in no picture", flush=True)
     for case, count in held.items():
@@ -110,25 +134,22 @@ def measure(
             raise UserError(f"--rows={rows}: {source.name} holds {count} test records with {needed}")
         sheet = _sheet(out, source, f"{task}_{_plain(given, target)}")
         options = {
-            synthesis: dict(regression=regression, sheet=sheet),
+            synthesis: dict(regression=regression, sheet=sheet, reads=reads),
             reports_from: dict(cleaning=cleaning),
             as_sets: dict(sheet=sheet),
+            **dict.fromkeys(read, dict(plan=downstream.Plan(**plan))),
         }[how]
-        found = how(model, source, given, target, rows or min(most, count), seed, **options)
-        print("\n".join(f"  {line(figure)}" for figure in found), flush=True)
-        figures += found
-        if bench and how is synthesis:
-            bench.translated(given, target)
-    figures += bench.figures if bench else []
-    seconds = round(time.time() - began, 1)
-    print(f"{seconds:.0f} s. {source.name}: not evidence for clinical performance.")
-    record = dict(task=task, model=model.fingerprint, data=source.name, seed=seed)
-    _write(figures, record | dict(seconds=seconds), folder, task, out)
-    return figures
+        how(model, source, given, target, rows or min(most, count), seed, row=row, **options)
+    print(f"{row.seconds:.0f} s. {source.name}: not evidence for clinical performance.")
+    _write(row, folder, task, out)
+    if other is not None:
+        print("\n  ".join(other.lines(row.figures)))
+    return row.figures
 
 
 def _held(source: Source, case: tuple[Any, Sequence[str], str]) -> int:
-    needed = {*case[1], case[2]}
+    how, given, target = case
+    needed = {target} if how is downstream.classified else {*given, target}  # which asks in words where no report is
     return sum(r.split == "test" and needed <= set(r.streams) for r in source.records)
 
 
@@ -163,13 +184,12 @@ def _apart(source: Source, shared: Mapping[str, Any], data: str) -> None:
         )
 
 
-def _write(figures: Sequence[Figure], record: dict[str, Any], folder: epath.Path, task: str, out: str) -> None:
-    told = json.dumps(dict(figures=to_json(figures), **record), indent=1)
+def _write(row: Rows, folder: epath.Path, task: str, out: str) -> None:
     if not out:
-        here = epath.Path.cwd() if folder.parent == BOX else folder
-        (here / "evaluation.json").write_text(told)
+        row.write((epath.Path.cwd() if folder.parent == BOX else folder) / "evaluation.json")
         return
-    for ending, text in (("json", told), ("csv", table.csv(figures)), ("md", table.markdown(figures, record))):
-        file = epath.Path(out) / f"{task}.{ending}"
-        file.write_text(text)
-        print(file)
+    row.write(epath.Path(out) / f"{task}.json")
+    for ending, text in (("csv", table.csv(row.figures)), ("md", table.markdown(row.figures, row.record()))):
+        (epath.Path(out) / f"{task}.{ending}").write_text(text)
+    for ending in ("json", "csv", "md"):
+        print(epath.Path(out) / f"{task}.{ending}")

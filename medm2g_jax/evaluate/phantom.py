@@ -13,15 +13,13 @@ For a model of more than one imaging modality also all of them from one report: 
 jointly, beside each made on its own. Others share the report alone: made together they are bit for bit what they are
 made one by one, so they are measured once and called independent.
 
-Of an image made from others on its grid: whether the lesion is the true one, by the probe.
-
 All of it is phantom, not evidence for clinical performance.
 """
 
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,11 +32,12 @@ from medm2g_jax.data.open import source_of
 from medm2g_jax.data.source import Source, labeller, labels
 from medm2g_jax.diffusion import denoising_loss
 from medm2g_jax.errors import UserError
-from medm2g_jax.evaluate.figures import Figure, Reference, line
+from medm2g_jax.evaluate.figures import Figure, Reference
+from medm2g_jax.evaluate.judge import Reads
 from medm2g_jax.evaluate.metrics import METRICS, text_figures
-from medm2g_jax.evaluate.probes import FIELDS, as_indices, train_probe
+from medm2g_jax.evaluate.probes import as_indices, finding_figures, train_probe
+from medm2g_jax.evaluate.rows import Row
 from medm2g_jax.evaluate.samples import samples
-from medm2g_jax.evaluate.synthesis import task_words
 from medm2g_jax.inference import Model
 from medm2g_jax.modality import MODALITIES, centre, stream_word
 from medm2g_jax.model import null_context
@@ -64,6 +63,25 @@ def labelled_source(shared: Mapping[str, Any], path: str) -> Source:
     return source
 
 
+def _training(source: Source, m: str) -> list[int]:
+    """Training subjects of which m may be seen."""
+    records = enumerate(source.records)
+    return [i for i, r in records if r.split == "train" and m in r.streams][:PROBE_SUBJECTS]
+
+
+def images_of(model: Model, source: Source, m: str, indices: np.ndarray) -> Float[np.ndarray, "n h w 1"]:
+    """An unstated contrast is drawn once and for all."""
+    seed = model.meta["shared"]["seed"]
+    return np.stack([source.read(int(i), m, np.random.default_rng([seed, int(i)])) for i in indices])
+
+
+def reader(model: Model, source: Source, m: str, seed: int) -> Reads:
+    """Reads images of m: the probe, trained on real ones."""
+    train, labels_of = np.asarray(_training(source, m)), labels(source)
+    found = [labels_of(int(i)) for i in train]
+    return train_probe(lambda i: images_of(model, source, m, i), found, train, seed)
+
+
 def _words(streams: Sequence[str]) -> str:
     return " + ".join(MODALITIES[m].word for m in streams)
 
@@ -71,7 +89,7 @@ def _words(streams: Sequence[str]) -> str:
 class Bench:
     """One evaluation: the model, the test subjects, the probes, and the figures so far."""
 
-    def __init__(self, model: Model, source: Source, rows: int, seed: int):
+    def __init__(self, model: Model, source: Source, rows: int, seed: int, reads: Callable[[str], Reads] | None = None):
         self.model, self.source, self.seed = model, source, seed
         self.trained = {tuple(p) for p in model.meta["pairs"]["guide"]}
         self.labels_of, self.labeller = labels(source), labeller(source)
@@ -84,6 +102,7 @@ class Bench:
         self.figures: list[Figure] = []
         # Each is trained, and measured, once a modality.
         self.probe, self.side_from_report = functools.cache(self._probe), functools.cache(self._side_from_report)
+        self._reads = reads or functools.partial(reader, model, source, seed=seed)
 
     @functools.cached_property
     def reports(self) -> list[str]:
@@ -91,54 +110,46 @@ class Bench:
         return [self.source.read(int(i), centre().name, rng) for i in self.indices]
 
     def add(self, *figures: Figure) -> None:
-        """Keep and print."""
-        for figure in figures:
-            print(f"  {line(figure)}", flush=True)
-        self.figures += figures
+        """Keep them, but for those that are there: what several rows stand on is measured, and told, in the first."""
+        known = {(f.task, f.metric) for f in self.figures}
+        self.figures += [f for f in figures if (f.task, f.metric) not in known]
 
-    def reports_and_images(self, images: Sequence[str]) -> None:
-        """All that reports and these modalities have to do with each other."""
+    def reports_and_images(self, images: Sequence[str], row: Row) -> None:
+        """All that reports and these modalities have to do with each other, each part as a row."""
+        word = MODALITIES[centre().name].word
         for image in images:
-            self.image_from_report(image)
-            self.report_from_image(image)
-            self.denoising(image)
+            other = stream_word(image)
+            self._row(row, f"{word} -> {other}", lambda m=image: self.image_from_report(m))
+            self._row(row, f"{other} -> {word}", lambda m=image: self.report_from_image(m))
+            self._row(row, f"{word} <-> {other}, denoising", lambda m=image: self.denoising(m))
         every = [m for m in self.model.modalities if MODALITIES[m].is_image]
         if len(every) > 1:
-            self.together(every)
-            self.from_nothing(every)
+            self._row(row, f"{word} -> {_words(every)}", lambda: self.together(every))
+            self._row(row, f"nothing -> {_words(every)}", lambda: self.from_nothing(every))
+
+    def _row(self, row: Row, name: str, part: Callable[[], None]) -> None:
+        before = len(self.figures)
+
+        def measure() -> list[Figure]:
+            part()
+            return self.figures[before:]
+
+        self.figures[before:] = row(f"findings: {name}", measure)
 
     # --- reading images ----------------------------------------------------------------------------------------
 
-    def _train(self, m: str) -> list[int]:
-        """Training subjects of which m may be seen."""
-        records = enumerate(self.source.records)
-        return [i for i, r in records if r.split == "train" and m in r.streams][:PROBE_SUBJECTS]
-
     def images(self, m: str, indices: np.ndarray) -> Float[np.ndarray, "n h w 1"]:
-        """An unstated contrast is drawn once and for all."""
-        seed = self.model.meta["shared"]["seed"]
-        return np.stack([self.source.read(int(i), m, np.random.default_rng([seed, int(i)])) for i in indices])
+        return images_of(self.model, self.source, m, indices)
 
     def _probe(self, m: str):
         """(reads images of m, {metric: what it reaches on real ones})."""
-        train = np.asarray(self._train(m))
-        found = [self.labels_of(int(i)) for i in train]
-        read = train_probe(lambda i: self.images(m, i), found, train, self.seed)
+        read = self._reads(m)
         figures = self._judged(f"real {stream_word(m)}", read(self.images(m, self.indices)), {})
         self.add(*figures)
         return read, {f.metric: Reference(f.value, "the probe on real images") for f in figures}
 
     def _judged(self, task: str, read: Mapping[str, np.ndarray], ceilings: Mapping[str, Reference]) -> list[Figure]:
-        out = []
-        for name in FIELDS:
-            commonest = float(np.bincount(self.target[name]).max() / len(self.indices))
-            ends = dict(floor=Reference(commonest, "the commonest answer"), ceiling=ceilings.get(f"{name} right"))
-            pair = self.target[name], read[name]
-            out.append(METRICS["right"].figure(task, f"{name} right", *pair, seed=self.seed, **ends))
-        seen = (read["kind"] != FIELDS["kind"].index("none")).astype(int)
-        ends = dict(ceiling=ceilings.get("lesion seen"))
-        out.append(METRICS["right"].figure(task, "lesion seen", np.ones_like(seen), seen, seed=self.seed, **ends))
-        return out
+        return finding_figures(task, self.target, read, ceilings, self.seed)
 
     def score(self, task: str, m: str, x: np.ndarray) -> dict[str, np.ndarray]:
         """Judge images (n h w 1) of the test subjects; returns what was read in them."""
@@ -166,11 +177,6 @@ class Bench:
         shuffled = [self.reports[i] for i in np.random.default_rng(self.seed + 1).permutation(len(self.reports))]
         self.score(f"shuffled {task}", m, self.generate({text: shuffled}, [m], prompts="none")[m])
 
-    def translated(self, given: Sequence[str], target: str) -> None:
-        """The lesion of an image made from others."""
-        sources = {s: self.images(s, self.indices) for s in given}
-        self.score(" -> ".join(task_words(given, target)), target, self.generate(sources, [target])[target])
-
     def report_from_image(self, m: str) -> None:
         text = centre().name
         x, word = self.images(m, self.indices), MODALITIES[text].word
@@ -185,7 +191,7 @@ class Bench:
     def _constant_report(self) -> tuple[str, list[list[str]]]:
         """The floor of generated reports: one for all, of those that state the most frequent findings together."""
         text = centre().name
-        train, rng = self._train(text), np.random.default_rng(self.seed)
+        train, rng = _training(self.source, text), np.random.default_rng(self.seed)
         of = {i: self.labels_of(i) for i in train}
         common = [found for found, _ in Counter(f for f in of.values() if f.kind != "none").most_common(CONSTANTS)]
         first = [next(i for i in train if of[i] == found) for found in common]

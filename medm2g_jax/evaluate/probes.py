@@ -3,7 +3,7 @@
 Its accuracy on real held-out images is the ceiling of every figure it gives, and is printed beside them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,8 @@ from jaxtyping import Float
 
 from medm2g_jax.data.phantom.report import KINDS, LEVELS, SIDES, SIZES, Findings
 from medm2g_jax.device import compiler_options
+from medm2g_jax.evaluate.figures import Figure, Reference
+from medm2g_jax.evaluate.metrics import METRICS
 
 FIELDS = {"kind": KINDS, "side": SIDES, "size": SIZES, "level": LEVELS, "cardiomegaly": (False, True)}
 STEPS, BATCH, LR = 500, 64, 3e-3
@@ -44,6 +46,31 @@ def as_indices(labels: list[Findings]) -> dict[str, np.ndarray]:
     for name, values in FIELDS.items():
         stated = [getattr(label, name) for label in labels]
         out[name] = np.asarray([-1 if v is None else values.index(v) for v in stated], np.int32)
+    return out
+
+
+def finding_figures(
+    task: str,
+    target: Mapping[str, np.ndarray],
+    read: Mapping[str, np.ndarray],
+    ceilings: Mapping[str, Reference],
+    seed: int,
+) -> list[Figure]:
+    """Of images with a lesion: whether each field is read as it is, and whether a lesion is seen at all; the floor is
+    the commonest answer.
+
+    Args:
+      ceilings: {metric: what the judge reaches on real images}.
+    """
+    out, n = [], len(target["kind"])
+    for name in FIELDS:
+        commonest = float(np.bincount(target[name]).max() / n)
+        ends = dict(floor=Reference(commonest, "the commonest answer"), ceiling=ceilings.get(f"{name} right"))
+        pair = target[name], read[name]
+        out.append(METRICS["right"].figure(task, f"{name} right", *pair, seed=seed, **ends))
+    seen = (read["kind"] != FIELDS["kind"].index("none")).astype(int)
+    ends = dict(ceiling=ceilings.get("lesion seen"))
+    out.append(METRICS["right"].figure(task, "lesion seen", np.ones_like(seen), seen, seed=seed, **ends))
     return out
 
 

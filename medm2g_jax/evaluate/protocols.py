@@ -57,7 +57,10 @@ PROTOCOLS: dict[str, Protocol] = {
         interval=_BOOTSTRAP,
     ),
     "lesion": Protocol(
-        data_range="as range1, [0, 1]", window="the pixels of a lesion's mask", resize="as range1", interval=_BOOTSTRAP
+        data_range="as range1, [0, 1]",
+        window="the pixels of a lesion's mask; rows that have a lesion",
+        resize="as range1",
+        interval=_BOOTSTRAP,
     ),
     "regions": Protocol(
         judge="regions as they are given; HD95 of boundaries by the sides of pixels, the greater of both ways",
@@ -123,15 +126,34 @@ PROTOCOLS: dict[str, Protocol] = {
         interval=f"of precision, recall and coverage {_WILSON}, of density {_BOOTSTRAP}: of the rows beside the other "
         "set as it is",
     ),
+    "maps": Protocol(
+        judge="the maps of an extractor, named after @; LPIPS without learnt weights: channels as unit vectors, "
+        "squared distance, averaged over pixels, summed over maps",
+        resize="as range1, then as the extractor was trained",
+        interval=_BOOTSTRAP,
+    ),
     "nearest partner": Protocol(
         judge="cosine; what the source's labeller reads in the report of a row and in that of its nearest of the n",
         interval=_WILSON,
+    ),
+    "aligned space": Protocol(
+        judge="cosine, by the model's own prompt encoders, of what was made with what is given; the mean over its "
+        "streams",
+        resize="at the model's size",
+        interval=_BOOTSTRAP,
     ),
     "tau 0.07": Protocol(judge="InfoNCE, symmetric, tau 0.07; the negatives are the other rows"),
     "probe": Protocol(
         judge="a CNN trained on real images of this modality, against exact labels",
         resize="at the model's size",
         interval=f"{_WILSON}; of kappa {_BOOTSTRAP}",
+    ),
+    "reader": Protocol(
+        judge="a UNet trained on what the row says, at equal steps, the mean of several seeds; AUROC of each finding, "
+        "averaged over findings; Dice of masks at 0.5, averaged over images, 1 where both are empty; the likeliest "
+        "pixel of an image with a lesion lies in the mask",
+        resize="at the model's size",
+        interval="95 %, percentile bootstrap over the test's subjects and the seeds, 1000 draws",
     ),
     "neighbours, pixels": Protocol(
         judge="root mean square difference; a row a subject, pools equally large; a copy: its distance "

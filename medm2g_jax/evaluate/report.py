@@ -12,6 +12,7 @@ from medm2g_jax import rounds
 from medm2g_jax.evaluate.figures import Figure, Reference, from_json, number
 from medm2g_jax.evaluate.metrics.text import Labeller, agreement
 from medm2g_jax.evaluate.pictures import SYNTHETIC
+from medm2g_jax.evaluate.rows import figures_in
 from medm2g_jax.train import checkpoint
 
 _STYLE = """
@@ -49,9 +50,7 @@ def write_report(root: epath.Path, listing: tuple[str, ...], labeller: Labeller 
         parts.append(_figures(from_json(meta["figures"])))
         evaluation = root / stage / "evaluation.json"
         if evaluation.exists():
-            parts.append(
-                "<h3>medm2g evaluate</h3>" + _figures(from_json(json.loads(evaluation.read_text())["figures"]))
-            )
+            parts.append("<h3>medm2g evaluate</h3>" + _figures(figures_in(json.loads(evaluation.read_text()))))
         texts = root / stage / "texts.json"
         if texts.exists():
             parts.append(_texts(json.loads(texts.read_text()), labeller))

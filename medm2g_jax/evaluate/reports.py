@@ -5,7 +5,7 @@ prompt and guide, and by the guide alone; beside the training report that is mos
 training image in the aligned space, another test subject's, and the text autoencoder, which no sample can pass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -14,7 +14,9 @@ from medm2g_jax.data.pipeline import read_streams
 from medm2g_jax.data.source import Source, labeller
 from medm2g_jax.evaluate.baselines import constant_report, nearest_report
 from medm2g_jax.evaluate.figures import Figure
+from medm2g_jax.evaluate.judge import NEAREST
 from medm2g_jax.evaluate.metrics import report_figures, text_figures
+from medm2g_jax.evaluate.rows import Row
 from medm2g_jax.evaluate.samples import samples
 from medm2g_jax.inference import Model
 from medm2g_jax.modality import MODALITIES, stream_word
@@ -30,11 +32,13 @@ def reports_from(
     rows: int,
     seed: int,
     *,
+    row: Row,
     cleaning: str,
 ) -> list[Figure]:
     """Figures of reports made from the one stream `given`, of `rows` test records that have both.
 
     Args:
+      row: measures each row, or takes it up (`rows.Rows`).
       cleaning: of both texts, a row of `data.clean.CLEANINGS`.
     """
     (image,) = given
@@ -43,21 +47,29 @@ def reports_from(
     reads = labeller(source)
     task = f"{stream_word(image)} -> {word}"
 
-    def measured(name: str, made: Sequence[str]) -> list[Figure]:
-        figures = report_figures(name, real, made, cleaning, seed=seed)
-        own = [f for f in figures if f.task == name or name == task]  # what it says of the real ones is said once
-        return own + text_figures(name, real, made, reads, seed=seed)
+    out: list[Figure] = []
 
-    z = jax.jit(lambda p, ids: model.model.encode(p, text, ids))(model.params, model.ids(real))
-    out = measured(f"{word} -> {word}", model.decode(text, z))
-    out += measured(task, samples(model, {image: x}, [text], rows, seed)[text])
-    out += measured(f"{task}, guide alone", samples(model, {image: x}, [text], rows, seed, prompts="none")[text])
+    def add(name: str, answer: Callable[[], Sequence[str]]) -> None:
+        def measured() -> list[Figure]:
+            made = answer()
+            figures = report_figures(name, real, made, cleaning, seed=seed)
+            own = [f for f in figures if f.task == name or name == task]  # what it says of the real ones is said once
+            return own + text_figures(name, real, made, reads, seed=seed)
+
+        out.extend(row(name if name.startswith(task) else f"{task}: {name}", measured))
+
+    encode = jax.jit(lambda p, ids: model.model.encode(p, text, ids))
+    add(f"{word} -> {word}", lambda: model.decode(text, encode(model.params, model.ids(real))))
+    add(task, lambda: samples(model, {image: x}, [text], rows, seed)[text])
+    add(f"{task}, guide alone", lambda: samples(model, {image: x}, [text], rows, seed, prompts="none")[text])
     order = np.random.default_rng(seed + 1).permutation(rows)
-    out += measured(f"another subject's {word}", [real[i] for i in order])
+    add(f"another subject's {word}", lambda: [real[i] for i in order])
     train = read_streams(source, (image, text), "train", PAIRS, seed)
     if not train:
         print(f"  no training record holds {image} and {text}: no report to answer with", flush=True)
         return out
-    out += measured(f"the most frequent training {word}", constant_report(train[text], rows))
-    seen, asked = (model.embedded(image, some) for some in (np.stack(train[image]), x))
-    return out + measured(f"{task} of the nearest training image", nearest_report(train[text], seen, asked))
+    add(f"the most frequent training {word}", lambda: constant_report(train[text], rows))
+    vectors = lambda some: model.embedded(image, some)  # noqa: E731
+    near = lambda: nearest_report(train[text], vectors(np.stack(train[image])), vectors(x))  # noqa: E731
+    add(f"{task}{NEAREST}", near)
+    return out

@@ -5,23 +5,28 @@ every metric of features, beside what the same flow makes of nothing and real tr
 expected to pass; and how much four draws of one report differ, beside real images of different subjects.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from etils import epath
 
 from medm2g_jax.data.pipeline import read_streams
 from medm2g_jax.data.source import Source
+from medm2g_jax.errors import UserError
+from medm2g_jax.evaluate import extractors
 from medm2g_jax.evaluate.figures import Figure
 from medm2g_jax.evaluate.metrics import METRICS, feature_figures
 from medm2g_jax.evaluate.metrics.image import scales_in
 from medm2g_jax.evaluate.pictures import grid
+from medm2g_jax.evaluate.rows import Row
 from medm2g_jax.evaluate.samples import samples
 from medm2g_jax.evaluate.synthesis import task_words
 from medm2g_jax.inference import Model
-from medm2g_jax.modality import stream_word
+from medm2g_jax.modality import MODALITIES, split_stream, stream_word
 
 DRAWS = 4
+Features = Callable[[np.ndarray], np.ndarray]
 SHOWN = 8
 
 
@@ -33,35 +38,61 @@ def as_sets(
     rows: int,
     seed: int,
     *,
+    row: Row,
     sheet: epath.Path | None = None,
 ) -> list[Figure]:
-    """Figures of `target` made from the streams `given`, of `rows` test records that have them. The extractor is the
-    model's own C, which also steers what it makes: it tells models apart, and is no witness from outside.
+    """Figures of `target` made from the streams `given`, of `rows` test records that have them. Extractors are the
+    model's own C, which also steers what it makes: it tells models apart, and is no witness from outside; and those of
+    `extractors` that were trained on such images, where there are their weights.
 
     Args:
+      row: measures each row, or takes it up (`rows.Rows`).
       sheet: a picture of the first ones to write.
     """
     held = read_streams(source, (*given, target), "test", rows, seed)
     x = np.stack(held[target])
     asked = {s: held[s] if isinstance(held[s][0], str) else np.stack(held[s]) for s in given}
     task = " -> ".join(task_words(given, target))
-    drawn = [samples(model, asked, [target], rows, seed + i)[target] for i in range(DRAWS)]
-    nothing = samples(model, {}, [target], rows, seed)[target]
+    draw = functools.cache(lambda i: samples(model, asked, [target], rows, seed + i)[target])
     train = read_streams(source, (target,), "train", rows, seed)
-    beside = {f"nothing -> {stream_word(target)}": nothing}
+    nothing = functools.cache(lambda: samples(model, {}, [target], rows, seed)[target])
+    beside = {task: lambda: draw(0), f"nothing -> {stream_word(target)}": nothing}
     if train and len(train[target]) == rows:
-        beside[f"real training {stream_word(target)}"] = np.stack(train[target])
-    features = model.embedded(target, x)
+        beside[f"real training {stream_word(target)}"] = lambda: np.stack(train[target])
     out = []
-    for name, images in {task: drawn[0], **beside}.items():
-        out += feature_figures(name, features, model.embedded(target, images), "ours", seed=seed)
-    if (scales := scales_in(*x.shape[1:3])) > 1:
-        name = f"MS-SSIM among draws, {scales} scales"
-        real = np.stack([x[np.random.default_rng(seed + i).permutation(rows)] for i in range(DRAWS)])
-        for who, some in ((task, np.stack(drawn)), (f"real {stream_word(target)} of {DRAWS} subjects", real)):
-            out.append(METRICS[name].figure(who, name, some, seed=seed))
-    if sheet is not None:
-        shown = {"real": x, **{f"made, draw {i + 1}": images for i, images in enumerate(drawn)}}
-        grid(sheet, [(name, list(images[:SHOWN])) for name, images in shown.items()], title=task)
-        print(sheet, flush=True)
-    return out
+    for extractor, features in _extractors(model, target):
+        real = functools.cache(functools.partial(features, x))
+
+        def measure(name: str, extractor=extractor, features=features, real=real) -> list[Figure]:
+            return feature_figures(name, real(), features(beside[name]()), extractor, seed=seed)
+
+        for name in beside:
+            out += row(f"{task}: {name} @{extractor}", functools.partial(measure, name))
+
+    def draws() -> list[Figure]:
+        drawn, some = [draw(i) for i in range(DRAWS)], []
+        if (scales := scales_in(*x.shape[1:3])) > 1:
+            name = f"MS-SSIM among draws, {scales} scales"
+            real = np.stack([x[np.random.default_rng(seed + i).permutation(rows)] for i in range(DRAWS)])
+            for who, images in ((task, np.stack(drawn)), (f"real {stream_word(target)} of {DRAWS} subjects", real)):
+                some.append(METRICS[name].figure(who, name, images, seed=seed))
+        if sheet is not None:
+            shown = {"real": x, **{f"made, draw {i + 1}": images for i, images in enumerate(drawn)}}
+            grid(sheet, [(name, list(images[:SHOWN])) for name, images in shown.items()], title=task)
+            print(sheet, flush=True)
+        return some
+
+    return out + row(f"{task}: {DRAWS} draws", draws)
+
+
+def _extractors(model: Model, target: str) -> Iterator[tuple[str, Features]]:
+    """(name, features of images in [-1, 1]); what has no weights is left out, and said."""
+    yield "ours", functools.partial(model.embedded, target)
+    for name, own in extractors.EXTRACTORS.items():
+        if own.reads(MODALITIES[split_stream(target)[0]]):
+            try:
+                loaded = extractors.load(name)
+            except UserError as why:
+                print(f"  FID @{name} and its kin are left out: {why}", flush=True)
+            else:
+                yield name, loaded.features

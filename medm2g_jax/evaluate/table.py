@@ -2,13 +2,14 @@
 
 import csv as csv_
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from medm2g_jax.evaluate.figures import Figure, number
+from medm2g_jax.evaluate.judge import ahead
 from medm2g_jax.evaluate.protocols import PROTOCOLS
 
-COLUMNS = ("task", "metric", "protocol", "value", "low", "high", "n", "seed", "floor", "ceiling")
+COLUMNS = ("task", "metric", "protocol", "value", "low", "high", "n", "seed", "floor", "ceiling", "p")
 
 
 def csv(figures: Sequence[Figure]) -> str:
@@ -19,31 +20,42 @@ def csv(figures: Sequence[Figure]) -> str:
     for f in figures:
         low, high = f.interval or ("", "")
         ends = (end.value if end else "" for end in (f.floor, f.ceiling))
-        writer.writerow([f.task, f.metric, f.protocol, f.value, low, high, f.n, f.seed, *ends])
+        p = "" if f.p is None else f.p
+        writer.writerow([f.task, f.metric, f.protocol, f.value, low, high, f.n, f.seed, *ends, p])
     return text.getvalue()
 
 
 def markdown(figures: Sequence[Figure], record: Mapping[str, Any]) -> str:
-    """A row a task, a column a metric; one table for each set of metrics, with their protocols below."""
+    """What the figures are of, `tables`, and the protocols."""
+    first = ", ".join(f"{name} {value}" for name, value in record.items())
+    return "\n".join([first, "", *tables(figures), *protocols(dict.fromkeys(f.protocol for f in figures))]) + "\n"
+
+
+def tables(figures: Sequence[Figure]) -> list[str]:
+    """Lines: a row a task, a column a metric, a table for each set of metrics; then what is ahead of the model."""
     rows: dict[str, dict[tuple[str, str], Figure]] = {}
     for f in figures:
         rows.setdefault(f.task, {})[f.metric, f.protocol] = f
-    tables: dict[tuple, list[str]] = {}
+    alike: dict[tuple, list[str]] = {}
     for task, of in rows.items():
-        tables.setdefault(tuple(of), []).append(task)
-    lines = [", ".join(f"{name} {value}" for name, value in record.items()), ""]
-    for metrics, tasks in tables.items():
+        alike.setdefault(tuple(of), []).append(task)
+    lines = []
+    for metrics, tasks in alike.items():
         lines += [f"| | {' | '.join(metric for metric, _ in metrics)} | n |", "|---" * (len(metrics) + 2) + "|"]
         for task in tasks:
             cells = [_cell(rows[task][m]) for m in metrics]
-            lines.append(f"| {task} | {' | '.join(cells)} | {max(f.n for f in rows[task].values())} |")
+            counts = dict.fromkeys(str(f.n) for f in rows[task].values())
+            lines.append(f"| {task} | {' | '.join(cells)} | {', '.join(counts)} |")
         lines.append("")
-    for name in dict.fromkeys(f.protocol for f in figures):
-        said = (f"{field}: {text}" for field, text in vars(PROTOCOLS[name]).items() if text)
-        lines.append(f"- {name}: {'; '.join(said)}")
-    return "\n".join(lines) + "\n"
+    return lines + [line for sentence in ahead(figures) for line in (f"**{sentence}**", "")]
+
+
+def protocols(names: Iterable[str]) -> list[str]:
+    """Lines: what each is."""
+    said = {name: "; ".join(f"{k}: {text}" for k, text in vars(PROTOCOLS[name]).items() if text) for name in names}
+    return [f"- {name}: {words}" for name, words in said.items()]
 
 
 def _cell(f: Figure) -> str:
     interval = f" [{', '.join(map(number, f.interval))}]" if f.interval else ""
-    return f"{number(f.value)}{interval}"
+    return f"{number(f.value)}{interval}{'' if f.p is None else f', p {f.p:.1g}'}"

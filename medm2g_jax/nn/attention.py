@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 SCORES, KEYS, BLOCK = 2**16, 128, 512  # from so many, CPU takes one head at a time, and so many queries of it
+MANY = 2**22  # scores of a head from which accelerators without a fused kernel take blocks of queries: 4096 x 1024
 TRACED_FOR: contextvars.ContextVar[str | None] = contextvars.ContextVar("traced_for", default=None)
 MASKED = -1e9  # finite: a row without any token stays a number (its output is multiplied by `present`)
 
@@ -72,7 +73,8 @@ def attend(
     """softmax(q k / sqrt(e) + bias) v per head, the softmax in float32; causal: query i sees keys 0 .. i.
 
     In half precision cuDNN's fused kernel on GPUs that have it; on CPU what suits its compiler (`_on_cpu`); else two
-    einsums, as `jax.nn.dot_product_attention` has them.
+    einsums, as `jax.nn.dot_product_attention` has them, of so many queries at a time that the scores of all never lie
+    in memory at once, nor are kept for the gradient.
     """
     backend = TRACED_FOR.get() or jax.default_backend()
     if backend == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and _has_fused_kernel():
@@ -83,11 +85,22 @@ def attend(
             return out[:, : q.shape[1], :, : q.shape[-1]]
     if backend == "cpu":
         return _on_cpu(q, k, v, bias, causal)
+    n, order = q.shape[1], jnp.arange(q.shape[1])
+    if n * k.shape[1] < MANY or n % BLOCK:
+        return _einsums(q, order, k, v, bias, causal)
+    # Rows stay the first dimension: a mesh splits them, and no block of queries moves between its devices.
+    some = jax.checkpoint(lambda block: _einsums(*block, k, v, bias, causal))
+    blocks = q.reshape(q.shape[0], -1, BLOCK, *q.shape[2:]).swapaxes(0, 1)
+    return jax.lax.map(some, (blocks, order.reshape(-1, BLOCK))).swapaxes(0, 1).reshape(q.shape)
+
+
+def _einsums(q, order, k, v, bias, causal):
+    """`attend` of the queries (b n k e) at the places `order` (n)."""
     logits = jnp.einsum("bnke,bmke->bknm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if bias is not None:
         logits += bias[:, None, None, :]
     if causal:
-        logits = jnp.where(jnp.tri(*logits.shape[-2:], dtype=bool), logits, MASKED)
+        logits = jnp.where(order[:, None] >= jnp.arange(k.shape[1]), logits, MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("bknm,bmke->bnke", weights, v)
 

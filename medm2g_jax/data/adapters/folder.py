@@ -66,7 +66,7 @@ def _by_name(root: Root) -> Iterator[Case | Left]:
     """BIDS, or words in the names of files; files of one folder (of one session) that agree but for that word."""
     cases: dict[tuple[str, str], dict[str, str]] = {}
     names = root.files("**/*")
-    if not any(name.lower().endswith(_VOLUMES) for name in names) and not root.closed:
+    if not any(name.lower().endswith(_VOLUMES) for name in names) and not (root.closed or root.outside):
         expected = ", ".join(_VOLUMES)
         raise UserError(f"{root.path}: expected volumes, whose names end in {expected}, found {root.kinds()}")
     for name in names:

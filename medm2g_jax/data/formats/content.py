@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import io
+import os
 import struct
 import uuid
 import zlib
@@ -44,7 +45,7 @@ def opened(path: epath.PathLike, unpack: bool = True) -> Iterator[io.IOBase]:
     """
     try:
         path = epath.Path(path)
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe, a file to epath, would be waited for
             raise UserError(f"{str(path)!a}: cannot be read (no regular file)")
         file = path.open("rb")
         packed = unpack and file.read(2) == b"\x1f\x8b"
@@ -53,6 +54,24 @@ def opened(path: epath.PathLike, unpack: bool = True) -> Iterator[io.IOBase]:
         raise unreadable(path, error) from error
     with file:
         yield gzip.GzipFile(fileobj=file) if packed else file
+
+
+def taken(path: epath.PathLike, most: int) -> bytes:
+    """All bytes of a file as they are, counted before they are read.
+
+    Raises:
+      UserError: it is missing, cannot be read, or is of more than `most` bytes.
+    """
+    with opened(path, unpack=False) as file:
+        try:
+            size = file.seek(0, io.SEEK_END)
+            file.seek(0)
+            content = b"" if size > most else file.read(size)
+        except OSError as error:
+            raise unreadable(path, error) from error
+    if size > most:
+        raise UserError(f"{path}: {size} bytes, more than the {most} that an image which is read here has at most")
+    return content
 
 
 def unreadable(path: epath.PathLike, error: Exception) -> UserError:

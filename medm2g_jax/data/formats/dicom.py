@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from medm2g_jax.data.formats.content import check_count, opened, unreadable
+from medm2g_jax.data.formats.content import check_count, opened, taken, unreadable
 from medm2g_jax.data.formats.dicom_grid import Slab, stacked
 from medm2g_jax.data.formats.dicom_pixels import get, in_unit, numbers, padding, readable, stored, window
 from medm2g_jax.data.picture import Picture
@@ -56,6 +56,7 @@ _SAID = "DerivationDescription ImageComments ContributingEquipmentSequence".spli
 _PER_FRAME = """ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness RescaleSlope RescaleIntercept
     RescaleType""".split()  # in an enhanced file
 _ITEM, _ITEMS = b"\xfe\xff\x00\xe0", 200_000  # of sequences and fragments: a real file has some dozens a frame
+_READS = 750_000  # of a file, one or two an element, in all its sequences: an enhanced file has some hundreds a frame
 _FILES = 100_000  # looked at in one folder
 _INFLATED = 2**28  # bytes that a deflated file may become, whatever an image may have: a small file asks for them
 _DEFLATED, _PLAIN = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1"
@@ -286,11 +287,8 @@ def _parsed(path: epath.PathLike, most_pixels: int, instead: Sequence[str] = ())
     """
     import pydicom
 
-    name, limit = str(path), 2**26 + 8 * most_pixels
-    with opened(path, unpack=False) as file, readable(name):
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise UserError(f"{name}: more than {limit} bytes, more than an image that is read here has")
+    name, limit = str(path), 2**26 + 4 * most_pixels
+    content = taken(path, limit)
     bare = content[:2] in (b"\2\0", b"\x08\0") and content[3:4] == b"\0" or content[:3] == b"\0\x08\0"  # no preamble
     if content[128:132] != b"DICM" and not bare:
         raise UserError(f"{name}: {'does not begin as DICOM does' if content else 'empty, not DICOM'}")
@@ -300,7 +298,22 @@ def _parsed(path: epath.PathLike, most_pixels: int, instead: Sequence[str] = ())
         raise UserError(f"{name}: more than {_ITEMS} items in its sequences, more than an image has")
     with readable(name):
         tags = [*TAGS, *instead]
-        return pydicom.dcmread(io.BytesIO(content), force=True, specific_tags=tags, stop_before_pixels=bool(instead))
+        file = _Counted(name, content)
+        return pydicom.dcmread(file, force=True, specific_tags=tags, stop_before_pixels=bool(instead))
+
+
+class _Counted(io.BytesIO):
+    """A file's bytes, read a limited number of times: pydicom takes seconds for a mebibyte of empty elements."""
+
+    def __init__(self, name: str, content: bytes):
+        super().__init__(content)
+        self._name, self._left = name, _READS
+
+    def read(self, *size: int) -> bytes:
+        self._left -= 1
+        if self._left < 0:
+            raise UserError(f"{self._name}: more than {_READS} elements, more than an image has")
+        return super().read(*size)
 
 
 def _inflated(name: str, content: bytes, limit: int) -> bytes:

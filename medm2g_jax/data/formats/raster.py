@@ -16,10 +16,11 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
-from medm2g_jax.data.formats.content import DAMAGED, unreadable
+from medm2g_jax.data.formats.content import DAMAGED, taken
 from medm2g_jax.data.picture import Picture
 from medm2g_jax.errors import UserError
 
+_LARGEST = 2**30  # bytes of a file
 # By content, not by name; and not Image.open, whose limit of pixels is one for the whole process.
 _KINDS = {
     b"\x89PNG\r\n\x1a\n": PngImageFile,
@@ -35,7 +36,7 @@ def read(path: epath.PathLike, most_pixels: int) -> Picture:
     Raises:
       UserError: the file is missing, damaged, too large, or of another kind than these.
     """
-    return decode(_content(path), str(path), most_pixels)
+    return decode(taken(path, _LARGEST), str(path), most_pixels)
 
 
 def said(path: epath.PathLike) -> str:
@@ -45,7 +46,7 @@ def said(path: epath.PathLike) -> str:
     Raises:
       UserError: it is missing, damaged, or of another kind than these.
     """
-    content, name = _content(path), str(path)
+    content, name = taken(path, _LARGEST), str(path)
     kind = _kind(content, name)
     try:
         with kind(io.BytesIO(content)) as file:
@@ -56,13 +57,6 @@ def said(path: epath.PathLike) -> str:
         raise UserError(f"{name}: not a whole {kind.format} file ({type(error).__name__} in reading it)") from error
     texts = {key: x.decode("utf-8", "replace") if isinstance(x, bytes) else x for key, x in words.items()}
     return "\n".join(f"{key}: {text}" for key, text in texts.items() if isinstance(text, str))
-
-
-def _content(path: epath.PathLike) -> bytes:
-    try:
-        return epath.Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise unreadable(path, error) from error
 
 
 def _kind(content: bytes, name: str) -> type[Image.Image]:

@@ -124,6 +124,7 @@ METRICS: dict[str, Metric | OfSets] = {
     "MAE HU, synthrad2025": Metric("synthrad2025", published.synthrad_mae, "synthrad2025", higher=False),
     "PSNR dB, synthrad2025": Metric("synthrad2025", published.synthrad_psnr, "synthrad2025"),
     "MS-SSIM, synthrad2025": Metric("synthrad2025", published.synthrad_ms_ssim, "synthrad2025"),
+    "perceptual distance": Metric("maps", image.perceptual, "maps", higher=False),
     "Dice": Metric("region", regions.dice, "regions"),
     "HD95 px": Metric("boundary", partial(regions.hd95, spacing=None), "regions", higher=False),
     "HD95 mm": Metric("boundary in mm", regions.hd95, "regions", higher=False),
@@ -144,6 +145,7 @@ METRICS: dict[str, Metric | OfSets] = {
     "distinct reports": OfSets("words", words.distinct, "words, none"),
     "finding F1": Metric("findings", text.fact_counts, "findings", text.micro_f1),
     "retrieval@1": Metric("embedding", retrieval.both_ways, "gallery, own partner"),
+    "cosine with its source @ours": Metric("partners", retrieval.cosines, "aligned space"),
     **{
         f"R@{k}": Metric("gallery", partial(retrieval.hits, k=k), "gallery, own partner, ties shared")
         for k in (1, 5, 10)
@@ -153,6 +155,7 @@ METRICS: dict[str, Metric | OfSets] = {
     "same modality of the 10 nearest": Metric("modalities", modalities.purity, "modalities", higher=None),
     "silhouette of modalities": Metric("modalities", modalities.silhouette, "modalities", higher=None),
     "modality gap": OfSets("modalities", modalities.gap, "modalities", higher=None),
+    "AUROC": OfSets("scores", labels.mean_auroc, "reader"),
     "right": Metric("label", labels.right, "probe"),
     "agree": Metric("label", labels.agree, "probe"),
     "kappa": Metric("labels", labels.beside, "probe", labels.kappa),

@@ -188,3 +188,25 @@ def masked_bias(real: Images, made: Images, mask: Masks) -> Float[np.ndarray, "n
 def masked_ssim(real: Images, made: Images, mask: Masks) -> Float[np.ndarray, "n"]:
     """`unit_ssim` over the pixels in the mask whose window lies within the image; windows see what is around them."""
     return masked_mean(inner(similarity(to_unit(real), to_unit(made), 1.0)[0]), inner(mask), "SSIM")
+
+
+def perceptual(
+    real: Images, made: Images, maps: Callable[[Images], Sequence[Images]], rows: int = 16
+) -> Float[np.ndarray, "n"]:
+    """How far two images are apart in the maps of a network, after LPIPS (Zhang et al. 2018) without its learnt
+    weights: at each pixel of each map the channels as a unit vector, the squared distance of the two, averaged over
+    pixels, summed over maps.
+
+    Args:
+      maps: images -> maps (n h w c), as `extractors.load(NAME).maps`; asked for so many rows at a time.
+    """
+
+    def unit(z: np.ndarray) -> np.ndarray:
+        z = np.asarray(z, np.float64)
+        return z / (np.sqrt((z**2).sum(-1, keepdims=True)) + 1e-10)
+
+    out = []
+    for at in range(0, len(real), rows):
+        pairs = zip(*(maps(x[at : at + rows]) for x in (real, made)), strict=True)
+        out.append(sum(((unit(a) - unit(b)) ** 2).sum(-1).mean((1, 2)) for a, b in pairs))
+    return np.concatenate(out)

@@ -1,10 +1,10 @@
-"""95 % intervals: Wilson's of a share, and the bootstrap over rows of anything else."""
+"""95 % intervals: Wilson's of a share, and the bootstrap over rows of anything else; a test of paired differences."""
 
 from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Shaped
-from scipy.stats import binomtest
+from scipy.stats import binomtest, wilcoxon
 
 DRAWS = 1000
 
@@ -29,3 +29,9 @@ def bootstrap(
         return None
     low, high = np.quantile(values, (0.025, 0.975))
     return float(low), float(high)
+
+
+def signed_rank(differences: Shaped[np.ndarray, "n"]) -> float:
+    """Wilcoxon's signed-rank test of paired differences: how likely ones as far from 0 are where neither is more, in
+    two-sided p. Rows without a difference say nothing; of no other there is no evidence, p 1."""
+    return float(wilcoxon(differences).pvalue) if np.any(differences) else 1.0

@@ -1,5 +1,7 @@
 """Retrieval of the partner in the shared space: cosine, over the rows of the batch as gallery."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from scipy.stats import hypergeom
@@ -13,6 +15,12 @@ def nearest(a: Rows, b: Rows) -> Int[np.ndarray, "n"]:
     """The place in `b` of the row nearest to each row of `a`."""
     cosine = (a / np.linalg.norm(a, axis=1, keepdims=True)) @ (b / np.linalg.norm(b, axis=1, keepdims=True)).T
     return np.argmax(cosine, axis=1)
+
+
+def cosines(sources: Sequence[Rows], made: Rows) -> Float[np.ndarray, "n"]:
+    """Of each row of `made` with its own partner in each source, the mean."""
+    unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)  # noqa: E731
+    return np.mean([np.einsum("nd,nd->n", unit(x), unit(made)) for x in sources], axis=0)
 
 
 def hits_at_1(a: Rows, b: Rows, classes: Shaped[np.ndarray, "n"] | None = None) -> Bool[np.ndarray, "n"]:
