@@ -27,7 +27,7 @@ from medm2g_jax.loading import in_the_box, load
 
 HOST = "127.0.0.1"
 MOST_UPLOAD = "300mb"  # a file
-EXTRA = "pip install 'medm2g_jax[demo]'"
+EXTRA = f"{sys.executable} -m pip install 'medm2g_jax[demo]'"  # of this environment, whichever the shell is in
 # Nothing but what this very server gives; gradio's page needs inline scripts.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "

@@ -94,16 +94,17 @@ def _python() -> Finding:
 def packages() -> Iterator[Finding]:
     """Of each package that is asked for: is it here, and in a version that fits; then a line an extra."""
     try:
+        lines = importlib.metadata.requires(NAME) or ()
+    except importlib.metadata.PackageNotFoundError:
+        root = Path(__file__).parents[1]
+        yield Finding(BROKEN, "packages", f"{NAME} runs from {root} and is not installed", _pip(str(root)))
+        return
+    try:
         from packaging.requirements import Requirement
     except ImportError:
         yield Finding(BROKEN, "packages", "packaging is not here, and versions cannot be compared", _pip("packaging"))
         return
-    try:
-        asked = [Requirement(line) for line in importlib.metadata.requires(NAME) or ()]
-    except importlib.metadata.PackageNotFoundError:
-        root = Path(__file__).parents[1]
-        yield Finding(BROKEN, "packages", f"{NAME} runs from {root} and is not installed", _pip(f"{root}"))
-        return
+    asked = [Requirement(line) for line in lines]
     needed = [r for r in asked if r.marker is None or r.marker.evaluate({"extra": ""})]
     wrong = [(r, said) for r in needed if (said := _misses(r))]
     for requirement, said in wrong:
