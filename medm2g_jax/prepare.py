@@ -427,6 +427,8 @@ def _finish(
     card.preview(out, out / "preview.png", adapter.open)
     for line in card.lines(stats):
         say(line)
+    if how.salt and rejected:
+        say("  ids are hashed; --keep-ids, into another folder, says which files these are")
     say(f"{out / MANIFEST}: train with --config.data.source=manifest:{out}; look at {out / 'preview.png'}")
     return out / MANIFEST
 

@@ -1,4 +1,5 @@
-"""What `medm2g prepare` does for all sets alike: shards, Ctrl-C. A set's rows are tested with the adapters."""
+"""What `medm2g prepare` does for all sets alike: shards, Ctrl-C. What is common to a set's rows is tested with the
+adapters."""
 
 import look_alikes
 import numpy as np
