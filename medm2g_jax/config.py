@@ -197,7 +197,7 @@ _VERB_SIZES: dict[str, dict[str, dict[str, Any]]] = {
         ldm=dict(steps=1200, lr=4e-3, batch=16),
         ldm_text=dict(steps=1500, lr=3e-3, batch=32),
         round=dict(steps=900, lr=5e-3, lr_adapt=5e-3, batch=16),
-        tune_full=dict(steps=300, lr=4e-3, lr_adapt=4e-3, batch=16),
+        tune_full=dict(steps=300, lr=1e-3, lr_adapt=1e-3, batch=16),
         tune_guide=dict(steps=300, lr=2e-3, lr_adapt=2e-3, batch=16),
         tune_lora=dict(steps=300, lr=2e-3, batch=16),
     ),
@@ -309,6 +309,8 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
         own |= dict(eval_every=max(1, own["steps"] // 6), warmup=0.1, clean=1.0, alone=0.0, rehearse=0.0)
         own |= dict(weight_decay=0.0)  # it would shrink what has no gradient here: V and f of what is made
         own["loss"] = dict(eps=1.0)
+        if tiny and tune[1] == "full" and not paper and _on_grid(rounds.TASKS[tune[0]].round, listing):
+            own |= dict(lr=4e-3, lr_adapt=4e-3)  # as its single flow; at it others forget more than 100 steps bring back
         # streams="mri:t1,mri:t2": of a modality with some here no others; make="mri:pd": the one stream that is made.
         own |= dict(streams="", make="")
         own |= dict(rank=8) if tune[1] == "lora" else {}
