@@ -310,7 +310,7 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
         own |= dict(weight_decay=0.0)  # it would shrink what has no gradient here: V and f of what is made
         own["loss"] = dict(eps=1.0)
         if tiny and tune[1] == "full" and not paper and _on_grid(rounds.TASKS[tune[0]].round, listing):
-            own |= dict(lr=4e-3, lr_adapt=4e-3)  # as its single flow; at it others forget more than 100 steps bring back
+            own |= dict(lr=4e-3, lr_adapt=4e-3)  # as its single flow; at it the others forget
         # streams="mri:t1,mri:t2": of a modality with some here no others; make="mri:pd": the one stream that is made.
         own |= dict(streams="", make="")
         own |= dict(rank=8) if tune[1] == "lora" else {}
