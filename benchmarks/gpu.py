@@ -138,7 +138,7 @@ def measure(words: list[str], options: argparse.Namespace) -> dict:
             call = task.ours(options, sizes) if side == "ours" else task.torch(options, True, sizes)
     first = seconds_of(call)
     call()
-    times = [seconds_of(call) for _ in range(CALLS)]
+    times = [seconds_of(call) for _ in range(1 if small else CALLS)]
     seconds = median(times)
     out = {"seconds": seconds, "all": times, "first": first - seconds, "rows": rows, "flops": flops}
     return out | {"GB": _memory(side, options)}
