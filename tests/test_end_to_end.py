@@ -161,7 +161,7 @@ def test_reports_and_sets_of_images_are_measured_beside_what_needs_no_model(root
     of = {(f.task, f.metric): f for f in figures}
     nearest = of["CT -> report of the nearest training image", "BLEU-4"]
     assert nearest.protocol == "words, r2gen" and 0 < nearest.value <= 1, "a report of the phantom is like another"
-    constant = of["the most frequent training report", "distinct reports"]
+    constant = of["CT -> report by the most frequent training report", "distinct reports"]
     assert constant.value == pytest.approx(1 / 8)
     assert {task for task, metric in of if metric == "BLEU-1"} >= {"CT -> report", "CT -> report, guide alone"}
     real = of["real training CT", "KID @ours"]

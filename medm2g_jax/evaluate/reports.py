@@ -68,7 +68,7 @@ def reports_from(
     if not train:
         print(f"  no training record holds {image} and {text}: no report to answer with", flush=True)
         return out
-    add(f"the most frequent training {word}", lambda: constant_report(train[text], rows))
+    add(f"{task} by the most frequent training {word}", lambda: constant_report(train[text], rows))
     vectors = lambda some: model.embedded(image, some)  # noqa: E731
     near = lambda: nearest_report(train[text], vectors(np.stack(train[image])), vectors(x))  # noqa: E731
     add(f"{task}{NEAREST}", near)
