@@ -411,7 +411,7 @@ def _made(
         values = {s: v if isinstance(v[0], str) else np.stack(v) for s, v in values.items()}
         parts.append(samples(model, values, [target], CHUNK, seed, first=at, **options)[target])
         if at == 0:
-            seconds = (time.monotonic() - began) * (len(index) / CHUNK - 1)
+            seconds = (time.monotonic() - began) * max(0, len(index) / CHUNK - 1)
             task_ = " -> ".join(task_words(given, target))
             print(f"  {task_}: {len(index)} to make, {duration(seconds)} left", flush=True)
     return np.concatenate(parts)[: len(index)]
