@@ -311,6 +311,15 @@ def test_headers_that_are_wrong_are_named_without_a_patient(tmp_path, tags, mess
     assert SECRET not in str(error.value) and "\n" not in str(error.value)
 
 
+def test_pydicoms_warnings_quote_no_value(tmp_path, recwarn, caplog):
+    path = one(tmp_path / "a.dcm", FrameOfReferenceUID="1.2.333.44.5")
+    path.write_bytes(path.read_bytes().replace(b"1.2.333.44.5", b"Doe^Jane^199"))  # no UID: pydicom warns of it
+    recwarn.clear()
+    dicom_pixels._hush.cache_clear()  # each test has filters of its own
+    assert formats.read_volume(path).values.shape == (6, 5, 1)
+    assert not recwarn.list and "Doe" not in caplog.text
+
+
 def test_compressed_frames_are_held_to_the_headers_size():
     assert dicom_pixels.frame_size(b"\xff\x4f\xff\x51" + bytes(4) + b"\0\0\1\0\0\0\2\0" + bytes(8)) == (512, 256)
     jpeg = b"\xff\xd8\xff\xe0\0\4ab\xff\xc0\0\x11\x08" + b"\2\0\1\0" + bytes(9)

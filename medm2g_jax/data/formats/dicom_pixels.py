@@ -1,7 +1,10 @@
 """Values out of a DICOM header's pixel data: decoded by pydicom and its plug-ins, once the header's word is checked."""
 
 import contextlib
+import functools
 import importlib.util
+import logging
+import warnings
 from typing import Any
 
 import numpy as np
@@ -22,7 +25,15 @@ def readable(name: str) -> contextlib.AbstractContextManager[None]:
     """Whatever pydicom raises of a damaged file becomes one line; see `content.whole`."""
     from pydicom.errors import BytesLengthException, InvalidDicomError
 
+    _hush()
     return whole(name, "DICOM", BytesLengthException, InvalidDicomError)
+
+
+@functools.cache
+def _hush() -> None:
+    """pydicom's warnings quote the values that they are about, which may name a patient: they are for nobody's log."""
+    logging.getLogger("pydicom").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pydicom")
 
 
 def get(name: str, header: Any, keyword: str, default: Any = None) -> Any:
