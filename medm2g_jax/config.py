@@ -467,7 +467,11 @@ def get_config(target: str, words: str | None = "", listing: str | tuple[str, ..
     config.stage = name
     config.preset_reason = reason
     config.update(_stage(name, preset, variant, tuple_))
-    config.stages = ConfigDict({s: _stage(s, preset, variant, tuple_) for s in graph.plan(name)[:-1]})
+    config.stages = ConfigDict()
+    plan = graph.plan(name)
+    if rounds.tuned(name) and variant != "paper":  # later rounds train on what it adapts: ct_mri the flow of `ct`
+        plan = stage_graph(config).plan(name)
+    config.stages = ConfigDict({s: _stage(s, preset, variant, tuple_) for s in plan if s != name})
     if preset != "tiny":
         config.weights = weights_folder()
     data = absolute(os.environ.get("MEDM2G_DATA", ""))

@@ -7,7 +7,7 @@ import pytest
 from micro import micro, model_of
 
 from medm2g_jax import rounds
-from medm2g_jax.config import get_config, stage_graph
+from medm2g_jax.config import get_config, stage_config, stage_graph
 from medm2g_jax.data import kspace, pipeline
 from medm2g_jax.data.phantom.render import Phantom
 from medm2g_jax.errors import UserError
@@ -28,6 +28,7 @@ from medm2g_jax.recipes import rows_of
         ("mri,full,alone", {"mri/flow", "mri/guide", "mri/grid"}, ("mri",)),
         ("mri,lora", {"mri/lora"}, "default"),
         ("mri_to_ct,full,paper", {"ct/flow", "ct/guide"}, "default"),
+        ("ct,full", {"ct/flow", "ct/guide", "ct/grid"}, "default"),
     ],
 )
 def test_the_target_alone_trains_and_everything_else_comes_from_the_rounds(words, trains, listing):
@@ -40,7 +41,9 @@ def test_the_target_alone_trains_and_everything_else_comes_from_the_rounds(words
     assert set(stage.reads) <= set(owners) and owners[f"{task.target}/guide"] in config.listing
     sources = [m for m in stage.subjects if m != task.target]
     assert not any(f"{m}/flow" in stage.reads for m in sources)  # V is all that is read of them
-    assert stage_graph(config).plan(config.stage)[-1] == config.stage
+    *before, last = stage_graph(config).plan(config.stage)
+    assert last == config.stage and set(config.stages) == set(before)
+    assert all(stage_config(config, s).stage == s for s in before)  # of later rounds that trained on, too
 
 
 def test_a_fine_tune_may_go_on_practising_with_partners_that_share_no_grid():
