@@ -41,8 +41,8 @@ def test_of_two_streams_that_are_always_equal_the_missing_one_is_as_near_as_repl
     process = Process()
     seen = []
 
-    def joint(model, request, params, given, rows, guidance):
-        seen.append((request.make, dict(given)))
+    def joint(model, request, params, told, rows, guidance):
+        seen.append((request.make, told.encoded, told.clean))
 
         def denoise(z, t):
             x = z["ct"]
@@ -53,16 +53,17 @@ def test_of_two_streams_that_are_always_equal_the_missing_one_is_as_near_as_repl
         return denoise
 
     monkeypatch.setattr(inpainting, "build_denoiser", joint)
-    monkeypatch.setattr(type(model), "decode", lambda self, stream, z, rows: z)
+    shown = lambda z: np.asarray(z).reshape(len(z), 8, 8, 1).repeat(4, 1).repeat(4, 2)  # noqa: E731
+    monkeypatch.setattr(type(model), "decode", lambda self, stream, z, rows: shown(z))
     model.defaults |= dict(steps=50, eta=1.0)
     images = np.random.default_rng(0).uniform(-1, 1, (6, 32, 32, 1)).astype(np.float32)
     clean = np.asarray(model.model.encode(model.params, "mri", images))
     scale = clean.std()
     monkeypatch.setattr(type(model.model), "encode", lambda self, params, name, x: jnp.asarray(clean[: len(x)] / scale))
     made = inpainted(model, {"mri:t2": images}, "ct", 6, 0)
-    assert seen == [(("mri:t2", "ct"), {})], "nothing is given: the model is not told what is known"
-    assert made.shape == clean.shape
-    y, (c, v) = clean.ravel() / scale, as_it_should()
+    assert seen == [(("mri:t2", "ct"), {}, {})], "nothing is given: the model is not told what is known"
+    assert made.shape == images.shape
+    y, (c, v) = shown(clean).ravel() / scale, as_it_should()
     slope = made.ravel() @ y / (y @ y)
     assert slope == pytest.approx(c, abs=0.02) and np.var(made.ravel() - slope * y) == pytest.approx(v, rel=0.15)
     np.testing.assert_array_equal(made, inpainted(model, {"mri:t2": images}, "ct", 6, 0))
