@@ -253,9 +253,11 @@ def _passes(
         rate = (now - start - first) / (done - some) if done > some else first / done  # the first compiles
         if done == count:
             began = f"{duration(first)} for the first {some}, with compiling, then " if done > some else ""
-            say(f"{count} slice{'s' * (count > 1)} in {duration(now - start)}: {began}{rate:.2g} s a slice")
+            ended = "" if began else ", with compiling"
+            say(f"{count} slice{'s' * (count > 1)} in {duration(now - start)}: {began}{rate:.2g} s a slice{ended}")
         elif now - told > EVERY:
-            say(f"{done}/{count} slices  {rate:.2g} s a slice  {duration((count - done) * rate)} left")
+            left = f"  {rate:.2g} s a slice  {duration((count - done) * rate)} left" if done > some else ""
+            say(f"{done}/{count} slices{left}")
             told = now
 
 
