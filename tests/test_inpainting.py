@@ -21,6 +21,12 @@ def test_which_streams_a_model_can_inpaint(model):
     assert not can_inpaint(model, ("mri",), "mri:t2"), "an unstated contrast may be the very one that is wanted"
 
 
+def as_image(z: np.ndarray) -> np.ndarray:
+    """Latents as the first pixels of an image."""
+    flat = z.reshape(len(z), -1)
+    return np.pad(flat, ((0, 0), (0, 1024 - flat.shape[1]))).reshape(len(z), 32, 32, 1)
+
+
 def as_it_should() -> tuple[float, float]:
     """(c, v): of latents x = y, standard normal, with y held, 50 ancestral steps of DDIM end at x = c y + N(0, v): each
     is linear in x_t, y and the noise of y_t, where z0 = a (x_t + y_t) / (2 a^2 + s^2). Not y itself: x_t goes on
@@ -53,17 +59,17 @@ def test_of_two_streams_that_are_always_equal_the_missing_one_is_as_near_as_repl
         return denoise
 
     monkeypatch.setattr(inpainting, "build_denoiser", joint)
-    monkeypatch.setattr(type(model), "decode", lambda self, stream, z, rows: z)
+    monkeypatch.setattr(type(model), "decode", lambda self, stream, z, rows: as_image(z))
     model.defaults |= dict(steps=50, eta=1.0)
-    images = np.random.default_rng(0).uniform(-1, 1, (6, 32, 32, 1)).astype(np.float32)
+    images = np.random.default_rng(0).uniform(-1, 1, (32, 32, 32, 1)).astype(np.float32)
     clean = np.asarray(model.model.encode(model.params, "mri", images))
-    scale = clean.std()
-    monkeypatch.setattr(type(model.model), "encode", lambda self, params, name, x: jnp.asarray(clean[: len(x)] / scale))
-    made = inpainted(model, {"mri:t2": images}, "ct", 6, 0)
+    clean = clean / clean.std()
+    monkeypatch.setattr(type(model.model), "encode", lambda self, params, name, x: jnp.asarray(clean))
+    made = inpainted(model, {"mri:t2": images}, "ct", 32, 0)
     assert seen == [(("mri:t2", "ct"), {})], "nothing is given: the model is not told what is known"
-    assert made.shape == clean.shape
-    y, (c, v) = clean.ravel() / scale, as_it_should()
-    slope = made.ravel() @ y / (y @ y)
-    assert slope == pytest.approx(c, abs=0.02) and np.var(made.ravel() - slope * y) == pytest.approx(v, rel=0.15)
-    np.testing.assert_array_equal(made, inpainted(model, {"mri:t2": images}, "ct", 6, 0))
-    assert not np.array_equal(made, inpainted(model, {"mri:t2": images}, "ct", 6, 1))
+    y, (c, v) = clean.ravel(), as_it_should()
+    x = made.reshape(32, -1)[:, : y.size // 32].ravel()
+    slope = x @ y / (y @ y)
+    assert slope == pytest.approx(c, abs=0.02) and np.var(x - slope * y) == pytest.approx(v, rel=0.15)
+    np.testing.assert_array_equal(made, inpainted(model, {"mri:t2": images}, "ct", 32, 0))
+    assert not np.array_equal(made, inpainted(model, {"mri:t2": images}, "ct", 32, 1))
