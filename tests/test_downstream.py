@@ -22,7 +22,7 @@ from medm2g_jax.inference import Model
 
 MODEL = Model.__new__(Model)  # nobody asks it for anything: `samples` answers for it
 now = lambda name, measure: measure()  # noqa: E731  every row is measured
-PLAN = downstream.Plan(fractions=(0.5, 1.0), base=40, asked=30, steps=40, seeds=2)
+PLAN = downstream.Plan(fractions=(0.5, 1.0), base=40, asked=30, steps=12, seeds=2)
 
 
 def test_auroc_is_mann_whitney_s_and_weights_are_rows_drawn_again():
