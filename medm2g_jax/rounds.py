@@ -260,7 +260,8 @@ class Graph:
                 f"{task}: no round of the listing {self.listing} guides {target} so; expected one with {round_name}"
             )
         with_grid = self._with_grid(before)
-        registered = {target: self.near(round_name).get(target, ())} if target in with_grid else {}
+        near = self.near(round_name).get(target, ()) if target in with_grid else ()
+        registered = {target: near} if near else {}
         trains = tuple(f"{target}/{group}" for group in HOWS[how] if group != "grid" or registered)
         others = self._partners(target, [r for r in self.listing if r != round_name]) if self.practise else ()
         others = tuple(m for m in others if not MODALITIES[target].shares_grid(MODALITIES[m]))
@@ -270,7 +271,7 @@ class Graph:
                 *(f"{m}/clip" for m in (*self.centre, *ab, *others)),
                 f"{target}/flow",
                 *(f"{m}/guide" for m in (*ab, *others)),
-                *(f"{m}/grid" for m in registered),
+                *((f"{target}/grid",) if target in with_grid else ()),
             )
         )
         contrasts = (target,) if (target, target) in pairs else ()
