@@ -58,7 +58,8 @@ def test_what_beats_the_model_in_psnr_is_said_with_what_the_two_have_beside_it(j
     rng = np.random.default_rng(0)
     noise = rng.normal(size=judge.x.shape) * rng.uniform(0.1, 0.2, (24, 1, 1, 1))
     sharp = judge.x + np.where(judge._lesion, 0, noise)  # right in the lesion
-    smooth = judge.x + 0.3 * noise + 0.4 * judge._lesion  # nearer elsewhere
+    share = rng.uniform(0.2, 0.4, (24, 1, 1, 1))  # no two alike: ties in the ranks would be rounding's
+    smooth = judge.x + share * noise + 0.4 * judge._lesion  # nearer elsewhere
     worse = judge.x + 2 * noise
     figures = judge.figures("T2 -> CT", sharp)
     for name, other in (("a regression", smooth), ("a table", worse)):
