@@ -485,7 +485,6 @@ def get_config(target: str, words: str | None = "", listing: str | tuple[str, ..
     # Latents of images kept in RUN/latents, so that no step encodes: "on", "off", or "auto" (`train.latents.chosen`).
     config.latents = "auto"
     config.mesh = dict(data=-1, fsdp=1, tensor=1)  # -1: all devices that the others leave
-    config.at_once = 0  # stages that train side by side, on a CPU alone; 0: as many as pay (`train.together.at_once`)
     # Sampling, and the unconditional half of guidance: "cond" leaves the guide out of it, "both" keeps it (CoDi).
     config.sample = dict(
         steps=20 if preset == "tiny" else 50,

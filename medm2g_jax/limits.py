@@ -73,7 +73,6 @@ RANGES: Mapping[str, Range] = {
     "data.val": _COUNT,
     "data.test": _COUNT,
     "mesh": Range(-1, MAX_INT),
-    "at_once": Range(0, 64),
     "steps": _SIZE,
     "batch": _SIZE,
     "lr": _POSITIVE,

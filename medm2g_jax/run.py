@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from medm2g_jax.family import text_lengths
 from medm2g_jax.limits import check
 from medm2g_jax.modality import MODALITIES, centre
 from medm2g_jax.recipes import rows_of
-from medm2g_jax.train import data_record, loop, results, together
+from medm2g_jax.train import data_record, loop, results
 from medm2g_jax.train.abstract import compile_ahead
 from medm2g_jax.train.disk import worded
 from medm2g_jax.train.owner import owned
@@ -231,7 +231,23 @@ def _train(config: ConfigDict, root: epath.Path, source: Source, say: Callable[[
     if source.open and first:
         data_picture(data, root / f"{source.name}.png", graph.modalities)
 
-    _train_stages(configs, root, data, graph, together.at_once(config, configs.values()), say)
+    guess = {name: _SECONDS[graph.stages[name].verb] for name in configs}
+    spent: dict[str, float] = {}
+    # An accelerator's compiler tries its candidates on the device that a step is using; a CPU's needs none.
+    alone = jax.default_backend() == "cpu" and jax.process_count() == 1
+    following = [*list(configs.values())[1:], None]
+    with ThreadPoolExecutor(1) as beside:
+        for i, (name, stage) in enumerate(configs.items()):
+            ratio = sum(spent.values()) / sum(guess[s] for s in spent) if spent else 1.0
+            rest = ratio * sum(guess[s] for s in list(configs)[i + 1 :])
+            say(f"\n== {name} ({i + 1} of {len(configs)})")
+            start = time.time()
+            ahead = functools.partial(beside.submit, compile_ahead, following[i], root, source, data.vocab)
+            meanwhile = ahead if alone and following[i] is not None else None
+            meta = loop.run_stage(stage, root, data, plan_eta=rest, show=show, ceiling=ceiling, meanwhile=meanwhile)
+            spent[name] = time.time() - start
+            size = meta["parameters"] / 1e6
+            say(f"  {name}: done in {spent[name]:.0f} s, {size:.2f} M parameters -> {root / name}")
     truncated = data.tokenizers.truncated if data.tokenizers else {}
     cut = ", ".join(f"{name} {share:.1%}" for name, share in truncated.items() if share)
     if cut:
@@ -253,50 +269,6 @@ def _tool() -> str:
     if shutil.which("medm2g") or not beside.exists():
         return "medm2g"
     return os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
-
-
-def _train_stages(
-    configs: Mapping[str, ConfigDict],
-    root: epath.Path,
-    data: loop.Data,
-    graph: rounds.Graph,
-    workers: int,
-    say: Callable[[str], Any],
-) -> None:
-    """Train these stages, `workers` at a time, and meanwhile compile the programs of the one that is to come."""
-    guess = {name: _SECONDS[graph.stages[name].verb] for name in configs}
-    needs = {name: [s for s in graph.plan(name) if s in configs and s != name] for name in configs}
-    begun: list[str] = []
-    spent: dict[str, float] = {}
-    compiled: dict[str, Future] = {}
-    # An accelerator's compiler tries its candidates on the device that a step is using; a CPU's needs none.
-    alone = jax.default_backend() == "cpu" and jax.process_count() == 1
-    stop = loop.StopFlag()
-
-    def train(name: str) -> None:
-        begun.append(name)
-        ratio = sum(spent.values()) / sum(guess[s] for s in spent) if spent else 1.0
-        rest = ratio * sum(guess[s] for s in configs if s not in begun) / workers
-        say(f"\n== {name} ({len(begun)} of {len(configs)})")
-        if name in compiled:
-            compiled[name].result()
-        start = time.time()
-        meta = loop.run_stage(configs[name], root, data, rest, show, ceiling, compile_next if alone else None, stop)
-        spent[name] = time.time() - start
-        size = meta["parameters"] / 1e6
-        say(f"  {name}: done in {spent[name]:.0f} s, {size:.2f} M parameters -> {root / name}")
-
-    def compile_next() -> None:
-        following = next((s for s in configs if s not in begun and s not in compiled), None)
-        if following is not None:
-            stage = configs[following]
-            compiled[following] = beside.submit(compile_ahead, stage, root, data.source, data.vocab)
-
-    try:
-        with ThreadPoolExecutor(1) as beside:
-            together.run(needs, guess, train, workers, stop.ask)
-    finally:
-        stop.close()
 
 
 def _next_command(graph: rounds.Graph, name: str, root: epath.Path) -> str:

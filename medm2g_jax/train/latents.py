@@ -1,7 +1,6 @@
 """Which images of a stage come as latents, and the making of these: with the stage's own autoencoder, on its mesh, in
 its batches. Of several processes each makes every so many-th part (`data.latents`)."""
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -32,7 +31,6 @@ from medm2g_jax.train.owner import on_first
 from medm2g_jax.train.setup import Setup
 
 SAY = 5.0  # seconds between two lines that say how far it is
-_ONE = threading.Lock()  # of two stages side by side that read the same latents the first makes them
 
 
 def chosen(config: ConfigDict, root: epath.Path, graph: rounds.Graph, source: Source) -> tuple[str, ...]:
@@ -98,9 +96,8 @@ def make(
         }
         for stream in dict.fromkeys(s for i in wanted for s in _streams(source.records[i], m)):
             one = store(Path(root), source, stream, about | {"range": ranges(source).get(stream)})
-            with _ONE:
-                on_first(one.hold)
-                _fill(one, stream, wanted, encode[kind], config, source, mesh)
+            on_first(one.hold)
+            _fill(one, stream, wanted, encode[kind], config, source, mesh)
             stores[stream] = one
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("latents")

@@ -23,6 +23,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -71,7 +72,6 @@ FREE = (
     "data_reason",
     "remat",
     "latents",
-    "at_once",
 )
 FINISH_BATCHES = 8
 
@@ -151,8 +151,8 @@ class Stopped(Exception):
     """The run was asked to stop (SIGTERM) and has saved its state."""
 
 
-class StopFlag:
-    """Turns SIGTERM into an answer that the loop asks for between steps; made in the main thread.
+class _StopFlag:
+    """Turns SIGTERM into an answer that the loop asks for between steps.
 
     Of several processes each may be signalled at another moment, or only one of them: there jax catches the signal, and
     all agree on a step (`jax.distributed` must be running, which it is).
@@ -162,10 +162,9 @@ class StopFlag:
         self._set = False
         self._alone = jax.process_count() == 1
         if self._alone:
-            self._old = signal.signal(signal.SIGTERM, self.ask)
+            self._old = signal.signal(signal.SIGTERM, self._raise_flag)
 
-    def ask(self, *_):
-        """Ask every stage of this process to save and end."""
+    def _raise_flag(self, *_):
         self._set = True
 
     def at(self, step: int) -> bool:
@@ -184,8 +183,7 @@ def run_stage(
     plan_eta: float = 0.0,
     show: Callable[..., list[dict]] | None = None,
     ceiling: Callable[..., Any] | None = None,
-    meanwhile: Callable[[], Any] | None = None,
-    stop: StopFlag | None = None,
+    meanwhile: Callable[[], Future] | None = None,
 ) -> dict:
     """Train one stage, all of whose upstream results exist, and write its result. Returns the result's model.json.
 
@@ -194,8 +192,7 @@ def run_stage(
       show: called with (config, graph, folder, model, params, data, meta, log, step) after the last step, and every
         config.show_every: draws the stage's picture and returns its figures, as plain values.
       ceiling: called alike, but for the log, before the first step of a fine-tune.
-      meanwhile: begins something that needs no device, once this stage has compiled its step.
-      stop: of the run, where that has one.
+      meanwhile: begins something that needs no device, once this stage has compiled its step; waited for at the end.
     """
     folder = root / config.stage
     began = time.time()
@@ -251,8 +248,7 @@ def run_stage(
     saves = checkpoint.Checkpoints(folder / "checkpoints", keep=config.keep)
     total = config.steps * config.accumulate
     log = Log(folder, config.stage, config.steps, data.source.open)
-    own_stop = StopFlag() if stop is None else None
-    stop = stop or own_stop
+    stop = _StopFlag()
     try:
         restored = saves.restore(_abstract(state, state_shardings))
         if restored is not None:
@@ -312,7 +308,7 @@ def run_stage(
             except UserError as error:
                 return error
 
-        stopping, batch = False, ahead()
+        stopping, begun, batch = False, None, ahead()
         while step < total:
             if isinstance(batch, UserError):  # what has been learnt so far is kept, where nobody waits for other hosts
                 if step >= config.accumulate and jax.process_count() == 1:
@@ -323,9 +319,8 @@ def run_stage(
             state, metrics = train_step(state, frozen, batch, key)
             step += 1
             batch = ahead()
-            if meanwhile is not None:
-                meanwhile()
-                meanwhile = None
+            if meanwhile is not None and begun is None:
+                begun = meanwhile()
             stopping = stopping or stop.at(step)
             if step % config.accumulate:
                 continue
@@ -372,8 +367,7 @@ def run_stage(
             log.say(f"  the best held-out loss is that of step {best} of {config.steps}, which is kept")
         del state  # its slots make room for the samples
     finally:
-        if own_stop:
-            own_stop.close()
+        stop.close()
         saves.close()
 
     kept = {k: v for k, v in params.items() if not k.startswith(spec.temporary)}
@@ -387,6 +381,8 @@ def run_stage(
     meta["seconds"] = round(meta["finished"] - began, 1)  # of this process: a resumed stage counts its last part
     checkpoint.save_model(folder, kept, meta)
     log.close()
+    if begun is not None:
+        begun.result()
     return checkpoint.read_meta(folder)
 
 
