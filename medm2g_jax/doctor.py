@@ -317,8 +317,9 @@ def _box() -> str:
 def _data() -> str:
     from medm2g_jax.config import get_config
     from medm2g_jax.data.open import source_of
+    from medm2g_jax.rounds import DEMO
 
-    config = get_config("text_ct", "tiny")
+    config = get_config(DEMO, "tiny")
     source = source_of(config)
     return f"{config.data.source} ({config.data_reason}): {len(source.records)} records"
 
@@ -339,13 +340,14 @@ def _plan() -> str:
 
     from medm2g_jax import run
     from medm2g_jax.config import get_config
+    from medm2g_jax.rounds import DEMO
     from medm2g_jax.train.loop import plan_stages
 
-    config = get_config("text_ct", "tiny")
+    config = get_config(DEMO, "tiny")
     workdir = run.default_workdir(config)
     todo = plan_stages(config, epath.Path(workdir))
     left = [name for name, what in todo if what != "done"]
-    return f"{len(todo)} stages in {workdir}, {len(left)} to train; medm2g plan --config=text_ct:tiny lists them"
+    return f"{len(todo)} stages in {workdir}, {len(left)} to train; medm2g plan --config={DEMO}:tiny lists them"
 
 
 if __name__ == "__main__":

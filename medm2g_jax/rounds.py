@@ -36,6 +36,7 @@ LISTINGS = {
     "default": ("text_xray", "text_ct", "ct_mri"),  # section 3.5
     "text_mri": ("text_xray", "text_mri", "ct_mri"),  # "Implementation Details" of section 4
 }
+DEMO = "text_ct"  # the round that `make demo` ends with
 
 # What every stage of a run root must agree on: handed to upstream stages, and compared with what is there.
 SHARED = ("preset", "variant", "listing", "data", "image_size", "schedule", "net", "seed", "weights")

@@ -15,7 +15,7 @@ BARE = Figure(task="CT <-> report", metric="InfoNCE nats", protocol="tau 0.07", 
 def test_there_and_back_in_one_shape():
     text = json.dumps(to_json([CT, BARE]), allow_nan=False)
     assert from_json(json.loads(text)) == [CT, BARE]
-    order = ["task", "metric", "protocol", "value", "interval", "n", "seed", "floor", "ceiling"]
+    order = ["task", "metric", "protocol", "value", "interval", "n", "seed", "floor", "ceiling", "p"]
     assert [list(row) for row in json.loads(text)] == [order, order]
     assert json.loads(text)[0]["floor"] == {"value": 16.2, "what": "the mean image"}
     assert json.loads(text)[1]["floor"] is None

@@ -100,8 +100,8 @@ def test_the_tpu_compiler_compiles_a_test_size_stage():
     assert answer["narrow"] and not answer["wide"]
     moved = {kind: x["bytes"] for kind, x in answer["collectives"].items()}
     gradients = 4 * answer["trained"]
-    # Each gradient once between all chips; nothing as large as the images of a batch besides.
-    assert sum(moved.values()) < 6 * gradients and moved["all-gather"] > 0
+    # Each gradient once between all chips, and parameters, frozen ones too, once a use; no image of a batch besides.
+    assert sum(moved.values()) < 8 * gradients and moved["all-gather"] > 0
     with pytest.raises(UserError, match=r"topology v5e:3x5.*not divisible"):
         plan.ask(micro_stage("image_vae", batch=15), dict(clip=700, bert=300, gpt2=450), "v5e:3x5", LIBTPU)
 
