@@ -321,7 +321,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             reported=config.reports,
             cleaning=config.cleaning,
             sets=config.sets,
-            readers=config.readers,
+            readers=dict(config.readers),
             data=args.data,
             out=args.out,
             most=config.rows,
