@@ -122,4 +122,4 @@ def use_compilation_cache(folder) -> None:
     """Keep compiled executables in `folder`, unless the environment names another place."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -8,7 +8,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from medm2g_jax import rounds
+from medm2g_jax import beside, rounds
 from medm2g_jax.config import get_config, stage_config, stage_graph
 from medm2g_jax.convert import weights
 from medm2g_jax.data import pipeline
@@ -35,13 +34,12 @@ from medm2g_jax.limits import check
 from medm2g_jax.modality import MODALITIES, centre
 from medm2g_jax.recipes import rows_of
 from medm2g_jax.train import data_record, loop, results
-from medm2g_jax.train.abstract import compile_ahead
 from medm2g_jax.train.disk import worded
 from medm2g_jax.train.owner import owned
 
 # Rough relative cost of a stage of the tiny preset, seconds on two cores: the first guess of the plan's ETA, corrected
 # by what has been measured.
-_SECONDS = {"vae": 40.0, "align": 40.0, "ldm": 70.0, "round": 80.0}
+_SECONDS = {"vae": 55.0, "align": 95.0, "ldm": 150.0, "round": 110.0}
 
 
 def default_workdir(config: ConfigDict) -> str:
@@ -232,22 +230,12 @@ def _train(config: ConfigDict, root: epath.Path, source: Source, say: Callable[[
         data_picture(data, root / f"{source.name}.png", graph.modalities)
 
     guess = {name: _SECONDS[graph.stages[name].verb] for name in configs}
-    spent: dict[str, float] = {}
-    # An accelerator's compiler tries its candidates on the device that a step is using; a CPU's needs none.
-    alone = jax.default_backend() == "cpu" and jax.process_count() == 1
-    following = [*list(configs.values())[1:], None]
-    with ThreadPoolExecutor(1) as beside:
-        for i, (name, stage) in enumerate(configs.items()):
-            ratio = sum(spent.values()) / sum(guess[s] for s in spent) if spent else 1.0
-            rest = ratio * sum(guess[s] for s in list(configs)[i + 1 :])
-            say(f"\n== {name} ({i + 1} of {len(configs)})")
-            start = time.time()
-            ahead = functools.partial(beside.submit, compile_ahead, following[i], root, source, data.vocab)
-            meanwhile = ahead if alone and following[i] is not None else None
-            meta = loop.run_stage(stage, root, data, plan_eta=rest, show=show, ceiling=ceiling, meanwhile=meanwhile)
-            spent[name] = time.time() - start
-            size = meta["parameters"] / 1e6
-            say(f"  {name}: done in {spent[name]:.0f} s, {size:.2f} M parameters -> {root / name}")
+    plan = {name: {*graph.plan(name)} - {name} for name in graph.plan(config.stage)}
+    if beside.pays(config, len(plan)):
+        vaes = {name for name in plan if graph.stages[name].verb == "vae"}
+        beside.train(beside.tasks(configs, plan, vaes, guess), root, say)
+    else:
+        _one_by_one(configs, guess, root, data, say)
     truncated = data.tokenizers.truncated if data.tokenizers else {}
     cut = ", ".join(f"{name} {share:.1%}" for name, share in truncated.items() if share)
     if cut:
@@ -261,6 +249,25 @@ def _train(config: ConfigDict, root: epath.Path, source: Source, say: Callable[[
         say(f"next, any to any:\n  {tool} {_next_command(graph, config.stage, root)}")
         say(f"the same in the browser:\n  {tool} demo --model {whole}")
         say(f"how good it is:\n  {tool} evaluate --model {whole}")
+
+
+def _one_by_one(
+    configs: Mapping[str, ConfigDict],
+    guess: Mapping[str, float],
+    root: epath.Path,
+    data: loop.Data,
+    say: Callable[[str], Any],
+) -> None:
+    spent: dict[str, float] = {}
+    for i, (name, stage) in enumerate(configs.items()):
+        ratio = sum(spent.values()) / sum(guess[s] for s in spent) if spent else 1.0
+        rest = ratio * sum(guess[s] for s in list(configs)[i + 1 :])
+        say(f"\n== {name} ({i + 1} of {len(configs)})")
+        start = time.time()
+        meta = loop.run_stage(stage, root, data, plan_eta=rest, show=show, ceiling=ceiling)
+        spent[name] = time.time() - start
+        size = meta["parameters"] / 1e6
+        say(f"  {name}: done in {spent[name]:.0f} s, {size:.2f} M parameters -> {root / name}")
 
 
 def _tool() -> str:
