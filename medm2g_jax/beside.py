@@ -3,22 +3,22 @@
 A small network's step is many short operations, which cores share badly (benchmarks/README.md). A stage's process is
 begun before what it stands on is done, and compiles its programs meanwhile.
 
-What the two say to each other: the run sends (config, run root) and later the seconds that are left after the stage,
-which lets it train, down the process' standard input; whose end is the run's. Of the process' standard output, lines
-that begin with SAYS are for the run (ready, done, error, stopped), all others for whoever looks on.
+It is the run's own command, with the name of the stage in its environment, so that whatever the config's file registers
+is there as well. What the two say to each other: the run sends the seconds that will be left after the stage, which
+lets it train, down the process' standard input, whose end is the run's. Of the process' standard output, lines that
+begin with SAYS are for the run (ready, done, error), all others for whoever looks on.
 """
 
-import base64
+import contextlib
 import json
 import os
-import pickle
 import queue
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,14 +26,18 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from medm2g_jax.data.open import OWN
+from medm2g_jax.data.open import source_of
+from medm2g_jax.device import use_compilation_cache
 from medm2g_jax.errors import UserError
+from medm2g_jax.evaluate.show import ceiling, show
 from medm2g_jax.train import loop
+from medm2g_jax.train.abstract import compile_ahead
+from medm2g_jax.train.disk import worded
 
 AT_ONCE = 2
 SAYS = "\x1e"  # a control character that no line of ours begins with
+STAGE = "MEDM2G_STAGE"  # the variable that makes the run's command a stage's
 PATIENCE = 120.0  # seconds a stage that was asked to stop may take for its step and its checkpoint
-MODULE = "medm2g_jax.beside"
 
 
 def cores() -> int:
@@ -42,32 +46,33 @@ def cores() -> int:
 
 
 def pays(config: ConfigDict, stages: int) -> bool:
-    """Whether the stages of a plan shall train side by side: on one host's CPU, with a core for each, what another
-    process can open, and small networks (those of `config.remat`, and published weights, take much memory each)."""
+    """Whether the stages of a plan shall train side by side: on one host's CPU, with a core for each, and small
+    networks (those of `config.remat`, and published weights, take much memory each)."""
     one = jax.default_backend() == "cpu" and jax.device_count() == jax.process_count() == 1
-    small = not config.remat and not config.weights and not config.data.source.startswith(f"{OWN}:")
+    small = not config.remat and not config.weights
     return config.side_by_side == "auto" and one and small and stages > 1 and cores() >= AT_ONCE
 
 
 class _Stage:
     """A stage's process, as the run sees it."""
 
-    def __init__(self, config: ConfigDict, root: epath.Path, threads: int, events: queue.SimpleQueue):
-        self.name, self.state, self.began = config.stage, "preparing", 0.0
+    def __init__(self, name: str, arguments: Sequence[str], threads: int, events: queue.SimpleQueue):
+        self.name, self.state, self.began = name, "preparing", 0.0
         # XLA's CPU client has as many threads as NPROC says. A session of its own: Ctrl-C is the run's alone to answer.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", MODULE],
+            [sys.executable, "-m", "medm2g_jax.main", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "NPROC": str(threads)},
+            env={**os.environ, "NPROC": str(threads), STAGE: name},
             start_new_session=True,
         )
         threading.Thread(target=self._read, args=(events,), daemon=True).start()
-        self._send(base64.b64encode(pickle.dumps((config, str(root)))))
 
     def go(self, plan_eta: float | int) -> None:
         self.state, self.began = "training", time.time()
-        self._send(b"%f" % plan_eta)
+        with contextlib.suppress(BrokenPipeError):  # it has ended, as `_read` tells
+            self._process.stdin.write(b"%f\n" % plan_eta)
+            self._process.stdin.flush()
 
     def ask_to_stop(self) -> None:
         """To save what it has learnt, and end."""
@@ -79,13 +84,6 @@ class _Stage:
             self._process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             self._process.kill()
-
-    def _send(self, line: bytes) -> None:
-        try:
-            self._process.stdin.write(line + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:  # it has ended, as `_read` tells
-            pass
 
     def _read(self, events: queue.SimpleQueue) -> None:
         for line in self._process.stdout:
@@ -101,7 +99,6 @@ class _Stage:
 class Task:
     """One of the stages to train."""
 
-    config: ConfigDict
     stands_on: frozenset[str]  # all of the others that must be done before it may train
     constants: frozenset[str]  # those of them whose results its programs hold
     seconds: float | int  # that it may take: for the order, and for the time that is left
@@ -109,7 +106,7 @@ class Task:
 
 
 def tasks(
-    configs: Mapping[str, ConfigDict], plan: Mapping[str, set[str]], constants: set[str], seconds: Mapping[str, float]
+    todo: Sequence[str], plan: Mapping[str, set[str]], constants: set[str], seconds: Mapping[str, float]
 ) -> dict[str, Task]:
     """Those of a plan's stages that are to train.
 
@@ -117,21 +114,23 @@ def tasks(
     number of threads, and a run that was killed shall end with those that it would have had.
 
     Args:
-      configs: of these, by name.
-      plan: each stage of the plan -> all that it stands on.
+      plan: each of its stages -> all that it stands on.
       constants: the stages whose results are constants of others' programs.
     """
     out = {}
-    for name, config in configs.items():
+    for name in todo:
         alone = all(n == name or n in plan[name] or name in plan[n] for n in plan)
-        under = frozenset(plan[name] & configs.keys())
-        out[name] = Task(config, under, under & constants, seconds[name], cores() // (1 if alone else AT_ONCE))
+        under = frozenset(plan[name] & {*todo})
+        out[name] = Task(under, under & constants, seconds[name], cores() // (1 if alone else AT_ONCE))
     return out
 
 
-def train(tasks: Mapping[str, Task], root: epath.Path, say: Callable[[str], Any]) -> None:
+def train(tasks: Mapping[str, Task], arguments: Sequence[str], root: epath.Path, say: Callable[[str], Any]) -> None:
     """Train these stages, each named after those that it stands on; AT_ONCE at a time, first those from which the
     longest way leads on.
+
+    Args:
+      arguments: of the run's command.
 
     Raises:
       UserError: a stage's; the others have saved, and the same command goes on.
@@ -161,7 +160,7 @@ def train(tasks: Mapping[str, Task], root: epath.Path, say: Callable[[str], Any]
             task = tasks[name]
             free = len(those("preparing", "training")) < AT_ONCE and len(stages) - len(done) <= AT_ONCE
             if free and name not in stages and task.stands_on <= stages.keys() and task.constants <= done.keys():
-                stages[name] = _Stage(task.config, root, task.threads, events)
+                stages[name] = _Stage(name, arguments, task.threads, events)
 
     def end(name: str, status: int) -> None:
         if name not in done:
@@ -196,22 +195,13 @@ def train(tasks: Mapping[str, Task], root: epath.Path, say: Callable[[str], Any]
             stage.wait()
 
 
-def main() -> None:
-    """A stage's process."""
-    from medm2g_jax.data.open import source_of
-    from medm2g_jax.device import use_compilation_cache
-    from medm2g_jax.evaluate.show import ceiling, show
+def stage(config: ConfigDict, root: epath.Path) -> None:
+    """What a stage's process does; it does not return."""
     from medm2g_jax.run import open_data
-    from medm2g_jax.train.abstract import compile_ahead
-    from medm2g_jax.train.disk import worded
-    from medm2g_jax.train.log import quiet
 
     def tell(what: str, value: Any = None) -> None:
         print(SAYS + json.dumps([what, value]), flush=True)
 
-    quiet()
-    config, root = pickle.loads(base64.b64decode(sys.stdin.buffer.readline()))
-    root = epath.Path(root)
     go: queue.SimpleQueue = queue.SimpleQueue()
 
     def listen() -> None:
@@ -234,7 +224,3 @@ def main() -> None:
         print(stopped, flush=True)
     sys.stdout.flush()
     os._exit(0)  # whatever threads of libraries still wait for
-
-
-if __name__ == "__main__":
-    main()

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
 
     quiet()
     try:
-        run.run(_CONFIG.value, _WORKDIR.value)
+        run.run(_CONFIG.value, _WORKDIR.value, arguments=sys.argv[1:])
     except loop.Stopped as stopped:
         print(stopped, flush=True)
         sys.exit(128 + signal.SIGTERM)

@@ -187,14 +187,22 @@ def described(
     return "\n".join(lines)
 
 
-def run(config: ConfigDict, workdir: str | None = None, source: Source | None = None) -> epath.Path:
+def run(
+    config: ConfigDict,
+    workdir: str | None = None,
+    source: Source | None = None,
+    arguments: Sequence[str] | None = None,
+) -> epath.Path:
     """Train config.stage and, before it, what it stands on (config.upstream). Returns the run root.
 
     Args:
       source: one's own data in place of what config.data names.
+      arguments: of the command that the config comes from, where stages may train side by side (`beside`).
     """
     began = time.time()
     check(config)
+    if (own := os.environ.get(beside.STAGE)) and arguments is not None:
+        beside.stage(stage_config(config, own), epath.Path(workdir or default_workdir(config)))
     if source is not None:  # recorded as what it is: nobody shall measure this model on what config.data names instead
         config = config.copy_and_resolve_references()
         config.data.source, config.data_reason = f"{OWN}:{source.name}", "handed over in Python"
@@ -211,12 +219,18 @@ def run(config: ConfigDict, workdir: str | None = None, source: Source | None = 
         return root
     measure_compiler_options()
     with worded(root), owned(root, say):
-        _train(config, root, source, say)
+        _train(config, root, source, arguments, say)
     say(f"{config.stage}: all done in {time.time() - began:.0f} s")
     return root
 
 
-def _train(config: ConfigDict, root: epath.Path, source: Source, say: Callable[[str], Any]) -> None:
+def _train(
+    config: ConfigDict,
+    root: epath.Path,
+    source: Source,
+    arguments: Sequence[str] | None,
+    say: Callable[[str], Any],
+) -> None:
     """Train what is missing, in a run root that is this run's own."""
     first = jax.process_index() == 0
     todo = loop.plan_stages(config, root)  # again: another run may just have ended
@@ -231,9 +245,9 @@ def _train(config: ConfigDict, root: epath.Path, source: Source, say: Callable[[
 
     guess = {name: _SECONDS[graph.stages[name].verb] for name in configs}
     plan = {name: {*graph.plan(name)} - {name} for name in graph.plan(config.stage)}
-    if beside.pays(config, len(plan)):
+    if arguments is not None and beside.pays(config, len(plan)):
         vaes = {name for name in plan if graph.stages[name].verb == "vae"}
-        beside.train(beside.tasks(configs, plan, vaes, guess), root, say)
+        beside.train(beside.tasks([*configs], plan, vaes, guess), arguments, root, say)
     else:
         _one_by_one(configs, guess, root, data, say)
     truncated = data.tokenizers.truncated if data.tokenizers else {}

@@ -107,6 +107,7 @@ def test_killed_several_times_ends_with_the_same_bits(uninterrupted, tmp_path, t
     process = start(root)
     out, _ = process.communicate(timeout=400)
     assert process.returncode == 0, out[-3000:]
+    assert f"{root / 'owner.json'}: taken over from process " in out and not list(root.glob("owner.json*"))
     assert re.search("== (align_text_xray|image_vae) .*, beside (align_text_xray|image_vae)", said), said
     for stage in ("image_vae", "align_text_xray", STAGE):
         whole, pieces = final_state(uninterrupted, stage), final_state(root, stage)
@@ -132,7 +133,7 @@ def test_a_terminated_run_saves_and_resumes(tmp_path, uninterrupted):
 
 
 def test_of_two_runs_in_one_folder_the_second_says_who_has_it(uninterrupted, tmp_path):
-    """Started while the first one trains, it ends at once and touches nothing; killed, the first leaves no obstacle."""
+    """Started while the first one trains, it ends at once and touches nothing."""
     root = tmp_path / "run"
     shutil.copytree(uninterrupted, root)
     shutil.rmtree(root / STAGE)
@@ -145,10 +146,6 @@ def test_of_two_runs_in_one_folder_the_second_says_who_has_it(uninterrupted, tmp
     assert "since 20" in line and "Traceback" not in out and first.poll() is None
     first.send_signal(signal.SIGKILL)
     first.communicate()
-    third = start(root)  # eight steps in all: done by now
-    out, _ = third.communicate(timeout=200)
-    assert third.returncode == 0 and f"taken over from process {first.pid} on" in out, out[-3000:]
-    assert not (root / "owner.json").exists() and not list(root.glob("owner.json*"))
 
 
 def test_training_goes_on_only_from_what_a_stage_stands_on(uninterrupted, tmp_path):
