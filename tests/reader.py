@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from test_convert_text import TEXT, compvis, optimus_state
 from test_text_unet import torch_text_unet
 
+from medm2g_jax.convert import captions
 from medm2g_jax.data.phantom.render import Phantom
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.modality import MODALITIES
@@ -94,11 +95,13 @@ def _weights(root: Path) -> None:
     """Published layouts at small width, of random weights, under the names that docs/weights.md has."""
     import transformers
 
-    words = ["findings : no mass . heart size is normal .", "impression : effusion in the left lower lung ."]
-    tokenizers = Tokenizers.train(words, root / "tokenizers", 600)
+    tokenizers = Tokenizers.train(captions.captions(300), root / "tokenizers", published.VOCAB)
     parts = published.diffusers_folder(root / "sd")
     save_file(published.compvis_state(parts), root / "v1-5-pruned-emaonly.safetensors")
-    published.clip(tokenizers.sizes["clip"]).save_pretrained(root / "CLIP_VIT_L_14_FOLDER")
+    clip = published.clip(tokenizers.sizes["clip"])
+    tower = {k.removeprefix("text_model."): v for k, v in parts["text_encoder"].state_dict().items()}
+    clip.text_model.load_state_dict(tower, strict=False)  # as SD-1.5 has CLIP's
+    clip.save_pretrained(root / "CLIP_VIT_L_14_FOLDER")
     text = oracles.scramble(torch_text_unet(**TEXT | dict(latent=24)), 5)
     state = {f"model.diffusion_model.unet_text.{k}": v for k, v in compvis(text, "text").items()}
     time = {k: state.pop(k) for k in [*state] if k.startswith("model.diffusion_model.unet_text.time_embed.")}

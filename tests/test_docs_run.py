@@ -1,7 +1,8 @@
 """What README and docs print is typed here as it stands there, in the order of each page: slow, so `full`.
 
-The model is the one in the box. What a page leaves to the reader is written by tests/reader.py or stands in ALIKE; what
-takes minutes is made smaller by LESS and `small`; what is not typed stands in LEFT, each with its reason.
+The model is the one in the box, and every command a process of its own, compiled as users have it. What a page leaves
+to the reader is written by tests/reader.py or stands in ALIKE; what takes minutes is made smaller by LESS and SMALL;
+what is not typed stands in LEFT, each with its reason.
 """
 
 import os
@@ -17,82 +18,73 @@ import reader
 from test_docs import PAGES, ROOT, commands
 
 import medm2g_jax
-from medm2g_jax import cli, config
-from medm2g_jax.main import read_config
+from medm2g_jax import cli
 
 pytestmark = pytest.mark.full
 
 ALIKE = {"RUN": "phantom", "RUN_OR_W": "phantom", "runs/phantom-tiny": "phantom"}
 ALIKE |= {f"manifest:{name}": "manifest:XRAY" for name in ("IU_XRAY", "CHEXPERT", "RSNA")}
 LESS = {"evaluate": ("--rows", "8"), "audit": ("--rows", "8")}
+SMALL = {r"regression=\d+": "regression=10", r"steps=\d+": "steps=5", r"base=1\d+": "base=100", r"asked=\d+": "asked=8"}
 LEFT = {
     "demo": "tests/test_demo.py drives its page",
     "--topology": "needs the TPU compiler of `make plan-env`; tests/test_plan.py and test_sweep.py have the rest",
     "pytest": "a test",
 }
-# Of `make` and `pip`, CI types the one and tests/test_packaging.py the other. Of a training the config is made, and
-# the plan where that needs no other run; tests/test_end_to_end.py and test_alone.py train.
+# Of `make` and `pip`, CI types the one and tests/test_packaging.py the other. Of a training the plan is made;
+# tests/test_end_to_end.py and test_alone.py train.
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     root = tmp_path_factory.mktemp("reader")
     reader.write(root)
-    (root / "configs").symlink_to(ROOT / "configs")
+    shutil.copytree(ROOT / "configs", root / "configs")
+    tasks = (root / "configs" / "tasks.py").read_text()
+    for large, less in SMALL.items():
+        assert re.search(large, tasks)
+        tasks = re.sub(large, less, tasks)
+    (root / "configs" / "tasks.py").write_text(tasks)
     return root
 
 
 @pytest.fixture
 def desk(written, tmp_path, monkeypatch):
     """A folder in which what the pages name lies, for one page."""
-    shutil.copytree(written, tmp_path / "desk", symlinks=True)
+    shutil.copytree(written, tmp_path / "desk", copy_function=os.link)
     monkeypatch.chdir(tmp_path / "desk")
-    monkeypatch.setattr(config, "tasks_config", small(config.tasks_config))
     return tmp_path / "desk"
 
 
-def small(tasks_config):
-    def of(*what):
-        made = tasks_config(*what)
-        made.regression = min(made.regression, 20)
-        if made.readers:
-            made.readers = dict(made.readers.to_dict(), base=min(made.readers.base, 100), asked=8, steps=5)
-        return made
-
-    return of
-
-
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda p: p.stem)
-def test_a_page_s_commands(desk, monkeypatch, page):
+def test_a_page_s_commands(desk, page):
     for env, words in commands(page):
-        with monkeypatch.context() as own:
-            for name, value in env.items():
-                own.setenv(name, value)
-            run(words)
+        typed(words, **env)
 
 
-def run(words: list[str]) -> None:
+def typed(words: list[str], **env: str) -> None:
     """Type a command."""
-    print("$", shlex.join(words), flush=True)
     words = [ALIKE.get(word, word) for word in words]
+    print("$", shlex.join(words), flush=True)
     if left := [why for what, why in LEFT.items() if any(word.partition("=")[0] == what for word in words)]:
         print("not typed:", *left, flush=True)
         return
     if words[0] == "python":
-        own = [word for word in words if word.startswith("--config")]
-        assert read_config(own).stage
-        if not any("upstream_dirs" in word or "finetune" in word for word in words):
-            cli.main(["plan", *(word for word in words[3:] if word.startswith(("--config", "--workdir")))])
-        return
+        words = ["medm2g", "plan", *(word for word in words if word.startswith(("--config", "--workdir")))]
     verb = words[1]
     if verb == "prepare" and "--out" in words:
         shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
     for word in ("out", "OUT", "results", "audit"):  # which another command has written
         shutil.rmtree(word, ignore_errors=True)
-    try:
-        cli.main([*words[1:], *LESS.get(verb, ())])
-    except SystemExit as left:  # 3: done, and something is to be looked at
-        assert left.code in (0, None, cli.SEEN), words
+    done = process("-m", "medm2g_jax", *words[1:], *LESS.get(verb, ()), **env)
+    print(done.stdout, done.stderr[-3000:], flush=True)
+    assert done.returncode in (0, cli.SEEN), done.stderr[-3000:]  # 3: done, and something is to be looked at
+
+
+def process(*words: str, **env: str) -> subprocess.CompletedProcess:
+    known = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    known |= dict(env, PYTHONPATH=str(Path(medm2g_jax.__file__).parents[1]))
+    return subprocess.run([sys.executable, *words], env=known, capture_output=True, text=True)
 
 
 # What a page's lines of Python stand on, and what is asked of them.
@@ -141,6 +133,5 @@ def test_a_page_s_lines_of_python(desk, page):
     """In one process, top to bottom."""
     program = python(page).replace("runs/phantom-tiny", "phantom")
     Path("page.py").write_text(f"{BEFORE.get(page.stem, '')}{program}{AFTER.get(page.stem, '')}")
-    env = dict(os.environ, PYTHONPATH=str(Path(medm2g_jax.__file__).parents[1]))
-    done = subprocess.run([sys.executable, "page.py"], env=env, capture_output=True, text=True)
+    done = process("page.py")
     assert done.returncode == 0, done.stderr[-2000:]
