@@ -283,6 +283,8 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
                         "was trained on")  # fmt: skip
     parser.add_argument("--rows", type=int, help="test subjects; default all, at most the config's")
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--regression", type=int, metavar="STEPS", help="of the regression and of the pix2pix beside "
+                        "images made from others; 0 for none; default the config's")  # fmt: skip
     parser.add_argument("--out", default="", metavar="DIR", help="for the figures as JSON, CSV and Markdown, and "
                         "pictures, row by row: stopped, the same command goes on; default evaluation.json beside the "
                         "result")  # fmt: skip
@@ -305,10 +307,17 @@ def _evaluate(args: argparse.Namespace) -> int:
     config = runpy.run_path(path)["get_config"](words)
     if config.paper:
         print(f"the paper, {config.task}: {config.paper}", flush=True)
-    if not (config.findings or config.synthesis or config.reports or config.sets or config.readers):
+    if config.published:
+        print(f"published, {config.task}: {config.published}", flush=True)
+    if not any(config[name] for name in ("findings", "synthesis", "reports", "sets", "joint", "space", "readers")):
         return 0
-    named = [("--config", args.config), ("--data", args.data), ("--rows", args.rows), ("--seed", args.seed)]
-    typed = ["medm2g", "evaluate", f"--model={args.model}", *(f"{name}={value}" for name, value in named if value)]
+    if args.regression is not None:
+        if args.regression < 0:
+            raise UserError(f"--regression {args.regression}: expected steps, or 0 for none")
+        config.regression = args.regression
+    named = [(f"--{name}", vars(args)[name]) for name in ("config", "data", "rows", "seed", "regression")]
+    own = [f"{name}={value}" for name, value in named if value not in (None, "")]
+    typed = ["medm2g", "evaluate", f"--model={args.model}", *own]
     try:
         measure(
             args.model,
@@ -322,6 +331,10 @@ def _evaluate(args: argparse.Namespace) -> int:
             cleaning=config.cleaning,
             sets=config.sets,
             readers=dict(config.readers),
+            joint=config.joint,
+            space=config.space,
+            protocols=config.protocols,
+            published=config.published or (config.paper and f"the paper: {config.paper}"),
             data=args.data,
             out=args.out,
             most=config.rows,

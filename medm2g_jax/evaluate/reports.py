@@ -15,7 +15,7 @@ from medm2g_jax.data.source import Source, labeller
 from medm2g_jax.evaluate.baselines import constant_report, nearest_report
 from medm2g_jax.evaluate.figures import Figure
 from medm2g_jax.evaluate.judge import NEAREST
-from medm2g_jax.evaluate.metrics import report_figures, text_figures
+from medm2g_jax.evaluate.metrics import public_figures, report_figures, text_figures
 from medm2g_jax.evaluate.rows import Row
 from medm2g_jax.evaluate.samples import samples
 from medm2g_jax.inference import Model
@@ -34,12 +34,14 @@ def reports_from(
     *,
     row: Row,
     cleaning: str,
+    protocols: Sequence[str] = (),
 ) -> list[Figure]:
     """Figures of reports made from the one stream `given`, of `rows` test records that have both.
 
     Args:
       row: measures each row, or takes it up (`rows.Rows`).
       cleaning: of both texts, a row of `data.clean.CLEANINGS`.
+      protocols: public evaluators whose figures are wanted as well; they take the texts as they are.
     """
     (image,) = given
     held = read_streams(source, (image, text), "test", rows, seed)
@@ -54,6 +56,8 @@ def reports_from(
             made = answer()
             figures = report_figures(name, real, made, cleaning, seed=seed)
             own = [f for f in figures if f.task == name or name == task]  # what it says of the real ones is said once
+            for protocol in protocols:
+                own += public_figures(protocol, name, real, made, seed=seed)
             return own + text_figures(name, real, made, reads, seed=seed)
 
         out.extend(row(name if name.startswith(task) else f"{task}: {name}", measured))

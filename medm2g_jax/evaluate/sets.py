@@ -2,7 +2,8 @@
 
 Measured on the same test records: how near the set of what is made from their reports is to the set of real ones, by
 every metric of features, beside what the same flow makes of nothing and real training images, which a model cannot be
-expected to pass; and how much four draws of one report differ, beside real images of different subjects.
+expected to pass; how well each fits its report, by the model's own encoders; and how much
+four draws of one report differ, beside real images of different subjects.
 """
 
 import functools
@@ -10,15 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from etils import epath
+from PIL import Image
 
 from medm2g_jax.data.pipeline import read_streams
 from medm2g_jax.data.source import Source
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate import extractors
 from medm2g_jax.evaluate.figures import Figure
-from medm2g_jax.evaluate.metrics import METRICS, feature_figures
+from medm2g_jax.evaluate.metrics import METRICS, feature_figures, figures_of
 from medm2g_jax.evaluate.metrics.image import scales_in
-from medm2g_jax.evaluate.pictures import grid
+from medm2g_jax.evaluate.pictures import grid, to_uint8
 from medm2g_jax.evaluate.rows import Row
 from medm2g_jax.evaluate.samples import samples
 from medm2g_jax.evaluate.synthesis import task_words
@@ -28,6 +30,7 @@ from medm2g_jax.modality import MODALITIES, split_stream, stream_word
 DRAWS = 4
 Features = Callable[[np.ndarray], np.ndarray]
 SHOWN = 8
+BENCH, BENCHED = "chexgenbench", ("inception", "rad_dino")  # a protocol, and what it has features of
 
 
 def as_sets(
@@ -39,6 +42,7 @@ def as_sets(
     seed: int,
     *,
     row: Row,
+    protocols: Sequence[str] = (),
     sheet: epath.Path | None = None,
 ) -> list[Figure]:
     """Figures of `target` made from the streams `given`, of `rows` test records that have them. Extractors are the
@@ -47,6 +51,7 @@ def as_sets(
 
     Args:
       row: measures each row, or takes it up (`rows.Rows`).
+      protocols: ("chexgenbench",): features are of what that benchmark makes of images, where it has them.
       sheet: a picture of the first ones to write.
     """
     held = read_streams(source, (*given, target), "test", rows, seed)
@@ -60,11 +65,20 @@ def as_sets(
     if train and len(train[target]) == rows:
         beside[f"real training {stream_word(target)}"] = lambda: np.stack(train[target])
     out = []
-    for extractor, features in _extractors(model, target):
+    if all(split_stream(s)[0] in model.givable for s in (*given, target)):
+        vectors = functools.cache(
+            lambda: [model.embedded(s, model.ids(v) if isinstance(v, list) else v) for s, v in asked.items()]
+        )
+        for name, images in (*list(beside.items())[:2], (f"real {stream_word(target)}", lambda: x)):
+            near = lambda name=name, images=images: figures_of(  # noqa: E731
+                "partners", name, vectors(), model.embedded(target, images()), seed=seed
+            )
+            out += row(f"{task}: {name} beside what is given", near)
+    for extractor, features, protocol in _extractors(model, target, protocols):
         real = functools.cache(functools.partial(features, x))
 
-        def measure(name: str, extractor=extractor, features=features, real=real) -> list[Figure]:
-            return feature_figures(name, real(), features(beside[name]()), extractor, seed=seed)
+        def measure(name: str, extractor=extractor, features=features, real=real, how=protocol) -> list[Figure]:
+            return feature_figures(name, real(), features(beside[name]()), extractor, seed=seed, protocol=how)
 
         for name in beside:
             out += row(f"{task}: {name} @{extractor}", functools.partial(measure, name))
@@ -85,9 +99,15 @@ def as_sets(
     return out + row(f"{task}: {DRAWS} draws", draws)
 
 
-def _extractors(model: Model, target: str) -> Iterator[tuple[str, Features]]:
-    """(name, features of images in [-1, 1]); what has no weights is left out, and said."""
-    yield "ours", functools.partial(model.embedded, target)
+def at_299(images: np.ndarray) -> np.ndarray:
+    """As CheXGenBench brings images to its extractors: 299 x 299, by PIL's bilinear rule, in 256 levels."""
+    small = [Image.fromarray(to_uint8(one[..., 0])).resize((299, 299), Image.Resampling.BILINEAR) for one in images]
+    return np.stack(small).astype(np.float32)[..., None] / 127.5 - 1
+
+
+def _extractors(model: Model, target: str, protocols: Sequence[str]) -> Iterator[tuple[str, Features, str]]:
+    """(name, features of images in [-1, 1], protocol); what has no weights is left out, and said."""
+    yield "ours", functools.partial(model.embedded, target), "features"
     for name, own in extractors.EXTRACTORS.items():
         if own.reads(MODALITIES[split_stream(target)[0]]):
             try:
@@ -95,4 +115,7 @@ def _extractors(model: Model, target: str) -> Iterator[tuple[str, Features]]:
             except UserError as why:
                 print(f"  FID @{name} and its kin are left out: {why}", flush=True)
             else:
-                yield name, loaded.features
+                if BENCH in protocols and name in BENCHED:
+                    yield name, lambda images, of=loaded.features: of(at_299(images)), BENCH
+                else:
+                    yield name, loaded.features, "features"

@@ -141,6 +141,7 @@ METRICS: dict[str, Metric | OfSets] = {
     },
     "ROUGE-L": Metric("words", words.rouge_l, "words, none"),
     "CIDEr": Metric("words", words.cider, "words, none"),
+    "BLEU-2, rexrank": Metric("rexrank", words.rexrank_bleu, "rexrank"),
     "words a report": Metric("words", words.lengths, "words, none", higher=None),
     "distinct reports": OfSets("words", words.distinct, "words, none"),
     "finding F1": Metric("findings", text.fact_counts, "findings", text.micro_f1),
@@ -208,10 +209,17 @@ def text_figures(
     return figures + (figures_of("findings", task, real, made, labeller, **options) if labeller else [])
 
 
-def feature_figures(task: str, real: Any, made: Any, extractor: str, *, seed: int) -> list[Figure]:
+def feature_figures(
+    task: str, real: Any, made: Any, extractor: str, *, seed: int, protocol: str = "features"
+) -> list[Figure]:
     """Sets of features (n d) by every metric of them, with the extractor's name: "ours" of `Model.embed`. What cannot
     be measured is left out, and said."""
-    return _what_can_be("features", task, f" @{extractor}", real, made, seed=seed)
+    return _what_can_be("features", task, f" @{extractor}", real, made, seed=seed, protocol=protocol)
+
+
+def public_figures(of: str, task: str, real: Any, made: Any, *more: Any, seed: int, **fields: Any) -> list[Figure]:
+    """As a public evaluator has it, by its name. What cannot be measured is left out, and said."""
+    return _what_can_be(of, task, "", real, made, *more, seed=seed, **fields)
 
 
 def report_figures(task: str, real: Sequence[str], made: Sequence[str], cleaning: str, *, seed: int) -> list[Figure]:
@@ -229,12 +237,12 @@ def report_figures(task: str, real: Sequence[str], made: Sequence[str], cleaning
     return figures + [METRICS[name].figure(f"{task}, the real ones", name, a, a, **how) for name in beside]
 
 
-def _what_can_be(of: str, task: str, suffix: str, real: Any, made: Any, **how: Any) -> list[Figure]:
+def _what_can_be(of: str, task: str, suffix: str, real: Any, made: Any, *more: Any, **how: Any) -> list[Figure]:
     out = []
     for name, metric in METRICS.items():
         if metric.of == of:
             try:
-                out.append(metric.figure(task, name + suffix, real, made, **how))
+                out.append(metric.figure(task, name + suffix, real, made, *more, **how))
             except UserError as why:
                 print(f"  {task}: {name}{suffix} is left out: {why}", flush=True)
     return out
