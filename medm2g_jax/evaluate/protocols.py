@@ -145,6 +145,12 @@ PROTOCOLS: dict[str, Protocol] = {
         "trained",
         interval="as features",
     ),
+    "niqe": Protocol(
+        judge="blocks of 96 x 96 beside those of the images named after @: the training images, or the authors' "
+        "photographs; as BasicSR 1.4.2 has it",
+        resize="at the model's size, in 256 levels",
+        interval=_BOOTSTRAP,
+    ),
     "maps": Protocol(
         judge="the maps of an extractor, named after @; LPIPS without learnt weights: channels as unit vectors, "
         "squared distance, averaged over pixels, summed over maps",

@@ -2,8 +2,8 @@
 
 Measured on the same test records: how near the set of what is made from their reports is to the set of real ones, by
 every metric of features, beside what the same flow makes of nothing and real training images, which a model cannot be
-expected to pass; how well each fits its report, by the model's own encoders; and how much
-four draws of one report differ, beside real images of different subjects.
+expected to pass; how well each fits its report, by the model's own encoders; NIQE, of
+images that are large enough; and how much four draws of one report differ, beside real images of different subjects.
 """
 
 import functools
@@ -13,12 +13,13 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from medm2g_jax.config import weights_folder
 from medm2g_jax.data.pipeline import read_streams
 from medm2g_jax.data.source import Source
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate import extractors
 from medm2g_jax.evaluate.figures import Figure
-from medm2g_jax.evaluate.metrics import METRICS, feature_figures, figures_of
+from medm2g_jax.evaluate.metrics import METRICS, feature_figures, figures_of, natural
 from medm2g_jax.evaluate.metrics.image import scales_in
 from medm2g_jax.evaluate.pictures import grid, to_uint8
 from medm2g_jax.evaluate.rows import Row
@@ -83,6 +84,13 @@ def as_sets(
         for name in beside:
             out += row(f"{task}: {name} @{extractor}", functools.partial(measure, name))
 
+    for whose, pristine in _pristine(x, train.get(target, [])):
+        for name, images in (*beside.items(), (f"real {stream_word(target)}", lambda: x)):
+            sharp = lambda name=name, images=images, whose=whose, pristine=pristine: [  # noqa: E731
+                METRICS["NIQE"].figure(name, f"NIQE @{whose}", x, images(), pristine(), seed=seed)
+            ]
+            out += row(f"{task}: {name}, NIQE @{whose}", sharp)
+
     def draws() -> list[Figure]:
         drawn, some = [draw(i) for i in range(DRAWS)], []
         if (scales := scales_in(*x.shape[1:3])) > 1:
@@ -103,6 +111,23 @@ def at_299(images: np.ndarray) -> np.ndarray:
     """As CheXGenBench brings images to its extractors: 299 x 299, by PIL's bilinear rule, in 256 levels."""
     small = [Image.fromarray(to_uint8(one[..., 0])).resize((299, 299), Image.Resampling.BILINEAR) for one in images]
     return np.stack(small).astype(np.float32)[..., None] / 127.5 - 1
+
+
+def _pristine(x: np.ndarray, train: Sequence[np.ndarray]) -> Iterator[tuple[str, Callable[[], natural.Pristine]]]:
+    """(whose, what NIQE compares with): training images, and photographs where their file is; nothing of images that
+    are too small for it, which is said."""
+    h, w = x.shape[1:3]
+    if (h // natural.BLOCK) * (w // natural.BLOCK) < 2:
+        print(f"  NIQE is left out: images of {h} x {w} pixels do not hold two blocks of {natural.BLOCK}", flush=True)
+        return
+    if len(train):
+        yield "training images", functools.cache(lambda: natural.fitted(np.stack(train)))
+    file = epath.Path(weights_folder() or ".") / "niqe_pris_params.npz"
+    if weights_folder() and file.exists():
+        yield "photographs", functools.cache(lambda: natural.published(str(file)))
+    else:
+        where = "the folder that MEDM2G_SD_WEIGHTS names"
+        print(f"  NIQE @photographs is left out: it wants niqe_pris_params.npz of BasicSR in {where}", flush=True)
 
 
 def _extractors(model: Model, target: str, protocols: Sequence[str]) -> Iterator[tuple[str, Features, str]]:
