@@ -14,7 +14,7 @@ from medm2g_jax.data.pipeline import read_streams
 from medm2g_jax.data.source import Source, labeller
 from medm2g_jax.evaluate.baselines import constant_report, nearest_report
 from medm2g_jax.evaluate.figures import Figure
-from medm2g_jax.evaluate.judge import NEAREST
+from medm2g_jax.evaluate.judge import NEAREST, ahead
 from medm2g_jax.evaluate.metrics import public_figures, report_figures, text_figures
 from medm2g_jax.evaluate.rows import Row
 from medm2g_jax.evaluate.samples import samples
@@ -76,4 +76,6 @@ def reports_from(
     vectors = lambda some: model.embedded(image, some)  # noqa: E731
     near = lambda: nearest_report(train[text], vectors(np.stack(train[image])), vectors(x))  # noqa: E731
     add(f"{task}{NEAREST}", near)
+    for sentence in ahead(out):
+        print(f"  {sentence}", flush=True)
     return out

@@ -100,7 +100,8 @@ def as_sets(
                 some.append(METRICS[name].figure(who, name, images, seed=seed))
         if sheet is not None:
             shown = {"real": x, **{f"made, draw {i + 1}": images for i, images in enumerate(drawn)}}
-            grid(sheet, [(name, list(images[:SHOWN])) for name, images in shown.items()], title=task)
+            captions = next((v[:SHOWN] for v in asked.values() if isinstance(v, list)), ())
+            grid(sheet, [(name, list(images[:SHOWN])) for name, images in shown.items()], captions, task)
             print(sheet, flush=True)
         return some
 
