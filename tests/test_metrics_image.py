@@ -216,7 +216,7 @@ def test_one_pair_of_images_and_unlike_numbers():
     renamed = METRICS["PSNR dB, syndiff"].figure("T1 -> T2", "PSNR dB", real, made, seed=0)
     with pytest.raises(UserError, match="protocol 'syndiff'.*protocol 'range1'"):
         difference(renamed, other)
-    # Of [-1, 1] with the range of [0, 1] it is 6 dB less; with the greatest real value for the range, as far as that is.
+    # Of [-1, 1] with the range of [0, 1] it is 6 dB less; with the greatest real value for the range as much as that.
     usual = METRICS["PSNR dB"](real, made)
     assert usual - peak_signal_noise_ratio(real, made, data_range=1) == pytest.approx(20 * np.log10(2), abs=1e-9)
     x, y = (real + 1) / 2, (made + 1) / 2

@@ -86,9 +86,14 @@ def as_sets(
 
     for whose, pristine in _pristine(x, train.get(target, [])):
         for name, images in (*beside.items(), (f"real {stream_word(target)}", lambda: x)):
-            sharp = lambda name=name, images=images, whose=whose, pristine=pristine: [  # noqa: E731
-                METRICS["NIQE"].figure(name, f"NIQE @{whose}", x, images(), pristine(), seed=seed)
-            ]
+
+            def sharp(name=name, images=images, whose=whose, pristine=pristine) -> list[Figure]:
+                try:
+                    return [METRICS["NIQE"].figure(name, f"NIQE @{whose}", x, images(), pristine(), seed=seed)]
+                except UserError as why:
+                    print(f"  {name}: NIQE @{whose} is left out: {why}", flush=True)
+                    return []
+
             out += row(f"{task}: {name}, NIQE @{whose}", sharp)
 
     def draws() -> list[Figure]:
