@@ -46,8 +46,7 @@ def noise(seed: int, blur: float) -> np.ndarray:
     return np.float32(np.clip(x / np.abs(x).max(), -1, 1))[..., None]
 
 
-@pytest.fixture
-def figures(monkeypatch, tmp_path):
+def test_what_fits_its_report_and_what_is_sharp(monkeypatch, tmp_path, capsys):
     """Made of a text: its image, rougher; of nothing: anybody's."""
     monkeypatch.delenv("MEDM2G_SD_WEIGHTS", raising=False)
 
@@ -62,10 +61,7 @@ def figures(monkeypatch, tmp_path):
         Greys(), Drawn(), ("text",), "ct", ROWS, 0, row=row, sheet=sheet, protocols=("chexgenbench",)
     )
     assert sheet.exists()
-    return {(f.task, f.metric): f for f in found}
-
-
-def test_what_fits_its_report_and_what_is_sharp(figures, capsys):
+    figures = {(f.task, f.metric): f for f in found}
     near = {task: f.value for (task, metric), f in figures.items() if metric == "cosine with its source @ours"}
     assert near["real CT"] == pytest.approx(1) and near["real CT"] > near["report -> CT"] > near["nothing -> CT"]
     sharp = {task: f.value for (task, metric), f in figures.items() if metric == "NIQE @training images"}
