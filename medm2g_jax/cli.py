@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import runpy
 import shlex
 import sys
 import time
@@ -283,8 +282,6 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
                         "was trained on")  # fmt: skip
     parser.add_argument("--rows", type=int, help="test subjects; default all, at most the config's")
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--regression", type=int, metavar="STEPS", help="of the regression and of the pix2pix beside "
-                        "images made from others; 0 for none; default the config's")  # fmt: skip
     parser.add_argument("--out", default="", metavar="DIR", help="for the figures as JSON, CSV and Markdown, and "
                         "pictures, row by row: stopped, the same command goes on; default evaluation.json beside the "
                         "result")  # fmt: skip
@@ -296,27 +293,22 @@ def _evaluate(args: argparse.Namespace) -> int:
     from medm2g_jax.data.write import check_writable
     from medm2g_jax.evaluate.measure import measure
     from medm2g_jax.limits import check_sampling
-    from medm2g_jax.main import config_file
+    from medm2g_jax.main import parse
     from medm2g_jax.train.log import quiet
 
     quiet()
     check_sampling("--{}", rows=args.rows, seed=args.seed)
     if args.out:
         check_writable(args.out)
-    path, _, words = config_file(args.config).partition(":")
-    config = runpy.run_path(path)["get_config"](words)
+    config = parse([f"--config={args.config}", *args.overrides])
     if config.paper:
         print(f"the paper, {config.task}: {config.paper}", flush=True)
     if config.published:
         print(f"published, {config.task}: {config.published}", flush=True)
     if not any(config[name] for name in ("findings", "synthesis", "reports", "sets", "joint", "space", "readers")):
         return 0
-    if args.regression is not None:
-        if args.regression < 0:
-            raise UserError(f"--regression {args.regression}: expected steps, or 0 for none")
-        config.regression = args.regression
-    named = [(f"--{name}", vars(args)[name]) for name in ("config", "data", "rows", "seed", "regression")]
-    own = [f"{name}={value}" for name, value in named if value not in (None, "")]
+    named = [("--config", args.config), ("--data", args.data), ("--rows", args.rows), ("--seed", args.seed)]
+    own = [*(f"{name}={value}" for name, value in named if value), *args.overrides]
     typed = ["medm2g", "evaluate", f"--model={args.model}", *own]
     try:
         measure(
@@ -330,7 +322,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             reported=config.reports,
             cleaning=config.cleaning,
             sets=config.sets,
-            readers=dict(config.readers),
+            readers=config.readers.to_dict(),
             joint=config.joint,
             space=config.space,
             protocols=config.protocols,
@@ -596,7 +588,13 @@ VERBS = {
         "What files say of themselves: made by medm2g_jax or not marked by it, the model's fingerprint, the seed. Exit "
         "status 0 if all could be read. A file without a mark may be synthetic all the same.",
     ),
-    "evaluate": Verb("measure a trained model", _evaluate_arguments, _evaluate, "Tasks are rows of configs/tasks.py."),
+    "evaluate": Verb(
+        "measure a trained model",
+        _evaluate_arguments,
+        _evaluate,
+        "Tasks are rows of configs/tasks.py; --config.FIELD=VALUE changes a field of one, as --config.regression=50.",
+        overrides=True,
+    ),
     "audit": Verb(
         "does a model give back the people it was trained on",
         _audit_arguments,

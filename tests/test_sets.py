@@ -49,6 +49,7 @@ def noise(seed: int, blur: float) -> np.ndarray:
 def test_what_fits_its_report_and_what_is_sharp(monkeypatch, tmp_path, capsys):
     """Made of a text: its image, rougher; of nothing: anybody's."""
     monkeypatch.delenv("MEDM2G_SD_WEIGHTS", raising=False)
+    monkeypatch.setattr(sets, "DRAWS", 2)
 
     def samples(model, given, make, count, seed):
         whose = [int(text.split()[1]) for text in given["text"]] if given else range(100, 100 + count)
