@@ -7,8 +7,8 @@ import pytest
 from scipy.stats import wilcoxon
 
 from medm2g_jax.data.phantom.render import Phantom
+from medm2g_jax.evaluate import extractors, table
 from medm2g_jax.evaluate import judge as judging
-from medm2g_jax.evaluate import table
 from medm2g_jax.evaluate.figures import Figure
 from medm2g_jax.evaluate.judge import NEAREST, PAIRED, Judge, ahead
 from medm2g_jax.evaluate.metrics import METRICS, published
@@ -96,6 +96,19 @@ def test_what_public_evaluators_make_of_it(source, capsys):
     part = Judge(Blind(), source, ("ct",), "mri:t2", 4, 0, np.zeros((1, 32, 32, 1)), protocols=("synthrad2025",))
     assert not any("synthrad" in f.metric for f in part.figures("CT -> T2", part.x))
     assert "synthrad2025 is left out: relative signal, not HU" in capsys.readouterr().out
+
+
+def test_perceptual_distance_is_there_where_an_extractor_is(source, monkeypatch):
+    two = lambda x: [np.concatenate([x, 1 - x], -1)]  # noqa: E731
+    monkeypatch.setattr(extractors, "there", lambda modality: ["xrv"] if modality.name == "ct" else [])
+    monkeypatch.setattr(extractors, "load", lambda name: extractors.Loaded(two, None))
+    judge = Judge(Blind(), source, ("mri:t2",), "ct", 6, 0, np.zeros((1, 32, 32, 1)))
+    same, other = (
+        next(f for f in judge.figures("T2 -> CT", x) if f.metric == "perceptual distance @xrv")
+        for x in (judge.x, -judge.x)
+    )
+    assert same.value == pytest.approx(0, abs=1e-9) and other.value > 0.1
+    assert same.floor.what == "the mean image" and same.floor.value > 0
 
 
 def test_a_subject_of_which_a_slice_is_missing_is_no_volume(source, monkeypatch, capsys):
