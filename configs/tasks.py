@@ -8,8 +8,10 @@ images; on the phantom alone. synthesis: (what is given, what is made), images m
 was trained for it and the data hold it. regression: steps of the regression and of the pix2pix beside it (0: none).
 reports: images that reports are made from, and how both are cleaned. sets: (what is given, what is made), free samples
 as a set. readers: do generated images help who trains a network on real ones (`evaluate.downstream`): what is given and
-made, for a classifier and a segmenter, and how large the comparison is. paper: what it printed, and what keeps one from
-comparing with it; shown below the figures.
+made, for a classifier and a segmenter, and how large the comparison is. joint: (what is given, what is made together of
+it): do they show one patient? space: streams; does one find its partner in the shared space, and how far do modalities
+lie apart? protocols: public evaluators whose figures are printed beside ours. paper, published: what it, and what
+others have printed, and what keeps one from comparing; printed first, and below the figures.
 """
 
 from medm2g_jax.config import tasks_config as _get
@@ -24,6 +26,24 @@ TRANSLATION = dict(
 )
 # FID wants more test records than the shared space has features
 IMAGES = dict(sets=(("text", "xray"), ("text", "ct"), ("text", "mri")), rows=1000)
+TABLE6 = dict(
+    synthesis=(
+        (("mri:t2",), "ct"),
+        (("mri:t1",), "ct"),
+        (("mri",), "ct"),
+        (("ct",), "mri:t2"),
+        (("ct",), "mri"),
+    ),
+    protocols=("selfrdb", "syndiff"),
+    regression=800,
+)
+SELFRDB = dict(protocols=("selfrdb",), regression=800)
+
+
+def _one_from_one(pairs):
+    return tuple(((source,), target) for source, target in (pair.split() for pair in pairs.split(", ")))
+
+
 DOWNSTREAM = dict(
     readers=dict(classified=((("text",), "xray"),), segmented=((("mri:t2",), "ct"),), base=1000, asked=500, steps=200),
     rows=500,
@@ -61,6 +81,7 @@ TASKS = dict(
             (("mri:t2", "mri:pd"), "mri:t1"),
             (("mri:t1", "mri:pd"), "mri:t2"),
         ),
+        protocols=("selfrdb", "syndiff"),
         regression=800,
         paper="BraTS: T1 29.89 dB, 95.36 %; T2 30.51, 96.60. IXI: T1 32.45, 97.64; T2 34.81, 98.23. Data range and "
         "mask are not printed: they alone move PSNR by 6 dB.",
@@ -76,15 +97,8 @@ TASKS = dict(
         paper="MIMIC-CXR: FID 1.7, MS-SSIM 0.38 (called better where it is higher; among draws it is less that is more "
         "diverse); chest X-ray: FID 9.76. The extractor is not printed."
     ),
-    table6=dict(
-        synthesis=(
-            (("mri:t2",), "ct"),
-            (("mri:t1",), "ct"),
-            (("mri",), "ct"),
-            (("ct",), "mri:t2"),
-            (("ct",), "mri"),
-        ),
-        regression=800,
+    table6=TABLE6
+    | dict(
         paper="pelvis: T2 -> CT 27.45 dB, 89.23 %; T1 -> CT 26.08, 88.34; accelerated 28.13, 89.99 and 26.94, 87.23 "
         "(configs/finetune.py:mri_to_ct with config.accelerate). Data range, mask and split are not printed."
     ),
@@ -111,6 +125,69 @@ TASKS = dict(
             steps=2000,
         ),
         rows=1000,
+    ),
+    # The paper's pictures, as what can be measured of them.
+    figure4=REPORTS
+    | dict(
+        sets=(("text", "xray"), ("text", "ct")),
+        joint=((("text",), ("ct", "mri", "xray")),),
+        paper="chosen cases of reports, of images from reports, and of three modalities made together.",
+    ),
+    figure5=dict(
+        synthesis=((("mri:t2", "mri:pd"), "mri:t1"), (("mri",), "ct")),
+        sets=(("ct", "xray"),),
+        regression=800,
+        paper="chosen cases of IXI, the pelvis, and CT -> X-ray, which no round of section 3.5 trains.",
+    ),
+    figure6=TABLE6 | dict(paper="chosen cases of MRI -> CT beside other models, whose weights are not here."),
+    figure7=dict(
+        space=("text", "xray", "ct", "mri"),
+        paper="t-SNE with and without VI: two models; --config.stages.align_text_xray.loss.invariant=0 and so of the "
+        "other pairs trains the one without.",
+    ),
+    # What others measure by, and their own figures.
+    selfrdb_ixi=SELFRDB
+    | dict(
+        synthesis=_one_from_one("mri:t2 mri:t1, mri:t1 mri:t2, mri:pd mri:t1, mri:t1 mri:pd"),
+        published="SelfRDB on IXI, its README: T2 -> T1 31.63 dB, 95.64 %; T1 -> T2 31.28, 95.03; PD -> T1 31.23, "
+        "95.64; T1 -> PD 32.17, 95.15. Its split is not that of `medm2g prepare ixi`.",
+    ),
+    selfrdb_brats=SELFRDB
+    | dict(
+        synthesis=_one_from_one("mri:t2 mri:t1, mri:t1 mri:t2, mri:flair mri:t2, mri:t2 mri:flair"),
+        published="SelfRDB on BraTS 2021, its README: T2 -> T1 28.85 dB, 93.70 %; T1 -> T2 27.58, 92.99; FLAIR -> T2 "
+        "26.85, 91.66; T2 -> FLAIR 27.98, 90.01. It scales each slice by itself and scores inside a mask of "
+        "T1 above 0.1; here the subject is scaled, and the whole slice counts.",
+    ),
+    selfrdb_pelvis=SELFRDB
+    | dict(
+        synthesis=_one_from_one("mri:t2 ct, mri:t1 ct"),
+        published="SelfRDB on the pelvis (Gold Atlas), its README: T2 -> CT 29.18 dB, 93.28 %; T1 -> CT 27.55, 92.29. "
+        "Its split is not that of `medm2g prepare gold_atlas`.",
+    ),
+    synthrad2025=dict(
+        synthesis=((("mri",), "ct"),),
+        protocols=("synthrad2025",),
+        regression=800,
+        rows=100_000,  # all slices: a volume is of all that its subject has
+        published="SynthRAD2025 task 1, the best of 12 (arXiv 2605.13555): MAE 64.8 HU, PSNR about 30 dB, MS-SSIM "
+        "about 0.936, of whole volumes inside the challenge's mask; here of a subject's slices at the model's size.",
+    ),
+    chexgenbench=dict(
+        sets=(("text", "xray"),),
+        protocols=("chexgenbench",),
+        rows=5000,
+        published="CheXGenBench (arXiv 2505.10496), its README: FID by RAD-DINO of MIMIC-CXR's test set, prompts of "
+        "LLaVA-Rad: Sana 54.23, the best; RadEdit 69.70; LLM-CXR 71.24; SD-1.5 118.93. It has alignment by BioViL-T; "
+        "here the cosine by the model's own encoders. Its privacy: `medm2g audit`; its utility: the task chexpert.",
+    ),
+    rexrank=dict(
+        reports=("xray",),
+        protocols=("rexrank",),
+        rows=5000,
+        published="ReXrank on IU X-ray, results/result_iu_xray.csv @0a1fd6b: BLEU-2 0.244 CheXpertPlus (CheXpert and "
+        "MIMIC), 0.242 VLCI, 0.195 MedVersa, which its RadCliQ puts first, 0.079 GPT-4V. Of findings and impression: "
+        "prepare with --clean mimic-sections. SembScore, RadGraph, RadCliQ and GREEN need weights that are not here.",
     ),
     table9=dict(
         synthesis=((("mri:t1", "mri:t2"), "mri:pd"), (("mri:t2",), "ct")),

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import runpy
 import shlex
 import sys
 import time
@@ -294,21 +293,23 @@ def _evaluate(args: argparse.Namespace) -> int:
     from medm2g_jax.data.write import check_writable
     from medm2g_jax.evaluate.measure import measure
     from medm2g_jax.limits import check_sampling
-    from medm2g_jax.main import config_file
+    from medm2g_jax.main import parse
     from medm2g_jax.train.log import quiet
 
     quiet()
     check_sampling("--{}", rows=args.rows, seed=args.seed)
     if args.out:
         check_writable(args.out)
-    path, _, words = config_file(args.config).partition(":")
-    config = runpy.run_path(path)["get_config"](words)
+    config = parse([f"--config={args.config}", *args.overrides])
     if config.paper:
         print(f"the paper, {config.task}: {config.paper}", flush=True)
-    if not (config.findings or config.synthesis or config.reports or config.sets or config.readers):
+    if config.published:
+        print(f"published, {config.task}: {config.published}", flush=True)
+    if not any(config[name] for name in ("findings", "synthesis", "reports", "sets", "joint", "space", "readers")):
         return 0
     named = [("--config", args.config), ("--data", args.data), ("--rows", args.rows), ("--seed", args.seed)]
-    typed = ["medm2g", "evaluate", f"--model={args.model}", *(f"{name}={value}" for name, value in named if value)]
+    own = [*(f"{name}={value}" for name, value in named if value), *args.overrides]
+    typed = ["medm2g", "evaluate", f"--model={args.model}", *own]
     try:
         measure(
             args.model,
@@ -321,7 +322,11 @@ def _evaluate(args: argparse.Namespace) -> int:
             reported=config.reports,
             cleaning=config.cleaning,
             sets=config.sets,
-            readers=dict(config.readers),
+            readers=config.readers.to_dict(),
+            joint=config.joint,
+            space=config.space,
+            protocols=config.protocols,
+            published=config.published or (config.paper and f"the paper: {config.paper}"),
             data=args.data,
             out=args.out,
             most=config.rows,
@@ -583,7 +588,13 @@ VERBS = {
         "What files say of themselves: made by medm2g_jax or not marked by it, the model's fingerprint, the seed. Exit "
         "status 0 if all could be read. A file without a mark may be synthetic all the same.",
     ),
-    "evaluate": Verb("measure a trained model", _evaluate_arguments, _evaluate, "Tasks are rows of configs/tasks.py."),
+    "evaluate": Verb(
+        "measure a trained model",
+        _evaluate_arguments,
+        _evaluate,
+        "Tasks are rows of configs/tasks.py; --config.FIELD=VALUE changes a field of one, as --config.regression=50.",
+        overrides=True,
+    ),
     "audit": Verb(
         "does a model give back the people it was trained on",
         _audit_arguments,

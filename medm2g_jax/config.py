@@ -505,7 +505,8 @@ def tasks_config(words: str | None, tasks: Mapping[str, Mapping[str, Any]]) -> C
     name = words or "phantom"
     if name not in tasks:
         raise UserError(f"unknown task {name!r} after the colon of the config; tasks: {', '.join(tasks)}")
-    empty = dict(findings=False, synthesis=(), regression=0, reports=(), cleaning="none", sets=(), readers={}, paper="")
+    empty = dict(findings=False, synthesis=(), regression=0, reports=(), cleaning="none", sets=(), readers={})
+    empty |= dict(joint=(), space=(), protocols=(), paper="", published="")
     return ConfigDict(dict(task=name, rows=200, seed=0) | empty | tasks[name])
 
 

@@ -125,6 +125,18 @@ def read_config(arguments: list[str]) -> ConfigDict:
     Raises:
       UserError: no such file, word or field, or a value of another type.
     """
+    config = parse(arguments)
+    config.weights = absolute(config.weights)
+    check(config)
+    return config
+
+
+def parse(arguments: list[str]) -> ConfigDict:
+    """What a config file makes of these arguments, whatever it is of.
+
+    Raises:
+      UserError: as `read_config`.
+    """
     values, argv = flags.FlagValues(), ["medm2g", *_with_files(arguments)]
     config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True, sys_argv=argv)
     _check(argv)
@@ -132,8 +144,6 @@ def read_config(arguments: list[str]) -> ConfigDict:
         values(argv)
     except flags.Error as error:
         raise UserError(str(error).splitlines()[0]) from error
-    values.config.weights = absolute(values.config.weights)
-    check(values.config)
     return values.config
 
 

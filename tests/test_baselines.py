@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from medm2g_jax.evaluate import baselines
-from medm2g_jax.evaluate.baselines import IMAGES, Pairs, constant_report, nearest_report
+from medm2g_jax.evaluate.baselines import IMAGES, Pairs, constant_report, nearest_report, template_report
 from medm2g_jax.evaluate.metrics.image import psnr
 
 RNG = np.random.default_rng(0)
@@ -57,5 +57,8 @@ def test_every_baseline_answers_in_the_target_s_window(name):
 
 def test_reports():
     assert constant_report(["b", "a", "c", "a"], 3) == ["a", "a", "a"]
+    some = ["clear lungs . no effusion .", "no effusion. mass.", "clear lungs. big heart. no effusion.", "a mass ."]
+    assert template_report(some, 2) == 2 * ["clear lungs . no effusion ."]
+    assert template_report(["a . b .", "c .", "d .", "c . e ."], 1) == ["c ."]
     seen = np.eye(3)
     assert nearest_report(["x", "y", "z"], seen, seen[[2, 0]]) == ["z", "x"]

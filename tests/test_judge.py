@@ -1,17 +1,20 @@
 """What is measured of made images beside PSNR, and the sentence where something beats the model in it."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy.stats import wilcoxon
 
 from medm2g_jax.data.phantom.render import Phantom
+from medm2g_jax.evaluate import extractors, table
 from medm2g_jax.evaluate import judge as judging
-from medm2g_jax.evaluate import table
 from medm2g_jax.evaluate.figures import Figure
 from medm2g_jax.evaluate.judge import NEAREST, PAIRED, Judge, ahead
-from medm2g_jax.evaluate.metrics import METRICS
+from medm2g_jax.evaluate.metrics import METRICS, published
 from medm2g_jax.evaluate.metrics.intervals import signed_rank
 from medm2g_jax.inference import Model
+from medm2g_jax.modality import MODALITIES
 
 
 class Blind(Model):
@@ -74,6 +77,51 @@ def test_what_beats_the_model_in_psnr_is_said_with_what_the_two_have_beside_it(j
     assert f"**{sentence}**" in table.markdown(figures, {}) and f", p {gain.p:.1g} |" in table.markdown(figures, {})
     closer = [f for f in figures if f.metric == "MAE, lesion, paired difference"]
     assert closer[0].value < 0 and closer[0].interval[1] < 0 and closer[0].p < 0.01
+
+
+def test_what_public_evaluators_make_of_it(source, capsys):
+    """Volumes are whole subjects in the order of their records; the phantom has one slice of each."""
+    rng = np.random.default_rng(0)
+    judge = Judge(Blind(), source, ("mri:t2",), "ct", 3, 0, np.zeros((1, 32, 32, 1)), protocols=(*judging.PUBLIC,))
+    made = np.clip(judge.x + 0.1 * rng.normal(size=judge.x.shape), -1, 1)
+    of = {f.metric: f for f in judge.figures("T2 -> CT", made)}
+    hu = lambda x: MODALITIES["ct"].in_unit(x[..., 0]).astype(np.float64)  # noqa: E731
+    masks = [published.body(volume) for volume in hu(judge.x)[:, None]]
+    assert all(0.2 < mask.mean() < 0.9 and mask[0, 16, 16] for mask in masks), "lungs are inside the body"
+    errors = [np.abs(a - b)[m[0]].mean() for a, b, m in zip(hu(judge.x), hu(made), masks, strict=True)]
+    assert of["MAE HU, synthrad2025"].value == pytest.approx(np.mean(errors))
+    assert of["MAE HU, synthrad2025"].protocol == "synthrad2025, slices" and of["MS-SSIM, synthrad2025"].n == 3
+    values = published.selfrdb_psnr(judge.x, made, None, judge.subjects)
+    assert of["PSNR dB, selfrdb"].value == pytest.approx(values.mean()) and "PSNR dB, syndiff" in of
+    part = Judge(Blind(), source, ("ct",), "mri:t2", 4, 0, np.zeros((1, 32, 32, 1)), protocols=("synthrad2025",))
+    assert not any("synthrad" in f.metric for f in part.figures("CT -> T2", part.x))
+    assert "synthrad2025 is left out: relative signal, not HU" in capsys.readouterr().out
+
+
+def test_perceptual_distance_is_there_where_an_extractor_is(source, monkeypatch):
+    two = lambda x: [np.concatenate([x, 1 - x], -1)]  # noqa: E731
+    monkeypatch.setattr(extractors, "there", lambda modality: ["xrv"] if modality.name == "ct" else [])
+    monkeypatch.setattr(extractors, "load", lambda name: extractors.Loaded(two, None))
+    judge = Judge(Blind(), source, ("mri:t2",), "ct", 6, 0, np.zeros((1, 32, 32, 1)))
+    same, other = (
+        next(f for f in judge.figures("T2 -> CT", x) if f.metric == "perceptual distance @xrv")
+        for x in (judge.x, -judge.x)
+    )
+    assert same.value == pytest.approx(0, abs=1e-9) and other.value > 0.1
+    assert same.floor.what == "the mean image" and same.floor.value > 0
+
+
+def test_a_subject_of_which_a_slice_is_missing_is_no_volume(source, monkeypatch, capsys):
+    test = [r for r in source.records if r.split == "test"]
+    whose = {r.id: f"p{n // 6}" for n, r in enumerate(test)}
+    several = [dataclasses.replace(r, subject=whose.get(r.id, r.subject)) for r in source.records]
+    monkeypatch.setattr(source, "records", several)
+    of = lambda rows: Judge(Blind(), source, ("mri:t2",), "ct", rows, 0, np.zeros((1, 32, 32, 1)))  # noqa: E731
+    some = of(24)
+    (mae, *_) = some.in_volumes("T2 -> CT", np.clip(some.x + 0.1, -1, 1))
+    assert mae.n == 4 and 0 < mae.value < 0.05 * 4095
+    few = of(3)
+    assert few.in_volumes("T2 -> CT", few.x) == [] and "no subject has all its slices" in capsys.readouterr().out
 
 
 def test_the_test_is_wilcoxon_s():

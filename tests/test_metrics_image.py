@@ -216,5 +216,11 @@ def test_one_pair_of_images_and_unlike_numbers():
     renamed = METRICS["PSNR dB, syndiff"].figure("T1 -> T2", "PSNR dB", real, made, seed=0)
     with pytest.raises(UserError, match="protocol 'syndiff'.*protocol 'range1'"):
         difference(renamed, other)
+    # Of [-1, 1] with the range of [0, 1] it is 6 dB less; with the greatest real value for the range as much as that.
+    usual = METRICS["PSNR dB"](real, made)
+    assert usual - peak_signal_noise_ratio(real, made, data_range=1) == pytest.approx(20 * np.log10(2), abs=1e-9)
+    x, y = (real + 1) / 2, (made + 1) / 2
+    by_greatest = peak_signal_noise_ratio(x, y, data_range=x.max())
+    assert by_greatest - usual == pytest.approx(20 * np.log10(x.max()), abs=1e-9)
     twice = METRICS["PSNR dB"].figure("t", "PSNR dB", real, 0.5 * (made + real), seed=0)
     assert difference(twice, other) == pytest.approx(20 * np.log10(2), abs=1e-9)

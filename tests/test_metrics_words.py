@@ -40,6 +40,15 @@ def test_pycocoevalcap_s_values(seed, n, expected):
     assert [METRICS[name](real, made) for name in NAMES] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize(("seed", "n", "expected"), [(0, 40, 0.5486376707977553), (1, 7, 0.4318213945869287)])
+def test_fast_bleu_s_values(seed, n, expected):
+    """By fast-bleu 0.0.90 and by nltk 3.10's sentence_bleu, first smoothing, of CXR-Report-Metric's words."""
+    real, made = reports(seed, n)
+    assert METRICS["BLEU-2, rexrank"](real, made) == pytest.approx(expected, abs=1e-9)
+    upper = [text.upper().replace(" .", ".") for text in made]
+    assert METRICS["BLEU-2, rexrank"](real, upper) == pytest.approx(expected, abs=1e-9)
+
+
 def test_by_hand():
     # 5 of 6 words, 3 of 5 pairs, 1 of 4 threes; as long as the real one.
     real, made = ["the heart is normal in size"], ["the heart was normal in size"]

@@ -18,6 +18,6 @@ def test_every_result_says_how_it_came_and_is_on_the_page_whole(path):
     told, text = json.loads(path.read_text()), PAGE.read_text()
     for name in ("command", "model", "config", "contents", "date", "seconds", "seed", "records", "version"):
         assert told[name] not in ("", None), name
-    assert told["command"].startswith("medm2g evaluate --model=phantom ")
+    assert told["command"].startswith("medm2g evaluate --model=")
     figures = figures_in(told)
     assert figures and all(f.protocol and number(f.value) in text and f"| {f.task} |" in text for f in figures)

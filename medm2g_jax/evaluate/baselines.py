@@ -102,6 +102,20 @@ def constant_report(reports: Sequence[str], n: int) -> list[str]:
     return [str(words[counts.argmax()])] * n
 
 
+def template_report(reports: Sequence[str], n: int) -> list[str]:
+    """What most training reports say, for everyone: the sentences that half of them hold or more, those first that come
+    first; where there is none, the one that most hold."""
+    places: dict[str, list[int]] = {}
+    for report in reports:
+        held = filter(None, (sentence.strip() for sentence in report.split(".")))
+        for place, sentence in enumerate(dict.fromkeys(held)):
+            places.setdefault(sentence, []).append(place)
+    most = max(map(len, places.values()), default=0)
+    usual = [sentence for sentence, at in places.items() if len(at) >= min(len(reports) / 2, most)]
+    usual.sort(key=lambda sentence: np.mean(places[sentence]))
+    return [" . ".join(usual) + " ."] * n
+
+
 def nearest_report(
     reports: Sequence[str], seen: Float[np.ndarray, "m d"], asked: Float[np.ndarray, "n d"]
 ) -> list[str]:

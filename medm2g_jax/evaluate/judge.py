@@ -1,9 +1,12 @@
 """What is measured of images of one stream, made from others for the same test records: every metric of images; where
 the lesion is known, the error inside it; how well what was made fits what was given; what a probe reads in it.
 
-PSNR alone rewards the mean of what may be. The others do not, so that they stand beside it, on every row.
+Where published networks' weights are there, also how far it is from the truth in their maps; where the task names
+public evaluators, what they make of it. PSNR alone rewards the mean of what may be. The others do not, so that they
+stand beside it, on every row.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,16 +14,18 @@ import numpy as np
 
 from medm2g_jax.data.pipeline import read_streams, records_with
 from medm2g_jax.data.source import Source, labels, masks
+from medm2g_jax.evaluate import extractors
 from medm2g_jax.evaluate.figures import Figure, Reference
-from medm2g_jax.evaluate.metrics import METRICS, figures_of
+from medm2g_jax.evaluate.metrics import METRICS, figures_of, public_figures
 from medm2g_jax.evaluate.metrics.image import Images, decibel, squared_error
 from medm2g_jax.evaluate.metrics.intervals import bootstrap, signed_rank
+from medm2g_jax.evaluate.metrics.published import body
 from medm2g_jax.evaluate.probes import FIELDS, as_indices, finding_figures
 from medm2g_jax.inference import Model
-from medm2g_jax.modality import split_stream, stream_word
+from medm2g_jax.modality import MODALITIES, split_stream, stream_word
 
 Reads = Callable[[Images], Mapping[str, np.ndarray]]  # `probes.train_probe`'s
-PAIRED = "PSNR dB, paired difference"
+PAIRED, FAR = "PSNR dB, paired difference", "perceptual distance"
 
 
 class Judge:
@@ -29,9 +34,10 @@ class Judge:
     Args:
       mean: the mean image of training, which every figure has as its floor.
       reads: the probe of the target, where the source has exact labels.
+      protocols: public evaluators whose figures are wanted as well, of PUBLIC.
 
     Attributes:
-      x: the target's real images; `sources` those of what is given.
+      x: the target's real images; `sources` those of what is given; `subjects` whose they are.
     """
 
     def __init__(
@@ -44,12 +50,19 @@ class Judge:
         seed: int,
         mean: Images,
         reads: Reads | None = None,
+        protocols: Sequence[str] = (),
     ):
         self.model, self.target, self.seed, self._reads = model, target, seed, reads
         held = {s: np.stack(x) for s, x in read_streams(source, (*given, target), "test", rows, seed).items()}
         self.x, self.sources = held[target], {s: held[s] for s in given}
         self._mean = np.broadcast_to(mean, self.x.shape)
         indices = records_with(source, (*given, target), "test", rows, seed)
+        self.subjects = [source.records[i].subject for i in indices]
+        self._protocols, self._indices = protocols, indices
+        every = records_with(source, (*given, target), "test", len(source.records), seed)
+        self._slices = Counter(source.records[i].subject for i in every)
+        kind = MODALITIES[split_stream(target)[0]]
+        self._maps = {name: extractors.load(name).maps for name in extractors.there(kind)}
         on_grid = all(target in source.records[i].grid for i in indices)
         outline = masks(source) if on_grid else None
         self._lesion = None if outline is None else np.stack([outline(int(i), target) for i in indices])
@@ -81,7 +94,28 @@ class Judge:
             mean = self.model.embedded(self.target, self._mean) if "floor" in self._ends else None
             ends = self._ends | ({} if mean is None else {"floor": ("the mean image", [mean])})
             out += figures_of("partners", task, self._given, there, seed=self.seed, **ends)
+        for name, maps in self._maps.items():
+            floor = METRICS[FAR](self.x, self._mean, maps) if "floor" in self._ends else None
+            ends = {} if floor is None else dict(floor=Reference(floor, "the mean image"))
+            out.append(METRICS[FAR].figure(task, f"{FAR} @{name}", self.x, made, maps, seed=self.seed, **ends))
+        for name in self._protocols:
+            out += PUBLIC[name](self, task, made)
         return out + ([] if self._reads is None else self._found(task, made))
+
+    def in_volumes(self, task: str, made: Images) -> list[Figure]:
+        """As SynthRAD2025 has it, of the subjects whose slices are all among the rows, one upon the other as they stand
+        in the data set."""
+        kind, protocol = MODALITIES[split_stream(self.target)[0]], "synthrad2025, slices"
+        whose = np.asarray(self.subjects)
+        whole = [s for s in dict.fromkeys(self.subjects) if (whose == s).sum() == self._slices[s]]
+        if kind.unit != "HU" or not whole:
+            why = f"{kind.unit or 'no unit'}, not HU" if whole else "no subject has all its slices among the rows"
+            print(f"  {task}: synthrad2025 is left out: {why}", flush=True)
+            return []
+        order = np.argsort(self._indices)
+        stacks = [[kind.in_unit(x[order][whose[order] == s, ..., 0]) for s in whole] for x in (self.x, made)]
+        masks = [body(volume) for volume in stacks[0]]
+        return public_figures("synthrad2025", task, *stacks, masks, seed=self.seed, protocol=protocol)
 
     def _found(self, task: str, images: Images) -> list[Figure]:
         """What the probe reads: of records with a lesion all fields, of others whether it sees none."""
@@ -121,6 +155,14 @@ class Judge:
             p=signed_rank(gains),
         )
 
+
+PUBLIC: dict[str, Callable[[Judge, str, Images], list[Figure]]] = {
+    "syndiff": lambda judge, task, made: public_figures("syndiff", task, judge.x, made, seed=judge.seed),
+    "selfrdb": lambda judge, task, made: public_figures(
+        "selfrdb", task, judge.x, made, None, judge.subjects, seed=judge.seed
+    ),
+    "synthrad2025": Judge.in_volumes,
+}
 
 NEAREST = " of the nearest training image"  # whose report is an answer
 BESIDE = ("MAE, lesion", "cosine with its source @ours", "kind right", "lesion seen")

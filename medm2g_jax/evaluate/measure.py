@@ -15,13 +15,16 @@ from medm2g_jax.data.source import Source, labels
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate import downstream, table
 from medm2g_jax.evaluate.figures import Figure
+from medm2g_jax.evaluate.joint import jointly
+from medm2g_jax.evaluate.judge import PUBLIC
 from medm2g_jax.evaluate.phantom import Bench, labelled_source, reader
 from medm2g_jax.evaluate.reports import reports_from
 from medm2g_jax.evaluate.rows import Against, Rows, fingerprint
-from medm2g_jax.evaluate.sets import as_sets
-from medm2g_jax.evaluate.synthesis import can_synthesise, synthesis, task_words
+from medm2g_jax.evaluate.sets import BENCH, as_sets
+from medm2g_jax.evaluate.space import in_space
+from medm2g_jax.evaluate.synthesis import can_synthesise, synthesis
 from medm2g_jax.loading import BOX, load, locate, makes
-from medm2g_jax.modality import centre
+from medm2g_jax.modality import centre, split_stream, stream_word
 from medm2g_jax.train import checkpoint
 
 
@@ -38,6 +41,10 @@ def measure(
     cleaning: str = "none",
     sets: Sequence[tuple[str, str]] = (),
     readers: Mapping[str, Any] | None = None,
+    joint: Sequence[tuple[Sequence[str], Sequence[str]]] = (),
+    space: Sequence[str] = (),
+    protocols: Sequence[str] = (),
+    published: str = "",
     data: str = "",
     out: str = "",
     most: int = 200,
@@ -54,6 +61,11 @@ def measure(
       reported: image streams that reports are made from (`reports`), both cleaned by the way `cleaning`.
       sets: (stream given, stream made) of `sets`.
       readers: {"classified", "segmented": cases as those of `synthesised`}, and the fields of `downstream.Plan`.
+      joint: (streams given, streams made together) of `jointly`.
+      space: streams of `in_space`.
+      protocols: public evaluators whose figures are wanted as well: of images made from others those of `judge.PUBLIC`,
+        "rexrank" of reports, "chexgenbench" of sets.
+      published: what others have printed, to stand below the table.
       data: another data set than the model's own, as config.data.source names it.
       regression: steps of the regression and of the pix2pix beside each synthesis; 0: none.
       out: a folder for TASK.json, TASK.csv, TASK.md and, of open data, TASK_*.png, where finished rows are kept as they
@@ -76,9 +88,13 @@ def measure(
     asked = [*((synthesis, tuple(given), target) for given, target in synthesised)]
     asked += [(reports_from, (image,), text) for image in reported]
     asked += [(as_sets, (given,), target) for given, target in sets]
+    asked += [(jointly, tuple(given), tuple(make)) for given, make in joint]
+    asked += [(in_space, (), tuple(space))] if space else []
     plan, read = dict(readers or {}), (downstream.classified, downstream.segmented)
     asked += [(how, tuple(given), target) for how in read for given, target in plan.pop(how.__name__, ())]
-    trained = [case for case in asked if can_synthesise(pairs, able, *case[1:])]
+    trained = [case for case in asked if _can(pairs, able, case)]
+    for case in (case for case in asked if case not in trained):
+        print(f"{_words(case)}: left out, the model was not trained for it", flush=True)
     if not reports and not trained:
         raise UserError(
             f"{path}: `medm2g evaluate` measures what is made from reports, reports made from images, and images "
@@ -97,9 +113,9 @@ def measure(
     else:
         source = labelled_source(shared, path) if reports else source_of(shared)
     held = {case: _held(source, case) for case in trained}
-    for (_, given, target), count in held.items():
+    for case, count in held.items():
         if not count:
-            print(f"{' -> '.join(task_words(given, target))}: no test record of {source.name} holds both", flush=True)
+            print(f"{_words(case)}: no test record of {source.name} holds both", flush=True)
     if not reports and not any(held.values()):
         raise UserError(f"{source.name}: no test record holds what the task gives and makes")
     model = load(path)
@@ -108,6 +124,9 @@ def measure(
         epath.Path(out).mkdir(parents=True, exist_ok=True)
     config = dict(synthesis=synthesised, findings=findings, regression=regression, reports=reported, sets=sets)
     config |= dict(readers=dict(readers or {}))
+    # What came later is in it where it is asked for, so that rows of before it can be taken up.
+    later = dict(joint=joint, space=space, protocols=protocols)
+    config |= {name: value for name, value in later.items() if value}
     about = dict(
         task=task,
         model=model.fingerprint,
@@ -133,15 +152,18 @@ def measure(
             needed = ", ".join((*given, target))
             raise UserError(f"--rows={rows}: {source.name} holds {count} test records with {needed}")
         sheet = _sheet(out, source, f"{task}_{_plain(given, target)}")
+        of = lambda known: [p for p in protocols if p in known]  # noqa: E731
         options = {
-            synthesis: dict(regression=regression, sheet=sheet, reads=reads),
-            reports_from: dict(cleaning=cleaning),
-            as_sets: dict(sheet=sheet),
+            synthesis: dict(regression=regression, sheet=sheet, reads=reads, protocols=of(PUBLIC)),
+            reports_from: dict(cleaning=cleaning, protocols=of(("rexrank",))),
+            as_sets: dict(sheet=sheet, protocols=of((BENCH,))),
+            jointly: dict(sheet=sheet),
+            in_space: {},
             **dict.fromkeys(read, dict(plan=downstream.Plan(**plan))),
         }[how]
         how(model, source, given, target, rows or min(most, count), seed, row=row, **options)
     print(f"{row.seconds:.0f} s. {source.name}: not evidence for clinical performance.")
-    _write(row, folder, task, out)
+    _write(row, folder, task, out, published)
     if other is not None:
         print("\n  ".join(other.lines(row.figures)))
     return row.figures
@@ -149,8 +171,26 @@ def measure(
 
 def _held(source: Source, case: tuple[Any, Sequence[str], str]) -> int:
     how, given, target = case
-    needed = {target} if how is downstream.classified else {*given, target}  # which asks in words where no report is
+    if how is in_space:
+        return sum(r.split == "test" and len(set(target) & set(r.streams)) > 1 for r in source.records)
+    needed = {*given, target} if isinstance(target, str) else {*given}
+    needed = {target} if how is downstream.classified else needed  # which asks in words where no report is
     return sum(r.split == "test" and needed <= set(r.streams) for r in source.records)
+
+
+def _can(pairs: Sequence[Sequence[str]], able: Sequence[str], case: tuple[Any, Sequence[str], Any]) -> bool:
+    """Was the model trained for it? Of what is made jointly, one is guided by what is given; the rest by each other."""
+    _, given, target = case
+    if isinstance(target, str):
+        return can_synthesise(pairs, able, given, target)
+    makes_all = {split_stream(s)[0] for s in target} <= set(able)
+    return not given or (makes_all and any(can_synthesise(pairs, able, given, s) for s in target))
+
+
+def _words(case: tuple[Any, Sequence[str], Any]) -> str:
+    _, given, target = case
+    some = lambda streams: " + ".join(map(stream_word, streams))  # noqa: E731
+    return " -> ".join(filter(None, (some(given), some([target] if isinstance(target, str) else target))))
 
 
 def _sheet(out: str, source: Source, name: str) -> epath.Path | None:
@@ -158,8 +198,8 @@ def _sheet(out: str, source: Source, name: str) -> epath.Path | None:
     return epath.Path(out) / f"{name}.png" if out and source.open else None
 
 
-def _plain(given: Sequence[str], target: str) -> str:
-    return "_".join([*given, "to", target]).replace(":", "-")
+def _plain(given: Sequence[str], target: str | Sequence[str]) -> str:
+    return "_".join([*given, "to", *([target] if isinstance(target, str) else target)]).replace(":", "-")
 
 
 def _apart(source: Source, shared: Mapping[str, Any], data: str) -> None:
@@ -184,12 +224,12 @@ def _apart(source: Source, shared: Mapping[str, Any], data: str) -> None:
         )
 
 
-def _write(row: Rows, folder: epath.Path, task: str, out: str) -> None:
+def _write(row: Rows, folder: epath.Path, task: str, out: str, published: str) -> None:
     if not out:
         row.write((epath.Path.cwd() if folder.parent == BOX else folder) / "evaluation.json")
         return
     row.write(epath.Path(out) / f"{task}.json")
-    for ending, text in (("csv", table.csv(row.figures)), ("md", table.markdown(row.figures, row.record()))):
+    for ending, text in (("csv", table.csv(row.figures)), ("md", table.markdown(row.figures, row.record(), published))):
         (epath.Path(out) / f"{task}.{ending}").write_text(text)
     for ending in ("json", "csv", "md"):
         print(epath.Path(out) / f"{task}.{ending}")

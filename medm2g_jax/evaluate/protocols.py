@@ -86,6 +86,14 @@ PROTOCOLS: dict[str, Protocol] = {
         judge="as image_metrics.py of github.com/SynthRAD2025/evaluation @17cac47",
         interval="95 %, percentile bootstrap over the volumes, 1000 draws",
     ),
+    "synthrad2025, slices": Protocol(
+        data_range="as synthrad2025, after the modality's window has cut both off",
+        window="as synthrad2025, of the slices of a subject that were prepared, one upon the other; the mask is the "
+        "largest region of each real slice above -500 HU, its holes filled, and not the challenge's",
+        judge="as synthrad2025",
+        resize="at the model's size, and not on the challenge's grid",
+        interval="95 %, percentile bootstrap over the subjects, 1000 draws",
+    ),
     "pixels among draws": Protocol(
         judge="the share of pixels whose truth lies between the least and the greatest of their draws",
         resize="as range1",
@@ -100,6 +108,11 @@ PROTOCOLS: dict[str, Protocol] = {
         )
         for how in CLEANINGS
     },
+    "rexrank": Protocol(
+        judge="as run_eval.py of github.com/rajpurkarlab/CXR-Report-Metric @15a1778, which ReXrank uses: lower case, "
+        "full stops are words; BLEU-2 of each report by fast-bleu's rule, averaged",
+        interval=_BOOTSTRAP,
+    ),
     "findings": Protocol(judge="what the source's own labeller reads, micro-averaged", interval=_BOOTSTRAP),
     "gallery, own partner": Protocol(judge="cosine; the n rows; a hit is one's own partner", interval=_BOOTSTRAP),
     "gallery, same words": Protocol(judge="cosine; the n rows; a hit has the same words", interval=_BOOTSTRAP),
@@ -125,6 +138,18 @@ PROTOCOLS: dict[str, Protocol] = {
         "at once; precision, recall, density and coverage by Euclidean balls to the fifth neighbour",
         interval=f"of precision, recall and coverage {_WILSON}, of density {_BOOTSTRAP}: of the rows beside the other "
         "set as it is",
+    ),
+    "chexgenbench": Protocol(
+        judge="as features, by RAD-DINO or Inception, as metrics/fid.py of github.com/Raman1121/CheXGenBench @2f571ea",
+        resize="at the model's size, then to 299 x 299 by PIL's bilinear rule in 256 levels, then as the extractor was "
+        "trained",
+        interval="as features",
+    ),
+    "niqe": Protocol(
+        judge="blocks of 96 x 96 beside those of the images named after @: the training images, or the authors' "
+        "photographs; as BasicSR 1.4.2 has it",
+        resize="at the model's size, in 256 levels",
+        interval=_BOOTSTRAP,
     ),
     "maps": Protocol(
         judge="the maps of an extractor, named after @; LPIPS without learnt weights: channels as unit vectors, "

@@ -1,8 +1,9 @@
 """Reports made from an image (the paper's table 1): are they nearer to the true ones than what needs no generator?
 
 Measured on the same test records, words by `report_figures`, findings where the source has a labeller: the report by
-prompt and guide, and by the guide alone; beside the training report that is most frequent, the one of the nearest
-training image in the aligned space, another test subject's, and the text autoencoder, which no sample can pass.
+prompt and guide, and by the guide alone; beside the training report that is most frequent, one of the sentences that
+most of them have, the one of the nearest training image in the aligned space, another test subject's, and the text
+autoencoder, which no sample can pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,10 +13,10 @@ import numpy as np
 
 from medm2g_jax.data.pipeline import read_streams
 from medm2g_jax.data.source import Source, labeller
-from medm2g_jax.evaluate.baselines import constant_report, nearest_report
+from medm2g_jax.evaluate.baselines import constant_report, nearest_report, template_report
 from medm2g_jax.evaluate.figures import Figure
-from medm2g_jax.evaluate.judge import NEAREST
-from medm2g_jax.evaluate.metrics import report_figures, text_figures
+from medm2g_jax.evaluate.judge import NEAREST, ahead
+from medm2g_jax.evaluate.metrics import public_figures, report_figures, text_figures
 from medm2g_jax.evaluate.rows import Row
 from medm2g_jax.evaluate.samples import samples
 from medm2g_jax.inference import Model
@@ -34,12 +35,14 @@ def reports_from(
     *,
     row: Row,
     cleaning: str,
+    protocols: Sequence[str] = (),
 ) -> list[Figure]:
     """Figures of reports made from the one stream `given`, of `rows` test records that have both.
 
     Args:
       row: measures each row, or takes it up (`rows.Rows`).
       cleaning: of both texts, a row of `data.clean.CLEANINGS`.
+      protocols: public evaluators whose figures are wanted as well; they take the texts as they are.
     """
     (image,) = given
     held = read_streams(source, (image, text), "test", rows, seed)
@@ -54,6 +57,8 @@ def reports_from(
             made = answer()
             figures = report_figures(name, real, made, cleaning, seed=seed)
             own = [f for f in figures if f.task == name or name == task]  # what it says of the real ones is said once
+            for protocol in protocols:
+                own += public_figures(protocol, name, real, made, seed=seed)
             return own + text_figures(name, real, made, reads, seed=seed)
 
         out.extend(row(name if name.startswith(task) else f"{task}: {name}", measured))
@@ -69,7 +74,11 @@ def reports_from(
         print(f"  no training record holds {image} and {text}: no report to answer with", flush=True)
         return out
     add(f"{task} by the most frequent training {word}", lambda: constant_report(train[text], rows))
+    usual = lambda: template_report(train[text], rows)  # noqa: E731
+    add(f"{task} by the sentences of most training {word}s", usual)
     vectors = lambda some: model.embedded(image, some)  # noqa: E731
     near = lambda: nearest_report(train[text], vectors(np.stack(train[image])), vectors(x))  # noqa: E731
     add(f"{task}{NEAREST}", near)
+    for sentence in ahead(out):
+        print(f"  {sentence}", flush=True)
     return out

@@ -55,6 +55,7 @@ def synthesis(
     *,
     row: Row,
     regression: int = 0,
+    protocols: Sequence[str] = (),
     reads: Callable[[str], Reads] | None = None,
     sheet: epath.Path | None = None,
 ) -> list[Figure]:
@@ -63,6 +64,7 @@ def synthesis(
     Args:
       row: measures each row, or takes it up (`rows.Rows`).
       regression: steps of the regression and of the pix2pix by the flow's UNet; 0: none.
+      protocols: public evaluators whose figures are wanted as well, of `judge.PUBLIC`.
       reads: a stream's probe, where the source has exact labels.
       sheet: a picture of the worst, the median and the best case to write.
 
@@ -77,7 +79,7 @@ def synthesis(
         raise UserError(f"{source.name}: no training image of {target}, which the mean image is of")
     mean = train[target].mean(0, keepdims=True)
     read = reads and (lambda images: reads(target)(images))  # not trained where all rows are taken up
-    judge = Judge(model, source, given, target, rows, seed, mean, read)
+    judge = Judge(model, source, given, target, rows, seed, mean, read, protocols)
     x, sources, last = judge.x, judge.sources, given[-1]
     register = "trained" if share_a_grid(source, (*given, target), "test") else "made"
 

@@ -25,10 +25,11 @@ def csv(figures: Sequence[Figure]) -> str:
     return text.getvalue()
 
 
-def markdown(figures: Sequence[Figure], record: Mapping[str, Any]) -> str:
-    """What the figures are of, `tables`, and the protocols."""
+def markdown(figures: Sequence[Figure], record: Mapping[str, Any], published: str = "") -> str:
+    """What the figures are of, `tables`, what others have published, and the protocols."""
     first = ", ".join(f"{name} {value}" for name, value in record.items())
-    return "\n".join([first, "", *tables(figures), *protocols(dict.fromkeys(f.protocol for f in figures))]) + "\n"
+    own = [f"Published, by others: {published}", ""] if published else []
+    return "\n".join([first, "", *tables(figures), *own, *protocols(dict.fromkeys(f.protocol for f in figures))]) + "\n"
 
 
 def tables(figures: Sequence[Figure]) -> list[str]:

@@ -149,6 +149,12 @@ class Loaded(NamedTuple):
     features: Callable[[np.ndarray], np.ndarray]
 
 
+def there(modality: Modality) -> list[str]:
+    """The networks that read such images whose converted weights lie where MEDM2G_SD_WEIGHTS says."""
+    folder = weights_folder()
+    return [n for n, own in EXTRACTORS.items() if folder and own.reads(modality) and converted.exists(folder, n)]
+
+
 @functools.cache
 def load(name: str, weights: str = "") -> Loaded:
     """A published network, with the weights that `medm2g convert NAME --to` wrote into the folder `weights`; "": the

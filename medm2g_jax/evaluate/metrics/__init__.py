@@ -24,6 +24,7 @@ from medm2g_jax.evaluate.metrics import (
     image,
     labels,
     modalities,
+    natural,
     neighbours,
     published,
     regions,
@@ -124,6 +125,7 @@ METRICS: dict[str, Metric | OfSets] = {
     "MAE HU, synthrad2025": Metric("synthrad2025", published.synthrad_mae, "synthrad2025", higher=False),
     "PSNR dB, synthrad2025": Metric("synthrad2025", published.synthrad_psnr, "synthrad2025"),
     "MS-SSIM, synthrad2025": Metric("synthrad2025", published.synthrad_ms_ssim, "synthrad2025"),
+    "NIQE": Metric("natural", natural.niqe, "niqe", higher=False),
     "perceptual distance": Metric("maps", image.perceptual, "maps", higher=False),
     "Dice": Metric("region", regions.dice, "regions"),
     "HD95 px": Metric("boundary", partial(regions.hd95, spacing=None), "regions", higher=False),
@@ -141,6 +143,7 @@ METRICS: dict[str, Metric | OfSets] = {
     },
     "ROUGE-L": Metric("words", words.rouge_l, "words, none"),
     "CIDEr": Metric("words", words.cider, "words, none"),
+    "BLEU-2, rexrank": Metric("rexrank", words.rexrank_bleu, "rexrank"),
     "words a report": Metric("words", words.lengths, "words, none", higher=None),
     "distinct reports": OfSets("words", words.distinct, "words, none"),
     "finding F1": Metric("findings", text.fact_counts, "findings", text.micro_f1),
@@ -208,10 +211,17 @@ def text_figures(
     return figures + (figures_of("findings", task, real, made, labeller, **options) if labeller else [])
 
 
-def feature_figures(task: str, real: Any, made: Any, extractor: str, *, seed: int) -> list[Figure]:
+def feature_figures(
+    task: str, real: Any, made: Any, extractor: str, *, seed: int, protocol: str = "features"
+) -> list[Figure]:
     """Sets of features (n d) by every metric of them, with the extractor's name: "ours" of `Model.embed`. What cannot
     be measured is left out, and said."""
-    return _what_can_be("features", task, f" @{extractor}", real, made, seed=seed)
+    return _what_can_be("features", task, f" @{extractor}", real, made, seed=seed, protocol=protocol)
+
+
+def public_figures(of: str, task: str, real: Any, made: Any, *more: Any, seed: int, **fields: Any) -> list[Figure]:
+    """As a public evaluator has it, by its name. What cannot be measured is left out, and said."""
+    return _what_can_be(of, task, "", real, made, *more, seed=seed, **fields)
 
 
 def report_figures(task: str, real: Sequence[str], made: Sequence[str], cleaning: str, *, seed: int) -> list[Figure]:
@@ -229,12 +239,12 @@ def report_figures(task: str, real: Sequence[str], made: Sequence[str], cleaning
     return figures + [METRICS[name].figure(f"{task}, the real ones", name, a, a, **how) for name in beside]
 
 
-def _what_can_be(of: str, task: str, suffix: str, real: Any, made: Any, **how: Any) -> list[Figure]:
+def _what_can_be(of: str, task: str, suffix: str, real: Any, made: Any, *more: Any, **how: Any) -> list[Figure]:
     out = []
     for name, metric in METRICS.items():
         if metric.of == of:
             try:
-                out.append(metric.figure(task, name + suffix, real, made, **how))
+                out.append(metric.figure(task, name + suffix, real, made, *more, **how))
             except UserError as why:
                 print(f"  {task}: {name}{suffix} is left out: {why}", flush=True)
     return out

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Shaped
-from scipy.ndimage import uniform_filter
+from scipy.ndimage import binary_fill_holes, label, uniform_filter
 
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.metrics.image import SIDE, WEIGHTS, Images, inner, masked_mean, similarity, to_unit, uniform
@@ -115,6 +115,7 @@ def _cropped(x: Planes, size: Sequence[int]) -> Planes:
 
 LOW, HIGH = -1024.0, 3071.0  # HU
 LEAST = 97  # voxels along each axis for five scales
+SKIN = -500.0  # HU, between air and what is no air
 
 Volumes = Sequence[Shaped[np.ndarray, "i j k"]]
 
@@ -168,6 +169,17 @@ def _synthrad_ms_ssim(x: np.ndarray, y: np.ndarray, mask: np.ndarray) -> float:
 
 def _inside(each: np.ndarray, mask: np.ndarray) -> float:
     return float(masked_mean(each[None], mask[None], "synthrad2025")[0])
+
+
+def body(volume: Shaped[np.ndarray, "i j k"]) -> Shaped[np.ndarray, "i j k"]:
+    """Where the body lies in each slice volume[i] of a CT in HU, for volumes that came without the challenge's mask:
+    the largest region above -500 HU, its holes filled."""
+    out = np.zeros(volume.shape, bool)
+    for mask, one in zip(out, volume, strict=True):
+        regions, count = label(one > SKIN)
+        if count:
+            mask[:] = binary_fill_holes(regions == 1 + np.bincount(regions.ravel())[1:].argmax())
+    return out
 
 
 def _each(score, real: Volumes, made: Volumes, masks: Volumes) -> Float[np.ndarray, "n"]:

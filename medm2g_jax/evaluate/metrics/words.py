@@ -123,3 +123,21 @@ def lengths(real: Sequence[str], made: Sequence[str]) -> Float[np.ndarray, "n"]:
 def distinct(real: Sequence[str], made: Sequence[str]) -> float:
     """How many made reports differ, as a share of all of them."""
     return len(set(made)) / len(made)
+
+
+def rexrank_bleu(real: Sequence[str], made: Sequence[str]) -> Float[np.ndarray, "n"]:
+    """BLEU-2 of each report, as ReXrank averages it: CXR-Report-Metric's, which is fast-bleu's of a single report: what
+    has no pair of words in common counts a tenth of a pair, what has no word in common is 0. Lower case; a full stop is
+    a word.
+
+    Raises:
+      UserError: a real report without words.
+    """
+    lower = lambda texts: [text.lower().replace(".", " .") for text in texts]  # noqa: E731
+    out = []
+    for a, b in tokens(lower(real), lower(made)):
+        shared = [(grams(a, k) & grams(b, k)).total() for k in (1, 2)]
+        runs = [max(len(b) - k + 1, 1) for k in (1, 2)]
+        shares = [max(n, 0.1) / m for n, m in zip(shared, runs, strict=True)]
+        out.append(np.sqrt(np.prod(shares)) * np.exp(min(1 - len(a) / max(len(b), 1), 0)) if shared[0] else 0.0)
+    return np.asarray(out, np.float64)
