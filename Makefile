@@ -12,7 +12,7 @@ VENV := .venv
 TPU_VENV := .venv-tpu
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-# glibc otherwise gives every step's buffers back to the kernel and faults them in again; other systems ignore these.
+# What entry points do themselves (device.keep_memory); other systems ignore these.
 MALLOC := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 PYTEST := $(MALLOC) $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=12
 
@@ -20,7 +20,7 @@ PYTEST := $(MALLOC) $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder 
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/runtime.stamp
-	$(MALLOC) $(PY) -m medm2g_jax.main --config=configs/text_ct.py:tiny
+	$(PY) -m medm2g_jax.main --config=configs/text_ct.py:tiny
 
 test: $(VENV)/dev.stamp
 	$(PYTEST)

@@ -2,10 +2,10 @@
 
 python -m benchmarks.demo [--config=configs/text_ct.py:tiny] [--config.FIELD=VALUE ...] [--json=FILE]
 
-Trains the whole plan into an empty folder, as `make demo` does, with a clock around what a stage consists of. Each
-moment of the main thread belongs to the innermost clock that runs; a second thread compiles for the next stage
-meanwhile, and its seconds stand in columns of their own. A step is waited for before the next is begun, so that its
-seconds are its own; data and checkpoints that the trainer overlaps with steps are so counted as they are.
+Trains the whole plan into an empty folder, one stage after the other (`make demo` has two at once), with a clock around
+what a stage consists of. Each moment belongs to the innermost clock that runs. A step is waited for before the next is
+begun, so that its seconds are its own; data and checkpoints that the trainer overlaps with steps are so counted as they
+are.
 """
 
 import time
@@ -20,12 +20,11 @@ import os  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
 import threading  # noqa: E402
-from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from benchmarks.common import MALLOC, ROOT  # noqa: E402
 
-KINDS = ("import", "data", "parameters", "tracing", "compiling", "steps", "held out", "pictures", "checkpoints", "wait")
+KINDS = ("import", "data", "parameters", "tracing", "compiling", "steps", "held out", "pictures", "checkpoints")
 COMPILER = {
     "/jax/core/compile/jaxpr_trace_duration": "tracing",
     "/jax/core/compile/jaxpr_to_mlir_module_duration": "tracing",
@@ -34,7 +33,7 @@ COMPILER = {
 
 
 class Clocks:
-    """Intervals (stage, main thread?, kind, what, begin, end) of everything that was clocked."""
+    """Intervals (stage, kind, what, begin, end) of everything that was clocked in the main thread."""
 
     def __init__(self):
         self.rows: list[tuple] = []
@@ -42,7 +41,8 @@ class Clocks:
         self._main = threading.get_ident()
 
     def add(self, kind: str, what: str, begin: float, end: float) -> None:
-        self.rows.append((self.stage, threading.get_ident() == self._main, kind, what, begin, end))
+        if threading.get_ident() == self._main:
+            self.rows.append((self.stage, kind, what, begin, end))
 
     def around(self, kind: str, function):
         @functools.wraps(function)
@@ -65,25 +65,24 @@ class Clocks:
             self.add(COMPILER[event], str(about.get("fun_name", "")), now - seconds, now)
 
     def split(self) -> dict[str, dict[str, float]]:
-        """stage -> kind -> seconds of the main thread, "beside: KIND" of the other."""
+        """stage -> kind -> seconds."""
         out: dict = collections.defaultdict(collections.Counter)
-        for main in (True, False):
-            rows = sorted((r for r in self.rows if r[1] == main), key=lambda r: (r[4], -r[5]))
-            points = sorted({t for r in rows for t in r[4:]})
-            open_, at = [], 0
-            for left, right in zip(points, points[1:], strict=False):
-                while at < len(rows) and rows[at][4] <= left:
-                    open_.append(rows[at])
-                    at += 1
-                open_ = [r for r in open_ if r[5] > left]
-                if open_:
-                    stage, _, kind, *_ = max(open_, key=lambda r: r[4])
-                    out[stage][kind if main else f"beside: {kind}"] += right - left
+        rows = sorted(self.rows, key=lambda r: (r[3], -r[4]))
+        points = sorted({t for r in rows for t in r[3:]})
+        open_, at = [], 0
+        for left, right in zip(points, points[1:], strict=False):
+            while at < len(rows) and rows[at][3] <= left:
+                open_.append(rows[at])
+                at += 1
+            open_ = [r for r in open_ if r[4] > left]
+            if open_:
+                stage, kind, *_ = max(open_, key=lambda r: r[3])
+                out[stage][kind] += right - left
         return {stage: dict(kinds) for stage, kinds in out.items()}
 
 
 def measure(config: str, overrides: list[str]) -> dict:
-    """{"stages": {stage: {kind: s}}, "programs": [[stage, main thread?, name, seconds]], ...} of a run."""
+    """{"stages": {stage: {kind: s}}, "programs": [[stage, name, seconds]], ...} of a run."""
     clocks = Clocks()
     import jax
     from absl import flags
@@ -129,18 +128,11 @@ def measure(config: str, overrides: list[str]) -> dict:
             clocks.add("rest", "stage", begin, time.time())
             clocks.stage = "after"
 
-    class Beside(ThreadPoolExecutor):
-        def submit(self, *args, **kwargs):
-            future = super().submit(*args, **kwargs)
-            future.result = clocks.around("wait", future.result)
-            return future
-
     setup.Setup.programs, loop.Data.batches, run.loop.run_stage = waited, clocked, staged
-    run.ThreadPoolExecutor = Beside
     log.quiet()
     with tempfile.TemporaryDirectory() as folder:
         run.run(main.read_config([f"--config={config}", *overrides]), f"{folder}/run")
-    programs_ = [[s, m, w, round(e - b, 2)] for s, m, k, w, b, e in clocks.rows if k == "compiling" and e - b > 0.3]
+    programs_ = [[s, w, round(e - b, 2)] for s, k, w, b, e in clocks.rows if k == "compiling" and e - b > 0.3]
     return {
         "seconds": time.time() - STARTED,
         "cpu": cpu,
@@ -152,8 +144,8 @@ def measure(config: str, overrides: list[str]) -> dict:
 def table(found: dict) -> str:
     """Seconds in Markdown; CPU: of all threads, user and system."""
     kinds = [*KINDS, "rest"]
-    lines = [f"| stage | {' | '.join(kinds)} | all | beside: tracing | beside: compiling | CPU |"]
-    lines.append("|---" * (len(kinds) + 5) + "|")
+    lines = [f"| stage | {' | '.join(kinds)} | all | CPU |"]
+    lines.append("|---" * (len(kinds) + 3) + "|")
     total: collections.Counter = collections.Counter()
     for stage, own in found["stages"].items():
         total.update(own)
@@ -164,8 +156,7 @@ def table(found: dict) -> str:
 
 def _line(stage, own, kinds, cpu) -> str:
     cells = [own.get(k, 0.0) for k in kinds]
-    beside = [own.get(f"beside: {k}", 0.0) for k in ("tracing", "compiling")]
-    shown = [f"{x:.1f}" if x else "" for x in (*cells, sum(cells), *beside)]
+    shown = [f"{x:.1f}" if x else "" for x in (*cells, sum(cells))]
     return f"| {stage} | {' | '.join(shown)} | {'' if cpu is None else f'{cpu:.0f}'} |"
 
 

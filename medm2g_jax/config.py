@@ -484,6 +484,8 @@ def get_config(target: str, words: str | None = "", listing: str | tuple[str, ..
     config.dtype = "auto"  # of activations: bfloat16 on accelerators, float32 on CPU
     # Latents of images kept in RUN/latents, so that no step encodes: "on", "off", or "auto" (`train.latents.chosen`).
     config.latents = "auto"
+    # Stages of a small preset that stand on none of each other train at once on a CPU: "auto" or "off" (`beside.pays`).
+    config.side_by_side = "auto"
     config.mesh = dict(data=-1, fsdp=1, tensor=1)  # -1: all devices that the others leave
     # Sampling, and the unconditional half of guidance: "cond" leaves the guide out of it, "both" keeps it (CoDi).
     config.sample = dict(

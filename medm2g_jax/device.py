@@ -102,6 +102,21 @@ def jit(f: Callable, *, out_shardings: Any = None, save_memory: bool = False, **
     return call
 
 
+def keep_memory() -> None:
+    """For entry points: let glibc keep what this process frees, where it would give each large buffer back to the
+    system and have it handed out again page by page (a step's temporaries: benchmarks/README.md). Where the environment
+    says something of it (MALLOC_...) that holds; other C libraries have no such setting."""
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, 2**31 - 1)
+
+
 def give_back_memory() -> None:
     """Return what this process has freed to the system, where glibc keeps it (a large program's compiler: 2 GB)."""
     gc.collect()
@@ -122,4 +137,4 @@ def use_compilation_cache(folder) -> None:
     """Keep compiled executables in `folder`, unless the environment names another place."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

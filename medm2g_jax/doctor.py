@@ -19,6 +19,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from medm2g_jax import cache
 from medm2g_jax.errors import UserError
@@ -39,6 +41,7 @@ ACCELERATORS = {"cuda": "jax[cuda13]", "tpu": "jax[tpu]"}  # extras, and what of
 GB = 10**9
 # Peak resident memory, measured on two cores: of `medm2g generate --model phantom`, and of training mri.py:tiny.
 PAGE, TRAINING = 1.1 * GB, 2.0 * GB
+PROGRAM = 2**22  # bytes of a compiled program that is kept, about
 RUN_ROOT = 0.2 * GB  # what `make demo` leaves in runs/phantom-tiny
 SECONDS = 180  # that the child may take
 
@@ -79,6 +82,16 @@ def _pip(*what: str) -> str:
     return " ".join((sys.executable, "-m pip install", *map(shlex.quote, what)))
 
 
+def _again() -> str:
+    """What installs this package anew, from where it came (PEP 610)."""
+    try:
+        url = json.loads(importlib.metadata.distribution(NAME).read_text("direct_url.json") or "{}").get("url", "")
+    except importlib.metadata.PackageNotFoundError:
+        url = ""
+    place = url2pathname(urlsplit(url).path) if url.startswith("file:") else url
+    return _pip("--force-reinstall", "--no-deps", place or NAME)
+
+
 def _python() -> Finding:
     version = sys.version_info
     said = f"{platform.python_version()}, {sys.executable}"
@@ -107,6 +120,11 @@ def packages() -> Iterator[Finding]:
     asked = [Requirement(line) for line in lines]
     needed = [r for r in asked if r.marker is None or r.marker.evaluate({"extra": ""})]
     wrong = [(r, said) for r in needed if (said := _misses(r))]
+    of_theirs = {line: r.name for r in needed if _version(r.name) for line in importlib.metadata.requires(r.name) or ()}
+    for line, name in of_theirs.items():  # as jaxlib of jax
+        inner = Requirement(line)
+        if (inner.marker is None or inner.marker.evaluate({"extra": ""})) and (said := _misses(inner)):
+            wrong.append((inner, f"{said} by {name}"))
     for requirement, said in wrong:
         yield Finding(BROKEN, "packages", said, _pip(_asked(requirement)))
     if not wrong:
@@ -209,8 +227,9 @@ def _cache() -> Finding:
     folder = cache.compiled()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(PROGRAM))
+            file.flush()
     except OSError as error:
         why = f"{folder} cannot be written ({error.strerror}), so that every start compiles its programs anew"
         mend = "mend it, or name a folder of yours: export JAX_COMPILATION_CACHE_DIR=FOLDER"
@@ -251,7 +270,7 @@ def tried() -> Iterator[Finding]:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [""])[-1]
         said = f"the process that tries it ended with status {done.returncode} {last}".strip()
-        yield Finding(BROKEN, "package", said, _pip("--force-reinstall", NAME))
+        yield Finding(BROKEN, "package", said, _again())
 
 
 def _child() -> None:
@@ -284,7 +303,7 @@ class _Lacks(Exception):
 def _of_error(error: Exception) -> str:
     if isinstance(error, ImportError):
         name = (error.name or "").partition(".")[0]
-        return _pip("--force-reinstall", name) if name and name != "medm2g_jax" else _pip("--force-reinstall", NAME)
+        return _pip("--force-reinstall", name) if name and name != "medm2g_jax" else _again()
     if "JAX_PLATFORMS" in os.environ:
         return f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}: unset it, or install what it names: {_pip('jax[cuda13]')}"
     return ""
@@ -305,12 +324,16 @@ def _devices() -> str:
 
 
 def _box() -> str:
-    from medm2g_jax.loading import described, in_the_box
+    from medm2g_jax.loading import in_the_box, load
 
     names = in_the_box()
     if not names:
-        raise _Lacks(LACKS, "model", "none in the box of this version", "name one: medm2g demo --model RUN")
-    makes = (", ".join(described(name)[1]["modalities"]) for name in names)
+        mend = f"name one, medm2g demo --model RUN, or bring it back: {_again()}"
+        raise _Lacks(LACKS, "model", "none in the box of this version", mend)
+    try:
+        makes = [", ".join(load(name).meta["modalities"]) for name in names]
+    except UserError as error:
+        raise _Lacks(BROKEN, "model", str(error), _again()) from error
     return "; ".join(f"{name}, in the box: {made}" for name, made in zip(names, makes, strict=True))
 
 

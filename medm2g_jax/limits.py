@@ -114,6 +114,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "freeze": ("auto", "paper", "partner_open"),
     "guide_init": ("prompt", "fresh"),
     "latents": ("auto", "on", "off"),
+    "side_by_side": ("auto", "off"),
     "open": ("auto", "flow", "guide"),
     "keep_lines": ("block", "density"),
     "optimizer": ("adamw", "adam"),

@@ -39,12 +39,14 @@ def main(argv: list[str]) -> None:
     if _DISTRIBUTED.value or (_DISTRIBUTED.value is None and os.environ.get("JAX_COORDINATOR_ADDRESS")):
         _join(processes(os.environ))
     from medm2g_jax import run
+    from medm2g_jax.device import keep_memory
     from medm2g_jax.train import loop
     from medm2g_jax.train.log import quiet
 
     quiet()
+    keep_memory()
     try:
-        run.run(_CONFIG.value, _WORKDIR.value)
+        run.run(_CONFIG.value, _WORKDIR.value, arguments=sys.argv[1:])
     except loop.Stopped as stopped:
         print(stopped, flush=True)
         sys.exit(128 + signal.SIGTERM)

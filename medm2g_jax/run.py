@@ -8,7 +8,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from medm2g_jax import rounds
+from medm2g_jax import beside, rounds
 from medm2g_jax.config import get_config, stage_config, stage_graph
 from medm2g_jax.convert import weights
 from medm2g_jax.data import pipeline
@@ -35,13 +34,12 @@ from medm2g_jax.limits import check
 from medm2g_jax.modality import MODALITIES, centre
 from medm2g_jax.recipes import rows_of
 from medm2g_jax.train import data_record, loop, results
-from medm2g_jax.train.abstract import compile_ahead
 from medm2g_jax.train.disk import worded
 from medm2g_jax.train.owner import owned
 
 # Rough relative cost of a stage of the tiny preset, seconds on two cores: the first guess of the plan's ETA, corrected
 # by what has been measured.
-_SECONDS = {"vae": 40.0, "align": 40.0, "ldm": 70.0, "round": 80.0}
+_SECONDS = {"vae": 55.0, "align": 95.0, "ldm": 150.0, "round": 110.0}
 
 
 def default_workdir(config: ConfigDict) -> str:
@@ -189,14 +187,22 @@ def described(
     return "\n".join(lines)
 
 
-def run(config: ConfigDict, workdir: str | None = None, source: Source | None = None) -> epath.Path:
+def run(
+    config: ConfigDict,
+    workdir: str | None = None,
+    source: Source | None = None,
+    arguments: Sequence[str] | None = None,
+) -> epath.Path:
     """Train config.stage and, before it, what it stands on (config.upstream). Returns the run root.
 
     Args:
       source: one's own data in place of what config.data names.
+      arguments: of the command that the config comes from, where stages may train side by side (`beside`).
     """
     began = time.time()
     check(config)
+    if (own := os.environ.get(beside.STAGE)) and arguments is not None:
+        beside.stage(stage_config(config, own), epath.Path(workdir or default_workdir(config)))
     if source is not None:  # recorded as what it is: nobody shall measure this model on what config.data names instead
         config = config.copy_and_resolve_references()
         config.data.source, config.data_reason = f"{OWN}:{source.name}", "handed over in Python"
@@ -213,12 +219,18 @@ def run(config: ConfigDict, workdir: str | None = None, source: Source | None = 
         return root
     measure_compiler_options()
     with worded(root), owned(root, say):
-        _train(config, root, source, say)
+        _train(config, root, source, arguments, say)
     say(f"{config.stage}: all done in {time.time() - began:.0f} s")
     return root
 
 
-def _train(config: ConfigDict, root: epath.Path, source: Source, say: Callable[[str], Any]) -> None:
+def _train(
+    config: ConfigDict,
+    root: epath.Path,
+    source: Source,
+    arguments: Sequence[str] | None,
+    say: Callable[[str], Any],
+) -> None:
     """Train what is missing, in a run root that is this run's own."""
     first = jax.process_index() == 0
     todo = loop.plan_stages(config, root)  # again: another run may just have ended
@@ -232,22 +244,12 @@ def _train(config: ConfigDict, root: epath.Path, source: Source, say: Callable[[
         data_picture(data, root / f"{source.name}.png", graph.modalities)
 
     guess = {name: _SECONDS[graph.stages[name].verb] for name in configs}
-    spent: dict[str, float] = {}
-    # An accelerator's compiler tries its candidates on the device that a step is using; a CPU's needs none.
-    alone = jax.default_backend() == "cpu" and jax.process_count() == 1
-    following = [*list(configs.values())[1:], None]
-    with ThreadPoolExecutor(1) as beside:
-        for i, (name, stage) in enumerate(configs.items()):
-            ratio = sum(spent.values()) / sum(guess[s] for s in spent) if spent else 1.0
-            rest = ratio * sum(guess[s] for s in list(configs)[i + 1 :])
-            say(f"\n== {name} ({i + 1} of {len(configs)})")
-            start = time.time()
-            ahead = functools.partial(beside.submit, compile_ahead, following[i], root, source, data.vocab)
-            meanwhile = ahead if alone and following[i] is not None else None
-            meta = loop.run_stage(stage, root, data, plan_eta=rest, show=show, ceiling=ceiling, meanwhile=meanwhile)
-            spent[name] = time.time() - start
-            size = meta["parameters"] / 1e6
-            say(f"  {name}: done in {spent[name]:.0f} s, {size:.2f} M parameters -> {root / name}")
+    plan = {name: {*graph.plan(name)} - {name} for name in graph.plan(config.stage)}
+    if arguments is not None and beside.pays(config, len(plan)):
+        vaes = {name for name in plan if graph.stages[name].verb == "vae"}
+        beside.train(beside.tasks([*configs], plan, vaes, guess), arguments, root, say)
+    else:
+        _one_by_one(configs, guess, root, data, say)
     truncated = data.tokenizers.truncated if data.tokenizers else {}
     cut = ", ".join(f"{name} {share:.1%}" for name, share in truncated.items() if share)
     if cut:
@@ -261,6 +263,25 @@ def _train(config: ConfigDict, root: epath.Path, source: Source, say: Callable[[
         say(f"next, any to any:\n  {tool} {_next_command(graph, config.stage, root)}")
         say(f"the same in the browser:\n  {tool} demo --model {whole}")
         say(f"how good it is:\n  {tool} evaluate --model {whole}")
+
+
+def _one_by_one(
+    configs: Mapping[str, ConfigDict],
+    guess: Mapping[str, float],
+    root: epath.Path,
+    data: loop.Data,
+    say: Callable[[str], Any],
+) -> None:
+    spent: dict[str, float] = {}
+    for i, (name, stage) in enumerate(configs.items()):
+        ratio = sum(spent.values()) / sum(guess[s] for s in spent) if spent else 1.0
+        rest = ratio * sum(guess[s] for s in list(configs)[i + 1 :])
+        say(f"\n== {name} ({i + 1} of {len(configs)})")
+        start = time.time()
+        meta = loop.run_stage(stage, root, data, plan_eta=rest, show=show, ceiling=ceiling)
+        spent[name] = time.time() - start
+        size = meta["parameters"] / 1e6
+        say(f"  {name}: done in {spent[name]:.0f} s, {size:.2f} M parameters -> {root / name}")
 
 
 def _tool() -> str:

@@ -61,7 +61,7 @@ def micro(target: str, words: str = "tiny", steps: int = 4, listing="default", *
         for parent in parents:
             at = at[parent]
         at[leaf] = value
-    own = {"steps": steps, "batch": 8, "log_every": 2, "checkpoint_every": 2, "eval_rows": 8} | own
+    own = {"steps": steps, "batch": 8, "log_every": 2, "checkpoint_every": 100, "eval_rows": 8} | own
     for at in (config, *config.stages.values()):
         for field, value in own.items():
             if field in at:

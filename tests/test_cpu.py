@@ -1,6 +1,10 @@
 """Compiler options: measured once, kept, and told what to be; what a jaxlib does not know goes alone."""
 
 import json
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 
@@ -64,3 +68,20 @@ def test_the_environment_overrides(monkeypatch):
 def test_the_probe_runs_and_measures_what_is_alike_once():
     spent = cpu.probe({"a": {}, "b": dict(LEVEL), "c": {}})
     assert spent["a"] == spent["c"] and 0 < spent["a"] < 1e4 and 0 < spent["b"] < 1e4
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's")
+def test_a_large_buffer_that_was_freed_is_used_again():
+    """Without page faults, which is what the system's handing it out anew would cost; the environment's word holds."""
+    code = (
+        "import numpy as np, resource; from medm2g_jax.device import keep_memory; keep_memory()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "np.ones(2**26, np.uint8); before = faults(); [len(np.ones(2**26, np.uint8)) for _ in range(50)]\n"
+        "print(faults() - before)"
+    )
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    found = []
+    for told in ({}, {"MALLOC_ARENA_MAX": "8"}):
+        done = subprocess.run([sys.executable, "-c", code], env=own | told, text=True, capture_output=True, check=True)
+        found.append(int(done.stdout))
+    assert 10 * found[0] < found[1], found

@@ -1,14 +1,17 @@
 """`medm2g doctor` on set-ups that are really broken: it runs, and names what is missing and what mends it."""
 
 import os
+import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from etils import epath
 
-from medm2g_jax import doctor
+from medm2g_jax import doctor, loading
 from medm2g_jax.convert import converted
 
 ROOT = Path(__file__).parents[1]
@@ -88,8 +91,12 @@ def test_it_runs_where_jax_does_not(tmp_path):
     broken = tmp_path / "broken" / "jax"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise ImportError('undefined symbol: xla_nothing', name='jaxlib')\n")
+    (broken.parent / "jaxlib-0.5.0.dist-info").mkdir()
+    (broken.parent / "jaxlib-0.5.0.dist-info" / "METADATA").write_text("Name: jaxlib\nVersion: 0.5.0\n")
     status, text = said(tmp_path, broken.parent)
     assert status == 3 and text.count("undefined symbol") == 1 and "--force-reinstall jaxlib" in text, text
+    (line,) = found(text, "packages")
+    assert "jaxlib 0.5.0 is here" in line and "by jax" in line and "pip install 'jaxlib<=" in line
     assert found(text, "memory") and found(text, "disk")
 
 
@@ -97,6 +104,25 @@ def test_a_limit_of_memory_is_seen_and_what_dies_of_it_is_said(tmp_path):
     status, text = said(tmp_path, memory=600 * 2**20)
     (line,) = found(text, "memory")
     assert status == 3 and line.startswith("!!") and "0.6 GB allowed by ulimit -v" in line, text
+
+
+def test_a_box_that_is_not_whole_is_named_with_what_brings_it_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "BOX", epath.Path(tmp_path))
+    shutil.copytree(ROOT / "medm2g_jax" / "models" / "phantom", tmp_path / "phantom")
+    weights = tmp_path / "phantom" / "weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1000] ^= 1
+    weights.write_bytes(data)
+    for word in ("CRC", "no such file"):
+        with pytest.raises(doctor._Lacks) as lack:
+            doctor._box()
+        finding = doctor.Finding(*lack.value.args)
+        assert finding.mark == doctor.BROKEN and str(weights) in finding.said and word in finding.said
+        assert re.search(r"-m pip install --force-reinstall --no-deps \S", finding.mend)
+        weights.unlink(missing_ok=True)
+    shutil.rmtree(tmp_path / "phantom")
+    with pytest.raises(doctor._Lacks, match="medm2g demo --model RUN"):
+        doctor._box()
 
 
 def test_memory_between_the_page_and_training_is_enough_for_one(monkeypatch):

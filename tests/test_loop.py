@@ -84,10 +84,10 @@ def wait_for(process: subprocess.Popen, happened, seconds: float = 200.0) -> Non
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(5, marks=pytest.mark.full)])
+@pytest.mark.parametrize("times", [2, pytest.param(5, marks=pytest.mark.full)])
 def test_killed_several_times_ends_with_the_same_bits(uninterrupted, tmp_path, times):
-    """Killed while saving, in an upstream stage and in the last, and in a first step, each at a seeded moment; five
-    times: before any step and after a save as well."""
+    """Killed while saving, in an upstream stage, beside which another trains, and in the last, each at a seeded moment;
+    five times: before any step, in a first one and after a save as well."""
     root = tmp_path / "run"
     rng = np.random.default_rng(0)
     moments = [
@@ -97,15 +97,18 @@ def test_killed_several_times_ends_with_the_same_bits(uninterrupted, tmp_path, t
         lambda: (root / STAGE / "checkpoints" / "2").exists(),
         lambda: any((root / STAGE / "checkpoints").glob("*tmp*")),
     ]
-    for moment in moments if times == 5 else (moments[1], moments[2], moments[4]):
+    said = ""
+    for moment in moments if times == 5 else (moments[1], moments[4]):
         process = start(root)
         wait_for(process, moment)
         time.sleep(float(rng.uniform(0, 0.05)))
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        said += process.communicate()[0]
     process = start(root)
     out, _ = process.communicate(timeout=400)
     assert process.returncode == 0, out[-3000:]
+    assert f"{root / 'owner.json'}: taken over from process " in out and not list(root.glob("owner.json*"))
+    assert re.search("== (align_text_xray|image_vae) .*, beside (align_text_xray|image_vae)", said), said
     for stage in ("image_vae", "align_text_xray", STAGE):
         whole, pieces = final_state(uninterrupted, stage), final_state(root, stage)
         assert whole.keys() == pieces.keys()
@@ -130,7 +133,7 @@ def test_a_terminated_run_saves_and_resumes(tmp_path, uninterrupted):
 
 
 def test_of_two_runs_in_one_folder_the_second_says_who_has_it(uninterrupted, tmp_path):
-    """Started while the first one trains, it ends at once and touches nothing; killed, the first leaves no obstacle."""
+    """Started while the first one trains, it ends at once and touches nothing."""
     root = tmp_path / "run"
     shutil.copytree(uninterrupted, root)
     shutil.rmtree(root / STAGE)
@@ -143,10 +146,6 @@ def test_of_two_runs_in_one_folder_the_second_says_who_has_it(uninterrupted, tmp
     assert "since 20" in line and "Traceback" not in out and first.poll() is None
     first.send_signal(signal.SIGKILL)
     first.communicate()
-    third = start(root)  # eight steps in all: done by now
-    out, _ = third.communicate(timeout=200)
-    assert third.returncode == 0 and f"taken over from process {first.pid} on" in out, out[-3000:]
-    assert not (root / "owner.json").exists() and not list(root.glob("owner.json*"))
 
 
 def test_training_goes_on_only_from_what_a_stage_stands_on(uninterrupted, tmp_path):

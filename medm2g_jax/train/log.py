@@ -23,11 +23,9 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from medm2g_jax.train.checkpoint import quiet_orbax
+from medm2g_jax.train.events import Event, EventsWriter, SessionLog, summary
 
 Images = Float[np.ndarray, "n h w c"] | Float[Array, "n h w c"]
 

@@ -23,7 +23,6 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -72,6 +71,7 @@ FREE = (
     "data_reason",
     "remat",
     "latents",
+    "side_by_side",
 )
 FINISH_BATCHES = 8
 
@@ -183,7 +183,6 @@ def run_stage(
     plan_eta: float = 0.0,
     show: Callable[..., list[dict]] | None = None,
     ceiling: Callable[..., Any] | None = None,
-    meanwhile: Callable[[], Future] | None = None,
 ) -> dict:
     """Train one stage, all of whose upstream results exist, and write its result. Returns the result's model.json.
 
@@ -192,7 +191,6 @@ def run_stage(
       show: called with (config, graph, folder, model, params, data, meta, log, step) after the last step, and every
         config.show_every: draws the stage's picture and returns its figures, as plain values.
       ceiling: called alike, but for the log, before the first step of a fine-tune.
-      meanwhile: begins something that needs no device, once this stage has compiled its step; waited for at the end.
     """
     folder = root / config.stage
     began = time.time()
@@ -308,7 +306,7 @@ def run_stage(
             except UserError as error:
                 return error
 
-        stopping, begun, batch = False, None, ahead()
+        stopping, batch = False, ahead()
         while step < total:
             if isinstance(batch, UserError):  # what has been learnt so far is kept, where nobody waits for other hosts
                 if step >= config.accumulate and jax.process_count() == 1:
@@ -319,8 +317,6 @@ def run_stage(
             state, metrics = train_step(state, frozen, batch, key)
             step += 1
             batch = ahead()
-            if meanwhile is not None and begun is None:
-                begun = meanwhile()
             stopping = stopping or stop.at(step)
             if step % config.accumulate:
                 continue
@@ -339,7 +335,7 @@ def run_stage(
                 log.progress(done, shown, plan_eta)
                 if last:
                     norms = {k.removeprefix("norm/gradient/"): v for k, v in values.items() if k.count("/") > 2}
-                    log.say("  gradient norms: " + ", ".join(f"{k} {v:.3g}" for k, v in norms.items()))
+                    log.say(f"  {config.stage}: gradient norms: " + ", ".join(f"{k} {v:.3g}" for k, v in norms.items()))
                     if waited > SLOW:
                         log.say("  now the held-out loss and the stage's samples")
             if last or (config.eval_every and done % config.eval_every == 0):
@@ -381,8 +377,6 @@ def run_stage(
     meta["seconds"] = round(meta["finished"] - began, 1)  # of this process: a resumed stage counts its last part
     checkpoint.save_model(folder, kept, meta)
     log.close()
-    if begun is not None:
-        begun.result()
     return checkpoint.read_meta(folder)
 
 

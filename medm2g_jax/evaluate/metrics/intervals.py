@@ -5,13 +5,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Shaped
-from scipy.stats import binomtest, wilcoxon
 
 DRAWS = 1000
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
     """Of a share of `hits` among n independent rows."""
+    from scipy.stats import binomtest  # half a second, which no training needs
+
     low, high = binomtest(hits, n).proportion_ci(method="wilson")
     return float(low), float(high)
 
@@ -55,4 +56,6 @@ def rows_of(subjects: Sequence | None, n: int) -> list[np.ndarray]:
 def signed_rank(differences: Shaped[np.ndarray, "n"]) -> float:
     """Wilcoxon's signed-rank test of paired differences: how likely ones as far from 0 are where neither is more, in
     two-sided p. Rows without a difference say nothing; of no other there is no evidence, p 1."""
+    from scipy.stats import wilcoxon
+
     return float(wilcoxon(differences).pvalue) if np.any(differences) else 1.0

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
-from scipy.stats import hypergeom
 
 from medm2g_jax.errors import UserError
 
@@ -59,6 +58,8 @@ def hits(a: Rows, b: Partners, classes: Shaped[np.ndarray, "n"] | None = None, *
     Raises:
       UserError: a row of zeros, which has no direction; unlike numbers of rows, or one.
     """
+    from scipy.stats import hypergeom  # half a second, which no training needs
+
     nearer, equal, right = _places(a, b, classes)
     draws = np.clip(k - nearer, 0, equal)  # of the ties, those among the first k; none of which is right:
     return np.where(k > nearer, 1 - hypergeom.pmf(0, equal, right, draws), 0.0)
