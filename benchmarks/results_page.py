@@ -17,7 +17,7 @@ HEAD = """# Results
 Made by `python -m benchmarks.results_page` from `results/`, which holds what `medm2g evaluate` wrote, row by row;
 write nothing here by hand. Most of it is the built-in phantom, 64 px; what is of real images only shows that the code
 works on them. None is evidence for clinical performance, and none stands in a column beside the paper's figures. One
-training and one seed of everything; intervals are 95 %, over test records, so that they say nothing of another
+training and one seed of everything; intervals are 95 %, over test subjects, so that they say nothing of another
 training. p is Wilcoxon's signed-rank test of paired differences, not corrected for their number. Seconds are of two
 cores that did other things as well. The protocols that the tables name stand at the end.
 """

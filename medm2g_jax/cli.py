@@ -592,7 +592,7 @@ VERBS = {
         "measure a trained model",
         _evaluate_arguments,
         _evaluate,
-        "Tasks are rows of configs/tasks.py; --config.FIELD=VALUE changes a field of one, as --config.regression=50.",
+        "Tasks are rows of configs/tasks.py; --config.FIELD=VALUE changes a field of one, as --config.regression=20.",
         overrides=True,
     ),
     "audit": Verb(

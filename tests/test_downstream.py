@@ -88,7 +88,8 @@ def test_generated_images_that_are_the_real_ones_help_as_much(source, monkeypatc
             values = {f.task.partition(": ")[2]: f for f in found[metric] if "(20)" in f.task}
             assert set(values) == set(downstream.ARMS)
             made, other = (values[name] for name in ("generated, mixed in", "other real ones, mixed in"))
-            assert made.value == other.value and made.interval == other.interval and made.n == 40
+            assert made.value == other.value and made.interval == other.interval
+            assert 0 < made.n < 40 if metric == "lesion pointed at" else made.n == 40  # where there is one
             assert metric != main or target == "ct" or made.value != values["real alone"].value  # a mask takes longer
         gains = {f.task: f for f in found[f"{main}, paired difference"]}
         assert len(gains) == 2 * (len(downstream.ARMS) - 1)

@@ -120,6 +120,9 @@ def test_a_subject_of_which_a_slice_is_missing_is_no_volume(source, monkeypatch,
     some = of(24)
     (mae, *_) = some.in_volumes("T2 -> CT", np.clip(some.x + 0.1, -1, 1))
     assert mae.n == 4 and 0 < mae.value < 0.05 * 4095
+    # Four subjects, each of six slices, are four witnesses: of differences of one sign 2 of 16 signings are as far.
+    gain, *_ = some.beyond("T2 -> CT, beyond b", some.x + 0.05, some.x + 0.1)
+    assert gain.p == pytest.approx(2 / 16) and gain.n == 24
     few = of(3)
     assert few.in_volumes("T2 -> CT", few.x) == [] and "no subject has all its slices" in capsys.readouterr().out
 

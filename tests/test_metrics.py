@@ -118,6 +118,10 @@ def test_bootstrap_is_scipy_s():
     expected = stats.bootstrap((scores,), np.mean, method="percentile", n_resamples=20000, rng=1).confidence_interval
     assert bootstrap(scores, lambda x: float(np.mean(x))) == pytest.approx(expected, abs=0.03)
     assert bootstrap(scores[:1], np.mean) is None
+    # Slices of one subject that are all alike say no more than one of them.
+    subjects = [f"p{i}" for i in range(len(scores)) for _ in range(3)]
+    assert bootstrap(np.repeat(scores, 3), np.mean, subjects=subjects) == pytest.approx(bootstrap(scores, np.mean))
+    assert bootstrap(scores, np.mean, subjects=["one"] * len(scores)) is None
     assert METRICS["PSNR dB"].figure("t", "PSNR dB", *[pictures()[0]] * 2, seed=0).interval is None  # no error at all
 
 

@@ -5,7 +5,7 @@ import pytest
 from etils import epath
 
 from medm2g_jax.data.phantom.render import Phantom
-from medm2g_jax.evaluate import joint, space
+from medm2g_jax.evaluate import joint, sets, space
 from medm2g_jax.evaluate.measure import _can
 from medm2g_jax.generate import Request
 from medm2g_jax.inference import Model
@@ -77,4 +77,5 @@ def test_of_what_is_made_jointly_one_is_guided_by_what_is_given():
     assert _can(PAIRS, able, (joint.jointly, ("text",), ("ct", "mri")))
     assert not _can(PAIRS, able, (joint.jointly, ("text",), ("mri", "ct", "xray"))), "it makes no X-ray"
     assert not _can(PAIRS, able, (joint.jointly, ("text",), ("mri",)))
-    assert _can(PAIRS, able, (space.in_space, (), ("text", "xray"))) and not _can(PAIRS, able, (None, ("text",), "mri"))
+    assert not _can(PAIRS, able, (sets.as_sets, ("text",), "mri"))
+    assert _can(PAIRS, able, (space.in_space, (), ("text", "xray")))

@@ -215,7 +215,7 @@ class Halves(NamedTuple):
 
 
 Scores = Callable[[Float[np.ndarray, "d n"]], Float[np.ndarray, "d s"]]  # weights of test records -> each seed's score
-Judged = dict[str, tuple[Scores, Reference]]  # metric -> scores, and what needs no model
+Judged = dict[str, tuple[Scores, Reference, int]]  # metric -> scores, what needs no model, images that count
 
 
 class Task(NamedTuple):
@@ -275,7 +275,7 @@ def classified(
             each = [[auroc(real[:, k], one[:, k], weights) for k in range(len(names))] for one in read]
             return np.nanmean(each, axis=1).T
 
-        return {"AUROC": (scores, Reference(0.5, "chance"))}
+        return {"AUROC": (scores, Reference(0.5, "chance"), len(real))}
 
     task = Task(f"{stream_word(target)}, findings", len(names), truth, value, judge)
     return _compared(model, source, given, target, halves, task, seed, row, plan)
@@ -309,10 +309,11 @@ def segmented(
             return weights @ each / np.maximum(weights.sum(1, keepdims=True), 1)
 
         return {
-            "Dice": (lambda w: mean(w, overlap), Reference(float(1 - ill.mean()), "no lesion ever")),
+            "Dice": (lambda w: mean(w, overlap), Reference(float(1 - ill.mean()), "no lesion ever"), len(real)),
             "lesion pointed at": (
                 lambda w: mean(w * ill, hits.astype(np.float64)),
                 Reference(float(there.mean(1)[ill > 0].mean()), "any pixel"),
+                int(ill.sum()),
             ),
         }
 
@@ -430,16 +431,16 @@ class _Judge:
     def figures(self, words: str, scores: Judged, beside: Judged | None) -> list[Figure]:
         """beside: the scores that these are compared with, seed by seed and subject by subject."""
         out = []
-        for metric, (score, floor) in scores.items():
-            out.append(self._figure(words, metric, score, floor))
+        for metric, (score, floor, n) in scores.items():
+            out.append(self._figure(words, metric, score, floor, n))
             if beside:
                 other = beside[metric][0]
                 more = lambda w, a=score, b=other: a(w) - b(w)  # noqa: E731
                 zero = Reference(0.0, "no difference")
-                out.append(self._figure(words + BEYOND, f"{metric}, paired difference", more, zero))
+                out.append(self._figure(words + BEYOND, f"{metric}, paired difference", more, zero, n))
         return out
 
-    def _figure(self, words: str, metric: str, score: Scores, floor: Reference) -> Figure:
+    def _figure(self, words: str, metric: str, score: Scores, floor: Reference, n: int) -> Figure:
         drawn = np.take_along_axis(score(self._weights), self._seeds, 1).mean(1)
         low, high = np.nanquantile(drawn, (0.025, 0.975))
         return Figure(
@@ -448,7 +449,7 @@ class _Judge:
             protocol="reader",
             value=float(score(self._whole).mean()),
             interval=(float(low), float(high)),
-            n=self._whole.shape[1],
+            n=n,
             seed=self._seed,
             floor=floor,
         )

@@ -18,7 +18,7 @@ from medm2g_jax.evaluate import extractors
 from medm2g_jax.evaluate.figures import Figure, Reference
 from medm2g_jax.evaluate.metrics import METRICS, figures_of, public_figures
 from medm2g_jax.evaluate.metrics.image import Images, decibel, squared_error
-from medm2g_jax.evaluate.metrics.intervals import bootstrap, signed_rank
+from medm2g_jax.evaluate.metrics.intervals import bootstrap, rows_of, signed_rank
 from medm2g_jax.evaluate.metrics.published import body
 from medm2g_jax.evaluate.probes import FIELDS, as_indices, finding_figures
 from medm2g_jax.inference import Model
@@ -85,19 +85,22 @@ class Judge:
 
     def figures(self, task: str, made: Images) -> list[Figure]:
         """Of images (n h w 1) made for the test records."""
-        out = figures_of("image", task, self.x, made, seed=self.seed, **self._ends)
+        how = dict(seed=self.seed, subjects=self.subjects)
+        out = figures_of("image", task, self.x, made, **how, **self._ends)
         if self._lesion is not None and (ill := self._lesion.any((1, 2, 3))).any():
             ends = self._ends | ({"floor": ("the mean image", [self._mean[ill]])} if "floor" in self._ends else {})
-            out += figures_of("lesion", task, self.x[ill], made[ill], self._lesion[ill], seed=self.seed, **ends)
+            whose = [s for s, there in zip(self.subjects, ill, strict=True) if there]
+            triple = self.x[ill], made[ill], self._lesion[ill]
+            out += figures_of("lesion", task, *triple, seed=self.seed, subjects=whose, **ends)
         if self._given:
             there = self.model.embedded(self.target, made)
             mean = self.model.embedded(self.target, self._mean) if "floor" in self._ends else None
             ends = self._ends | ({} if mean is None else {"floor": ("the mean image", [mean])})
-            out += figures_of("partners", task, self._given, there, seed=self.seed, **ends)
+            out += figures_of("partners", task, self._given, there, **how, **ends)
         for name, maps in self._maps.items():
             floor = METRICS[FAR](self.x, self._mean, maps) if "floor" in self._ends else None
             ends = {} if floor is None else dict(floor=Reference(floor, "the mean image"))
-            out.append(METRICS[FAR].figure(task, f"{FAR} @{name}", self.x, made, maps, seed=self.seed, **ends))
+            out.append(METRICS[FAR].figure(task, f"{FAR} @{name}", self.x, made, maps, **how, **ends))
         for name in self._protocols:
             out += PUBLIC[name](self, task, made)
         return out + ([] if self._reads is None else self._found(task, made))
@@ -135,29 +138,32 @@ class Judge:
         inside it."""
         errors = (squared_error(self.x, image) for image in (one, other))
         first, second = (np.asarray([decibel(e) for e in each[:, None]]) for each in errors)
-        out = [self._paired(task, PAIRED, "range1, each image", first - second)]
+        out = [self._paired(task, PAIRED, "range1, each image", first - second, self.subjects)]
         if self._lesion is not None and (ill := self._lesion.any((1, 2, 3))).any():
             metric = METRICS["MAE, lesion"]
             first, second = (metric.scores(self.x[ill], image[ill], self._lesion[ill]) for image in (one, other))
-            out.append(self._paired(task, "MAE, lesion, paired difference", metric.protocol, first - second))
+            whose = [s for s, there in zip(self.subjects, ill, strict=True) if there]
+            out.append(self._paired(task, "MAE, lesion, paired difference", metric.protocol, first - second, whose))
         return out
 
-    def _paired(self, task: str, metric: str, protocol: str, gains: np.ndarray) -> Figure:
+    def _paired(self, task: str, metric: str, protocol: str, gains: np.ndarray, subjects: Sequence) -> Figure:
         return Figure(
             task=task,
             metric=metric,
             protocol=protocol,
             value=float(gains.mean()),
-            interval=bootstrap(gains, np.mean, self.seed),
+            interval=bootstrap(gains, np.mean, self.seed, subjects),
             n=len(gains),
             seed=self.seed,
             floor=Reference(0.0, "no difference"),
-            p=signed_rank(gains),
+            p=signed_rank(np.asarray([gains[rows].mean() for rows in rows_of(subjects, len(gains))])),
         )
 
 
 PUBLIC: dict[str, Callable[[Judge, str, Images], list[Figure]]] = {
-    "syndiff": lambda judge, task, made: public_figures("syndiff", task, judge.x, made, seed=judge.seed),
+    "syndiff": lambda judge, task, made: public_figures(
+        "syndiff", task, judge.x, made, seed=judge.seed, subjects=judge.subjects
+    ),
     "selfrdb": lambda judge, task, made: public_figures(
         "selfrdb", task, judge.x, made, None, judge.subjects, seed=judge.seed
     ),

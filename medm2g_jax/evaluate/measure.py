@@ -3,7 +3,7 @@ CSV and a table in Markdown, and pictures of the worst, the median and the best 
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -26,6 +26,8 @@ from medm2g_jax.evaluate.synthesis import can_synthesise, synthesis
 from medm2g_jax.loading import BOX, load, locate, makes
 from medm2g_jax.modality import centre, split_stream, stream_word
 from medm2g_jax.train import checkpoint
+
+Case = tuple[Callable, Sequence[str], str | Sequence[str]]  # what measures it, what is given, what is made
 
 
 def measure(
@@ -169,7 +171,7 @@ def measure(
     return row.figures
 
 
-def _held(source: Source, case: tuple[Any, Sequence[str], str]) -> int:
+def _held(source: Source, case: Case) -> int:
     how, given, target = case
     if how is in_space:
         return sum(r.split == "test" and len(set(target) & set(r.streams)) > 1 for r in source.records)
@@ -178,7 +180,7 @@ def _held(source: Source, case: tuple[Any, Sequence[str], str]) -> int:
     return sum(r.split == "test" and needed <= set(r.streams) for r in source.records)
 
 
-def _can(pairs: Sequence[Sequence[str]], able: Sequence[str], case: tuple[Any, Sequence[str], Any]) -> bool:
+def _can(pairs: Sequence[Sequence[str]], able: Sequence[str], case: Case) -> bool:
     """Was the model trained for it? Of what is made jointly, one is guided by what is given; the rest by each other."""
     _, given, target = case
     if isinstance(target, str):
@@ -187,7 +189,7 @@ def _can(pairs: Sequence[Sequence[str]], able: Sequence[str], case: tuple[Any, S
     return not given or (makes_all and any(can_synthesise(pairs, able, given, s) for s in target))
 
 
-def _words(case: tuple[Any, Sequence[str], Any]) -> str:
+def _words(case: Case) -> str:
     _, given, target = case
     some = lambda streams: " + ".join(map(stream_word, streams))  # noqa: E731
     return " -> ".join(filter(None, (some(given), some([target] if isinstance(target, str) else target))))

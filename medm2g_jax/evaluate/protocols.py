@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from medm2g_jax.data.clean import CLEANINGS
 
-_BOOTSTRAP = "95 %, percentile bootstrap over the rows, 1000 draws"
-_WILSON = "95 %, Wilson"
+_BOOTSTRAP = "95 %, percentile bootstrap over the subjects, where they are known, else the rows, 1000 draws"
+_WILSON = "95 %, Wilson; of several rows a subject, the bootstrap"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from medm2g_jax.data.pipeline import read_streams
+from medm2g_jax.data.pipeline import read_streams, records_with
 from medm2g_jax.data.source import Source, labeller
 from medm2g_jax.evaluate.baselines import constant_report, nearest_report, template_report
 from medm2g_jax.evaluate.figures import Figure
@@ -46,6 +46,7 @@ def reports_from(
     """
     (image,) = given
     held = read_streams(source, (image, text), "test", rows, seed)
+    subjects = [source.records[i].subject for i in records_with(source, (image, text), "test", rows, seed)]
     x, real, word = np.stack(held[image]), held[text], MODALITIES[text].word
     reads = labeller(source)
     task = f"{stream_word(image)} -> {word}"
@@ -55,11 +56,11 @@ def reports_from(
     def add(name: str, answer: Callable[[], Sequence[str]]) -> None:
         def measured() -> list[Figure]:
             made = answer()
-            figures = report_figures(name, real, made, cleaning, seed=seed)
+            figures = report_figures(name, real, made, cleaning, seed=seed, subjects=subjects)
             own = [f for f in figures if f.task == name or name == task]  # what it says of the real ones is said once
             for protocol in protocols:
-                own += public_figures(protocol, name, real, made, seed=seed)
-            return own + text_figures(name, real, made, reads, seed=seed)
+                own += public_figures(protocol, name, real, made, seed=seed, subjects=subjects)
+            return own + text_figures(name, real, made, reads, seed=seed, subjects=subjects)
 
         out.extend(row(name if name.startswith(task) else f"{task}: {name}", measured))
 

@@ -14,7 +14,7 @@ from etils import epath
 from PIL import Image
 
 from medm2g_jax.config import weights_folder
-from medm2g_jax.data.pipeline import read_streams
+from medm2g_jax.data.pipeline import read_streams, records_with
 from medm2g_jax.data.source import Source
 from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate import extractors
@@ -57,6 +57,7 @@ def as_sets(
     """
     held = read_streams(source, (*given, target), "test", rows, seed)
     x = np.stack(held[target])
+    subjects = [source.records[i].subject for i in records_with(source, (*given, target), "test", rows, seed)]
     asked = {s: held[s] if isinstance(held[s][0], str) else np.stack(held[s]) for s in given}
     task = " -> ".join(task_words(given, target))
     draw = functools.cache(lambda i: samples(model, asked, [target], rows, seed + i)[target])
@@ -72,7 +73,7 @@ def as_sets(
         )
         for name, images in (*list(beside.items())[:2], (f"real {stream_word(target)}", lambda: x)):
             near = lambda name=name, images=images: figures_of(  # noqa: E731
-                "partners", name, vectors(), model.embedded(target, images()), seed=seed
+                "partners", name, vectors(), model.embedded(target, images()), seed=seed, subjects=subjects
             )
             out += row(f"{task}: {name} beside what is given", near)
     for extractor, features, protocol in _extractors(model, target, protocols):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from medm2g_jax.data.pipeline import read_streams
+from medm2g_jax.data.pipeline import read_streams, records_with
 from medm2g_jax.data.source import Source
 from medm2g_jax.evaluate.figures import Figure
 from medm2g_jax.evaluate.metrics import modality_figures, retrieval_figures
@@ -52,7 +52,10 @@ def in_space(
         def found(pair=pair, together=together) -> list[Figure]:
             texts = next((v for s in pair if isinstance((v := read(together)[s])[0], str)), None)
             words = stream_word(pair[0]), stream_word(pair[1])
-            return retrieval_figures(words, *(vectors(together, s) for s in pair), texts, seed=seed)
+            whose = [source.records[i].subject for i in records_with(source, together, "test", rows, seed)]
+            return retrieval_figures(
+                words, *(vectors(together, s) for s in pair), texts, seed=seed, subjects=whose
+            )
 
         out += row(" <-> ".join(map(stream_word, pair)), found)
     if not whole or len(read(every)[every[0]]) < FEWEST:

@@ -109,7 +109,7 @@ def synthesis(
     add(task, lambda: draw(0), picture=MADE)
     drawn = lambda: np.stack([draw(i) for i in range(DRAWS)])  # noqa: E731
     add(f"{task}, mean of {DRAWS} draws", lambda: drawn().mean(0), picture=f"mean of {DRAWS}")
-    out.extend(row(f"{task}, truth among {DRAWS} draws", lambda: [_coverage(task, x, drawn(), seed)]))
+    out.extend(row(f"{task}, truth among {DRAWS} draws", lambda: [_coverage(task, x, drawn(), seed, judge.subjects)]))
     if len(given) > 1:
         alone = lambda: made({last: sources[last]}, seed)  # noqa: E731
         add(f"{last_words} -> {words[1]}", alone, beyond=f"{task}, beyond {last_words} alone")
@@ -202,7 +202,7 @@ def task_words(given: Sequence[str], target: str) -> tuple[str, str]:
     return " + ".join(map(stream_word, given)), stream_word(target)
 
 
-def _coverage(task: str, x: Images, drawn: np.ndarray, seed: int) -> Figure:
+def _coverage(task: str, x: Images, drawn: np.ndarray, seed: int, subjects: Sequence | None = None) -> Figure:
     """How often a pixel's truth lies between the least and the greatest of its draws: (k - 1) / (k + 1) of k draws
     from what the truth is drawn from."""
     inside = ((x >= drawn.min(0)) & (x <= drawn.max(0))).mean(axis=(1, 2, 3))
@@ -212,7 +212,7 @@ def _coverage(task: str, x: Images, drawn: np.ndarray, seed: int) -> Figure:
         metric=f"truth among {k} draws",
         protocol="pixels among draws",
         value=float(inside.mean()),
-        interval=bootstrap(inside, np.mean, seed),
+        interval=bootstrap(inside, np.mean, seed, subjects),
         n=len(x),
         seed=seed,
         ceiling=Reference((k - 1) / (k + 1), "draws from what the truth is drawn from"),

@@ -66,12 +66,16 @@ class Metric:
     def __call__(self, *arguments: Any) -> float:
         return self.value(self.scores(*arguments))
 
-    def figure(self, task: str, name: str, *arguments: Any, seed: int, **fields: Any) -> Figure:
-        """Measured; `fields` are floor, ceiling, or another protocol."""
+    def figure(
+        self, task: str, name: str, *arguments: Any, seed: int, subjects: Sequence | None = None, **fields: Any
+    ) -> Figure:
+        """Measured; `fields` are floor, ceiling, or another protocol; `subjects` whose each row is."""
         scores = self.scores(*arguments)
         n = len(scores)
-        share = scores.dtype == bool
-        interval = wilson(int(scores.sum()), n) if share else bootstrap(scores, self.value)
+        if scores.dtype == bool and (subjects is None or len(set(subjects)) == n):
+            interval = wilson(int(scores.sum()), n)
+        else:
+            interval = bootstrap(scores, self.value, subjects=subjects)
         given = {"protocol": self.protocol, "interval": interval} | fields
         return Figure(task=task, metric=name, value=self.value(scores), n=n, seed=seed, **given)
 
@@ -93,8 +97,9 @@ class OfSets:
     def __call__(self, *arguments: Any) -> float:
         return self.value(*arguments)
 
-    def figure(self, task: str, name: str, *sets: Any, seed: int, **fields: Any) -> Figure:
-        """Measured; its n is that of the smaller set. `fields` are floor, ceiling, or another protocol."""
+    def figure(self, task: str, name: str, *sets: Any, seed: int, subjects: Any = None, **fields: Any) -> Figure:
+        """Measured; its n is that of the smaller set. `fields` are floor, ceiling, or another protocol; `subjects` is
+        there to be called as `Metric`'s: there is no interval."""
         given = {"protocol": self.protocol} | fields
         return Figure(task=task, metric=name, value=self(*sets), n=min(map(len, sets)), seed=seed, **given)
 
@@ -179,6 +184,7 @@ def figures_of(
     seed: int,
     floor: tuple[str, Sequence[Any]] | None = None,
     autoencoder: Sequence[Figure] = (),
+    subjects: Sequence | None = None,
 ) -> list[Figure]:
     """One figure by every metric that compares things of this sort.
 
@@ -187,6 +193,7 @@ def figures_of(
       floor: what needs no model, and candidates of it to put in `made`'s place: the best of them counts.
       autoencoder: figures of the target's own autoencoder: the ceiling of what it decodes, and their floor where
         `floor` is not given.
+      subjects: whose each row is.
     """
     out = []
     for name, metric in METRICS.items():
@@ -198,7 +205,7 @@ def figures_of(
             what, candidates = floor
             best = max if metric.higher else min
             ends["floor"] = Reference(best(metric(real, one, *more) for one in candidates), what)
-        out.append(metric.figure(task, name, real, made, *more, seed=seed, **ends))
+        out.append(metric.figure(task, name, real, made, *more, seed=seed, subjects=subjects, **ends))
     return out
 
 
@@ -224,7 +231,9 @@ def public_figures(of: str, task: str, real: Any, made: Any, *more: Any, seed: i
     return _what_can_be(of, task, "", real, made, *more, seed=seed, **fields)
 
 
-def report_figures(task: str, real: Sequence[str], made: Sequence[str], cleaning: str, *, seed: int) -> list[Figure]:
+def report_figures(
+    task: str, real: Sequence[str], made: Sequence[str], cleaning: str, *, seed: int, subjects: Sequence | None = None
+) -> list[Figure]:
     """Reports by every metric of their words, both cleaned by a named way of `data.clean`; beside them how long the
     real ones are and how many of those differ. What cannot be measured is left out, and said.
 
@@ -233,7 +242,8 @@ def report_figures(task: str, real: Sequence[str], made: Sequence[str], cleaning
     """
     a, b = ([clean(text, cleaning) for text in texts] for texts in (real, made))
     words.tokens(a, b)
-    how = dict(seed=seed, protocol=f"words, {cleaning}")
+    how: dict[str, Any] = dict(seed=seed, protocol=f"words, {cleaning}")
+    how |= dict(subjects=subjects) if subjects is not None else {}
     figures = _what_can_be("words", task, "", a, b, **how)
     beside = ("words a report", "distinct reports")
     return figures + [METRICS[name].figure(f"{task}, the real ones", name, a, a, **how) for name in beside]
@@ -251,7 +261,13 @@ def _what_can_be(of: str, task: str, suffix: str, real: Any, made: Any, *more: A
 
 
 def retrieval_figures(
-    names: tuple[str, str], a: Any, b: Any, captions: Sequence[str] | None = None, *, seed: int
+    names: tuple[str, str],
+    a: Any,
+    b: Any,
+    captions: Sequence[str] | None = None,
+    *,
+    seed: int,
+    subjects: Sequence | None = None,
 ) -> list[Figure]:
     """Rows of embeddings (n d) and their partners, each looked for among the other, both ways; the floor is a random
     order. Where captions are given one of the same words is a hit: repeated ones cannot be told apart."""
@@ -263,7 +279,7 @@ def retrieval_figures(
             if metric.of == "gallery":
                 nothing = np.ones((len(x), 1))  # tells nothing apart: all are ties
                 floor = Reference(metric(nothing, nothing, classes), "a random order")
-                how = dict(seed=seed, protocol=f"gallery, {hit}, ties shared", floor=floor)
+                how = dict(seed=seed, protocol=f"gallery, {hit}, ties shared", floor=floor, subjects=subjects)
                 out.append(metric.figure(task, name, x, y, classes, **how))
     return out
 
