@@ -54,7 +54,7 @@ def page(desk: Desk) -> Any:
                         container=False,
                         visible=False,
                         scale=3,
-                        min_width=320,
+                        min_width=360,
                         elem_id="window",
                     )
                 shown = gr.HTML(demo_view.hint("What is made appears here."), elem_id="results")

@@ -143,7 +143,7 @@ def test_what_lies_nearest_are_the_subjects_of_the_greatest_cosine(desk):
         np.testing.assert_allclose(best.image, images[test[int(cosines.argmax())]])
     assert not any("reading" in step.text for step in list(desk.nearest(result))[:-1])  # their vectors are there
     html = demo_view.nearest(found)
-    assert html.count("<figure") == 8 and demo_view.NOT_MADE in html and "CT nearest to the given MRI t2" in html
+    assert html.count("<figure") == 8 and demo_view.NOT_MADE in html and "CT nearest to the given MRI T2" in html
 
 
 def test_of_data_that_are_not_open_nothing_is_shown(desk, monkeypatch):
