@@ -15,8 +15,10 @@ Everything random is a function of (seed, stage, step, global row, stream), so t
 started again by the same command ends with the same bits.
 """
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import re
 import signal
@@ -343,8 +345,10 @@ def run_stage(
             elif done % config.checkpoint_every == 0:
                 saves.save(done, _as_dict(state))
             if config.show_every and done % config.show_every == 0 and not last:
-                with tempfile.TemporaryDirectory() as scratch:  # its pictures go to TensorBoard alone
+                # Its pictures go to TensorBoard alone, and where they were meanwhile is not said.
+                with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
                     drawn(state.ema, *described(state.ema), epath.Path(scratch), done)
+                log.say(f"  samples of step {done} are in TensorBoard")
             if done % config.checkpoint_every == 0 or last:
                 log.sync()
             if stopping and not last:
