@@ -72,10 +72,8 @@ def typed(words: list[str], **env: str) -> None:
     if words[0] == "python":
         words = ["medm2g", "plan", *(word for word in words if word.startswith(("--config", "--workdir")))]
     verb = words[1]
-    if verb == "prepare" and "--out" in words:
+    if "--out" in words:  # which another command has written
         shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
-    for word in ("out", "OUT", "results", "audit"):  # which another command has written
-        shutil.rmtree(word, ignore_errors=True)
     done = process("-m", "medm2g_jax", *words[1:], *LESS.get(verb, ()), **env)
     print(done.stdout, done.stderr[-3000:], flush=True)
     assert done.returncode in (0, cli.SEEN), words  # 3: done, and something is to be looked at
