@@ -57,11 +57,12 @@ def _volumes(root: Path, pixels: dict) -> None:
     voxels = {s: np.int16(500 * (x + 1)).transpose(2, 1, 0) for s, x in pixels.items()}
     for name, stream in (("t1", "mri:t1"), ("t2", "mri:t2"), ("mr", "mri:t2")):
         nibabel.save(nibabel.Nifti1Image(voxels[stream], AFFINE), root / f"{name}.nii.gz")
-    for study in range(4):
+    for study in range(12):  # of pixels of its own, or it is left out
         folder = root / "STUDIES" / f"p{study}"
         folder.mkdir(parents=True)
         for contrast in ("t1", "flair"):
-            nibabel.save(nibabel.Nifti1Image(voxels[f"mri:{contrast}"], AFFINE), folder / f"{contrast}.nii.gz")
+            shifted = np.roll(voxels[f"mri:{contrast}"], study, axis=0)
+            nibabel.save(nibabel.Nifti1Image(shifted, AFFINE), folder / f"{contrast}.nii.gz")
     mr = dict(Modality="MR", SOPClassUID="1.2.840.10008.5.1.4.1.1.4")
     series(root / "head", voxels["mri:t2"], np.diag([4.0, 4.0, 5.0, 1.0]), **mr)
 
