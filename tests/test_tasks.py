@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from medm2g_jax.evaluate import measure
 from medm2g_jax.evaluate.downstream import Plan
 from medm2g_jax.evaluate.judge import PUBLIC
 from medm2g_jax.evaluate.protocols import PROTOCOLS
+from medm2g_jax.evaluate.rows import Rows
+from medm2g_jax.loading import locate
 from medm2g_jax.modality import MODALITIES
 
 ROOT = Path(__file__).parents[1]
@@ -30,3 +33,11 @@ def test_a_task_names_what_there_is(name):
     assert not task.protocols or task.paper or task.published, "whose figures stand beside ours"
     page = (ROOT / "docs" / "evaluate.md").read_text()
     assert f"`{name}`" in page or f"tasks.py:{name}" in page
+
+
+def test_figures_of_the_model_in_the_box_are_left_where_one_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = Rows({"task": "phantom"})
+    rows("nothing", list)
+    measure._write(rows, locate("phantom"), "phantom", "", "")
+    assert (tmp_path / "evaluation.json").is_file()

@@ -228,7 +228,7 @@ def _apart(source: Source, shared: Mapping[str, Any], data: str) -> None:
 
 def _write(row: Rows, folder: epath.Path, task: str, out: str, published: str) -> None:
     if not out:
-        row.write((epath.Path.cwd() if folder.parent == BOX else folder) / "evaluation.json")
+        row.write((epath.Path(".") if folder.parent == BOX else folder) / "evaluation.json")
         return
     row.write(epath.Path(out) / f"{task}.json")
     for ending, text in (("csv", table.csv(row.figures)), ("md", table.markdown(row.figures, row.record(), published))):
