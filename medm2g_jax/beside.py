@@ -195,9 +195,12 @@ def train(tasks: Mapping[str, Task], arguments: Sequence[str], root: epath.Path,
             stage.wait()
 
 
-def stage(config: ConfigDict, root: epath.Path) -> None:
-    """What a stage's process does; it does not return."""
-    from medm2g_jax.run import open_data
+def stage(config: ConfigDict, root: epath.Path, open_data: Callable[..., loop.Data]) -> None:
+    """What a stage's process does; it does not return.
+
+    Args:
+      open_data: of (config, root, source), what the run opened.
+    """
 
     def tell(what: str, value: Any = None) -> None:
         print(SAYS + json.dumps([what, value]), flush=True)

@@ -44,12 +44,18 @@ def page(desk: Desk) -> Any:
             with gr.Column(scale=5, min_width=320):
                 status = gr.HTML(demo_view.said("starting"), elem_id="status")
                 with gr.Row(elem_classes="m2g-tools"):
-                    swap = gr.Button(
-                        "Exchange left and right, same noise", interactive=False, size="md", elem_id="swap"
-                    )
-                    near = gr.Button("What lies nearest", interactive=False, size="md", elem_id="near")
+                    plain = dict(interactive=False, size="md", scale=2)
+                    swap = gr.Button("Exchange left and right", min_width=220, elem_id="swap", **plain)
+                    near = gr.Button("What lies nearest", min_width=170, elem_id="near", **plain)
                     window = gr.Radio(
-                        [demo_view.FULL], value=demo_view.FULL, show_label=False, visible=False, elem_id="window"
+                        [demo_view.FULL],
+                        value=demo_view.FULL,
+                        show_label=False,
+                        container=False,
+                        visible=False,
+                        scale=3,
+                        min_width=360,
+                        elem_id="window",
                     )
                 shown = gr.HTML(demo_view.hint("What is made appears here."), elem_id="results")
                 downloads = _downloads()
@@ -116,7 +122,7 @@ def _fields(able: Able, first: Order) -> dict[str, Any]:
                     label=modality.word, height=104, elem_id=f"drop-{name}", elem_classes="m2g-drop", min_width=90
                 )
                 fields[f"stream {name}"] = gr.Dropdown(
-                    [(_choice(s), s) for s in modality.streams],
+                    [(demo_view.title_of(s).partition(" ")[2] or "any", s) for s in modality.streams],
                     value=modality.streams[0],
                     show_label=False,
                     container=False,

@@ -41,7 +41,7 @@ CSS = """
 .m2g-warning { color: #7c2d12; background: #ffedd5; border: 1px solid #fdba74; border-radius: 6px; padding: .1rem .6rem;
   font-weight: 600; font-size: .85rem; white-space: nowrap; }
 .dark .m2g-warning { color: #fed7aa; background: #431407; border-color: #9a3412; }
-.m2g-status { min-height: 2.2rem; font-size: .9rem; color: var(--m2g-soft); }
+.m2g-status { min-height: 1.8rem; font-size: .9rem; color: var(--m2g-soft); }
 .m2g-bar { height: 4px; border-radius: 2px; background: var(--m2g-line); overflow: hidden; margin-top: .3rem; }
 .m2g-bar div { height: 100%; background: var(--color-accent); transition: width .3s; }
 .m2g-bar .m2g-unknown { width: 30%; animation: m2g-slide 1.4s ease-in-out infinite alternate; }
@@ -85,6 +85,7 @@ CSS = """
 .m2g-given { color: #1e3a8a; background: #dbeafe; } .dark .m2g-given { color: #bfdbfe; background: #1e3a8a; }
 .m2g-notes { font-size: .82rem; color: var(--m2g-soft); margin: .5rem 0 0 1.1rem; }
 .m2g-foot { font-size: .8rem; color: var(--m2g-soft); }
+.m2g-found + .m2g-foot { margin-top: .6rem; }
 .m2g-previews { display: grid; grid-template-columns: repeat(3, 1fr); gap: .5rem; }
 .m2g-drop { overflow: hidden; }
 .m2g-drop [data-testid="upload-text"] { font-size: 0; }
@@ -110,6 +111,11 @@ def title_of(stream: str) -> str:
     """What stands above a stream's images: "MRI T2"."""
     word, _, contrast = stream_word(stream).partition(" ")
     return f"{word[:1].upper()}{word[1:]} {contrast.upper()}".strip()
+
+
+def _named(stream: str) -> str:
+    """A stream within a sentence: "report", "MRI T2"."""
+    return title_of(stream) if _modality(stream).is_image else stream_word(stream)
 
 
 def window_names(streams: tuple[str, ...]) -> tuple[str, ...]:
@@ -282,7 +288,7 @@ def nearest(found: Found, window: str = FULL) -> str:
     rows = []
     for stream, made, neighbours in found.rows:
         target = title_of(neighbours[0].near.stream)
-        asked = f"the {'generated' if made else 'given'} {stream_word(stream)}"
+        asked = f"the {'generated' if made else 'given'} {_named(stream)}"
         tiles = "".join(_neighbour(one, window) for one in neighbours)
         title = f"<h2>{escaped(target)} nearest to {escaped(asked)}</h2>"
         rows.append(f'<div>{title}<div class="m2g-near">{tiles}</div></div>')

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -121,10 +122,13 @@ def packages() -> Iterator[Finding]:
     needed = [r for r in asked if r.marker is None or r.marker.evaluate({"extra": ""})]
     wrong = [(r, said) for r in needed if (said := _misses(r))]
     of_theirs = {line: r.name for r in needed if _version(r.name) for line in importlib.metadata.requires(r.name) or ()}
+    known = {r.name for r, _ in wrong}
     for line, name in of_theirs.items():  # as jaxlib of jax
         inner = Requirement(line)
-        if (inner.marker is None or inner.marker.evaluate({"extra": ""})) and (said := _misses(inner)):
-            wrong.append((inner, f"{said} by {name}"))
+        asked_for = inner.name not in known and (inner.marker is None or inner.marker.evaluate({"extra": ""}))
+        if asked_for and (said := _misses(inner)):
+            wrong.append((inner, f"{said}; {name} needs it"))
+            known.add(inner.name)
     for requirement, said in wrong:
         yield Finding(BROKEN, "packages", said, _pip(_asked(requirement)))
     if not wrong:
@@ -290,7 +294,7 @@ def _child() -> None:
             finding = Finding(BROKEN, what, str(error))
         except Exception as error:  # whatever it is, it is what is looked for
             first = (str(error).strip().splitlines() or [""])[0]
-            finding = Finding(BROKEN, what, f"{type(error).__name__}: {first}", _of_error(error))
+            finding = Finding(BROKEN, what, f"{type(error).__name__}: {first}".rstrip(": "), _of_error(error))
         if finding.said not in said:  # a package that cannot be imported is named once
             said.add(finding.said)
             print(json.dumps(finding), flush=True)
@@ -301,12 +305,18 @@ class _Lacks(Exception):
 
 
 def _of_error(error: Exception) -> str:
+    """What may mend it: the package that an error names, or in which it was raised, installed anew."""
+    if "JAX_PLATFORMS" in os.environ and not isinstance(error, ImportError):
+        return f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}: unset it, or install what it names: {_pip('jax[cuda13]')}"
+    parts = [Path(frame.filename).parts for frame in traceback.extract_tb(error.__traceback__)]
+    raised = [p[p.index("site-packages") + 1] for p in parts if "site-packages" in p]
     if isinstance(error, ImportError):
         name = (error.name or "").partition(".")[0]
-        return _pip("--force-reinstall", name) if name and name != "medm2g_jax" else _again()
-    if "JAX_PLATFORMS" in os.environ:
-        return f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}: unset it, or install what it names: {_pip('jax[cuda13]')}"
-    return ""
+    elif named := re.search(r"module '(\w+)", str(error)):
+        name = named[1]
+    else:
+        name = raised[-1] if raised else ""
+    return _pip("--force-reinstall", name) if name and name != "medm2g_jax" else _again()
 
 
 def _devices() -> str:

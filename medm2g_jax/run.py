@@ -202,7 +202,7 @@ def run(
     began = time.time()
     check(config)
     if (own := os.environ.get(beside.STAGE)) and arguments is not None:
-        beside.stage(stage_config(config, own), epath.Path(workdir or default_workdir(config)))
+        beside.stage(stage_config(config, own), epath.Path(workdir or default_workdir(config)), open_data)
     if source is not None:  # recorded as what it is: nobody shall measure this model on what config.data names instead
         config = config.copy_and_resolve_references()
         config.data.source, config.data_reason = f"{OWN}:{source.name}", "handed over in Python"

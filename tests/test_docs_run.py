@@ -78,7 +78,8 @@ def typed(words: list[str], **env: str) -> None:
         shutil.rmtree(word, ignore_errors=True)
     done = process("-m", "medm2g_jax", *words[1:], *LESS.get(verb, ()), **env)
     print(done.stdout, done.stderr[-3000:], flush=True)
-    assert done.returncode in (0, cli.SEEN), done.stderr[-3000:]  # 3: done, and something is to be looked at
+    assert done.returncode in (0, cli.SEEN), words  # 3: done, and something is to be looked at
+    assert "the data cannot be read" not in done.stdout + done.stderr
 
 
 def process(*words: str, **env: str) -> subprocess.CompletedProcess:

@@ -96,7 +96,7 @@ def test_it_runs_where_jax_does_not(tmp_path):
     status, text = said(tmp_path, broken.parent)
     assert status == 3 and text.count("undefined symbol") == 1 and "--force-reinstall jaxlib" in text, text
     (line,) = found(text, "packages")
-    assert "jaxlib 0.5.0 is here" in line and "by jax" in line and "pip install 'jaxlib<=" in line
+    assert "jaxlib 0.5.0 is here" in line and "jax needs it" in line and "pip install 'jaxlib<=" in line
     assert found(text, "memory") and found(text, "disk")
 
 

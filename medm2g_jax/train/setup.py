@@ -4,7 +4,7 @@ Nothing is allocated here: parameters are shapes and places.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -41,14 +41,21 @@ class Setup:
     layout: State
     train_step: Callable
     eval_step: Callable
+    _jitted: dict[bool, tuple[Callable, Callable]] = field(default_factory=dict, repr=False, compare=False)
 
     def trains(self, name: str) -> bool:
         return results.trains(self.stage, name)
 
     def programs(self, save_memory: bool) -> tuple[Callable, Callable]:
-        """(train_step, eval_step), jitted. save_memory: see `device.jit`."""
-        whole = dict(out_shardings=(self.layout, None), donate_argnums=0)
-        return jit(self.train_step, save_memory=save_memory, **whole), jit(self.eval_step, save_memory=save_memory)
+        """(train_step, eval_step), jitted, the same ones at every call. save_memory: see `device.jit`."""
+        if save_memory not in self._jitted:
+            whole = dict(out_shardings=(self.layout, None), donate_argnums=0)
+            steps = jit(self.train_step, save_memory=save_memory, **whole), jit(self.eval_step, save_memory=save_memory)
+            self._jitted[save_memory] = steps
+        return self._jitted[save_memory]
+
+
+_LAST: dict[tuple, Setup] = {}  # the last one that was assembled, by what it is made of
 
 
 def assemble(
@@ -62,7 +69,8 @@ def assemble(
     dtype: Any,
     cached: Sequence[str] = (),
 ) -> Setup:
-    """config.stage in the run's graph.
+    """config.stage in the run's graph. The same one as at the last call where all that it is made of is the same: what
+    was traced and compiled ahead of a stage is then what it runs.
 
     Args:
       vocab, scales, predict, slots: of tokenizers, of latents, and of the flows that were trained before.
@@ -73,6 +81,10 @@ def assemble(
       UserError: the batch does not divide over the mesh, or a field holds what there is not.
     """
     sharding.check_batch(config.batch, mesh)
+    made_of = config.to_json_best_effort(sort_keys=True), graph, mesh, str(dtype), tuple(cached)
+    made_of += tuple(tuple(sorted((k, str(v)) for k, v in of.items())) for of in (vocab, scales, predict, slots))
+    if made_of in _LAST:
+        return _LAST[made_of]
     stage = graph.stage(config.stage)
     first = [g for g in stage.trains if g not in stage.reads]  # a flow that trains on predicts what it did before
     predict = {**predict, **results.predictions(config, first)}
@@ -90,7 +102,9 @@ def assemble(
 
     layout = jax.tree_util.tree_map_with_path(where, jax.eval_shape(lambda p: create(p, tx), shapes))
     steps = make_train_step(spec, config, tx), make_eval_step(spec, config)
-    return Setup(graph, stage, model, spec, tx, shapes, placed, layout, *steps)
+    _LAST.clear()
+    _LAST[made_of] = Setup(graph, stage, model, spec, tx, shapes, placed, layout, *steps)
+    return _LAST[made_of]
 
 
 def frozen_dtype(dtype: Any) -> Any:
