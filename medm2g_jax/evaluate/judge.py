@@ -56,6 +56,8 @@ class Judge:
         held = {s: np.stack(x) for s, x in read_streams(source, (*given, target), "test", rows, seed).items()}
         self.x, self.sources = held[target], {s: held[s] for s in given}
         self._mean = np.broadcast_to(mean, self.x.shape)
+        self.beside = f", beside {' + '.join(map(stream_word, given))}"  # several cases may have this target
+        self._real = f"real {stream_word(target)}{self.beside}"
         indices = records_with(source, (*given, target), "test", rows, seed)
         self.subjects = [source.records[i].subject for i in indices]
         self._protocols, self._indices = protocols, indices
@@ -74,14 +76,14 @@ class Judge:
 
     def ceiling(self, task: str, again: Images) -> list[Figure]:
         """Of what the autoencoder makes of the real images, and what the probe reads in these."""
-        real = [] if self._reads is None else self._found(f"real {stream_word(self.target)}", self.x)
+        real = [] if self._reads is None else self._found(self._real, self.x)
         return self.figures(task, again) + real
 
     def below(self, figures: Sequence[Figure]) -> None:
         """Figures of `ceiling`, measured now or before, are the ceiling of those that follow."""
         self._ends = dict(autoencoder=figures)
-        real = f"real {stream_word(self.target)}"
-        self._ceilings = {f.metric: Reference(f.value, "the probe on real images") for f in figures if f.task == real}
+        real = [f for f in figures if f.task == self._real]
+        self._ceilings = {f.metric: Reference(f.value, "the probe on real images") for f in real}
 
     def figures(self, task: str, made: Images) -> list[Figure]:
         """Of images (n h w 1) made for the test records."""

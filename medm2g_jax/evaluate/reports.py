@@ -65,11 +65,12 @@ def reports_from(
         out.extend(row(name if name.startswith(task) else f"{task}: {name}", measured))
 
     encode = jax.jit(lambda p, ids: model.model.encode(p, text, ids))
-    add(f"{word} -> {word}", lambda: model.decode(text, encode(model.params, model.ids(real))))
+    beside = f", beside {stream_word(image)}"
+    add(f"{word} -> {word}{beside}", lambda: model.decode(text, encode(model.params, model.ids(real))))
     add(task, lambda: samples(model, {image: x}, [text], rows, seed)[text])
     add(f"{task}, guide alone", lambda: samples(model, {image: x}, [text], rows, seed, prompts="none")[text])
     order = np.random.default_rng(seed + 1).permutation(rows)
-    add(f"another subject's {word}", lambda: [real[i] for i in order])
+    add(f"another subject's {word}{beside}", lambda: [real[i] for i in order])
     train = read_streams(source, (image, text), "train", PAIRS, seed)
     if not train:
         print(f"  no training record holds {image} and {text}: no report to answer with", flush=True)

@@ -102,7 +102,7 @@ def synthesis(
 
         out.extend(row(name if name.startswith(task) else f"{task}: {name}", measure))
 
-    again = f"{words[1]} -> {words[1]}"
+    again = f"{words[1]} -> {words[1]}{judge.beside}"
     ceiling = row(f"{task}: {again}", lambda: judge.ceiling(again, _reconstructed(model, target, x)))
     judge.below(ceiling)
     out.extend(ceiling)
