@@ -255,7 +255,7 @@ def test_synthesis_is_measured_against_what_costs_nothing(roots, tmp_path, monke
     psnr = {f.task: f for f in figures if f.metric.startswith("PSNR dB") and f.n == 4}
     beside = {*baselines.IMAGES, "inpainting without guidance", "regression, 2 steps", "pix2pix, 2 steps"}
     assert set(psnr) == {
-        "MRI flair -> MRI flair",
+        "MRI flair -> MRI flair, beside MRI t1 + MRI t2",
         "MRI t1 + MRI t2 -> MRI flair",
         "MRI t1 + MRI t2 -> MRI flair, mean of 2 draws",
         "MRI t2 -> MRI flair",
@@ -267,7 +267,7 @@ def test_synthesis_is_measured_against_what_costs_nothing(roots, tmp_path, monke
     }
     lesions = {f.metric: f for f in figures if f.task == "MRI t1 + MRI t2 -> MRI flair" and f.protocol == "probe"}
     assert set(lesions) >= {f"{field} right" for field in ("kind", "size", "side", "level")} | {"lesion seen"}
-    ceiling = psnr["MRI flair -> MRI flair"].value
+    ceiling = psnr["MRI flair -> MRI flair, beside MRI t1 + MRI t2"].value
     made = psnr["MRI t1 + MRI t2 -> MRI flair"]
     assert made.ceiling.value == ceiling and made.floor.what == "the mean image"
     gain = psnr["MRI t1 + MRI t2 -> MRI flair, beyond MRI t2 alone"]

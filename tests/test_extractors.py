@@ -120,7 +120,7 @@ def test_what_is_absent_or_another_network_is_said(tmp_path, monkeypatch, capsys
         cli.main(["convert", "xrv", "--to", str(tmp_path)])
     assert "expected torchxrayvision" in capsys.readouterr().err
     # The rest of the table still prints; who was trained on projections alone reads no slices.
-    assert [name for name, _ in sets._extractors(sets.Model.__new__(sets.Model), "ct")] == ["ours"]
+    assert [name for name, *_ in sets._extractors(sets.Model.__new__(sets.Model), "ct", ())] == ["ours"]
     said = capsys.readouterr().out
     assert "FID @inception and its kin are left out" in said and "@radimagenet" in said and "@xrv" not in said
     film = [name for name, own in extractors.EXTRACTORS.items() if own.reads(MODALITIES["xray"])]
