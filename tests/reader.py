@@ -83,8 +83,8 @@ def _manifests(root: Path, source: Phantom, pixels: dict) -> None:
         rows.append(dict(id=f"p{n}", subject=f"p{n}", split=split, images=images, text=text, license="CC0"))
     (root / "DIR" / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
     rng, rows = np.random.default_rng(0), []
-    films = Phantom(size=64, seed=4, train=0, val=0, test=60)
-    for n, film in enumerate(films.images(range(60), "xray")[..., 0]):
+    films = Phantom(size=64, seed=4, train=0, val=0, test=96)  # an audit wants 30 to train on
+    for n, film in enumerate(films.images(range(96), "xray")[..., 0]):
         _grey(film).save(root / "XRAY" / f"{n}.png")
         names = dict(id=f"x{n}", subject=f"x{n}", split="test" if n % 3 else "train", images={"xray": f"{n}.png"})
         info = {finding: int(rng.integers(2)) for finding in FINDINGS}

@@ -23,7 +23,7 @@ from medm2g_jax import cli
 pytestmark = pytest.mark.full
 
 ALIKE = {"RUN": "phantom", "RUN_OR_W": "phantom", "runs/phantom-tiny": "phantom"}
-ALIKE |= {f"manifest:{name}": "manifest:XRAY" for name in ("IU_XRAY", "CHEXPERT", "RSNA")}
+ALIKE |= {f"manifest:{name}": "manifest:XRAY" for name in ("IU_XRAY", "CHEXPERT", "RSNA", "SET")}
 LESS = {"evaluate": ("--rows", "8"), "audit": ("--rows", "8")}
 SMALL = {r"regression=\d+": "regression=10", r"steps=\d+": "steps=5", r"base=1\d+": "base=100", r"asked=\d+": "asked=8"}
 LEFT = {
