@@ -20,7 +20,7 @@ from jax._src.array import ArrayImpl
 from micro import NET, flags, micro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from medm2g_jax import rounds, run
+from medm2g_jax import beside, rounds, run
 from medm2g_jax.config import stage_graph
 from medm2g_jax.data.contents import contents_of
 from medm2g_jax.data.phantom.render import Phantom
@@ -116,6 +116,14 @@ def test_killed_several_times_ends_with_the_same_bits(uninterrupted, tmp_path, t
         assert not different, (stage, different[:5])
         rows = [json.loads(line)["step"] for line in (root / stage / "log.jsonl").read_text().splitlines()]
         assert rows == sorted(rows)
+
+
+def test_a_stages_process_ends_with_its_run(tmp_path):
+    """Whose end is that of the process' standard input: here from the beginning, where it would wait for its turn."""
+    env = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=flags(1)) | {beside.STAGE: "image_vae"}
+    told = dict(cwd=HERE.parent, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command(tmp_path / "run"), **told)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
 
 
 def test_a_terminated_run_saves_and_resumes(tmp_path, uninterrupted):
