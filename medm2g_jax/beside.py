@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -225,5 +226,9 @@ def stage(config: ConfigDict, root: epath.Path, open_data: Callable[..., loop.Da
         tell("error", str(error))
     except loop.Stopped as stopped:
         print(stopped, flush=True)
+    except BaseException:
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)  # an ordinary exit would wait for `listen`
     sys.stdout.flush()
     os._exit(0)  # whatever threads of libraries still wait for

@@ -479,7 +479,7 @@ def get_config(target: str, words: str | None = "", listing: str | tuple[str, ..
     if data:
         config.data.source, config.data_reason = f"manifest:{data}", f"MEDM2G_DATA={data}"
     config.upstream = "train"  # a missing upstream stage: "train" it, "init" it afresh, or "require" it
-    config.upstream_dirs = ()  # further run roots in which finished stages are looked for
+    config.upstream_dirs = ()  # run roots and exported models in which finished stages are looked for
     # Handed down to upstream stages, never compared.
     config.dtype = "auto"  # of activations: bfloat16 on accelerators, float32 on CPU
     # Latents of images kept in RUN/latents, so that no step encodes: "on", "off", or "auto" (`train.latents.chosen`).

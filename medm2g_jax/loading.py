@@ -174,8 +174,19 @@ def _from_run(
 def _from_export(
     root: epath.Path, meta: Mapping, model: MedM2G, needed: Callable[[str], bool], dtype: Any
 ) -> tuple[Params, epath.Path]:
-    """Parameters of a model that `medm2g convert export --as safetensors` or `hub` wrote, compared with its CRCs."""
     use_compilation_cache(cache.compiled())
+    return exported(root, meta, needed, dtype)
+
+
+def exported(
+    root: epath.Path, meta: Mapping, needed: Callable[[str], bool], dtype: Any
+) -> tuple[Params, epath.Path]:
+    """Parameters of a model that `medm2g convert export --as safetensors` or `hub` wrote, compared with its CRCs, and
+    the folder of its tokenizers.
+
+    Raises:
+      UserError: the file is damaged, or another than the one that was exported.
+    """
     path = Path(root) / (meta["file"] if "file" in meta else "weights.safetensors")  # exports of before name none
     params: Params = {}
     tensors = open_tensors(path)

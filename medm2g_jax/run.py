@@ -36,6 +36,7 @@ from medm2g_jax.recipes import rows_of
 from medm2g_jax.train import data_record, loop, results
 from medm2g_jax.train.disk import worded
 from medm2g_jax.train.owner import owned
+from medm2g_jax.unpack import run_root
 
 # Rough relative cost of a stage of the tiny preset, seconds on two cores: the first guess of the plan's ETA, corrected
 # by what has been measured.
@@ -202,13 +203,15 @@ def run(
     began = time.time()
     check(config)
     if (own := os.environ.get(beside.STAGE)) and arguments is not None:
-        beside.stage(stage_config(config, own), epath.Path(workdir or default_workdir(config)), open_data)
+        root = epath.Path(workdir or default_workdir(config))
+        beside.stage(stage_config(_with_run_roots(config, root), own), root, open_data)
     if source is not None:  # recorded as what it is: nobody shall measure this model on what config.data names instead
         config = config.copy_and_resolve_references()
         config.data.source, config.data_reason = f"{OWN}:{source.name}", "handed over in Python"
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda *_: None
     root = epath.Path(workdir or default_workdir(config))
     use_compilation_cache(root / "xla_cache")
+    config = _with_run_roots(config, root)
     todo = loop.plan_stages(config, root)
     source = source_of(config) if source is None and loop.stage_configs(config, todo) else source
     say(described(config, root, todo, source))
@@ -222,6 +225,14 @@ def run(
         _train(config, root, source, arguments, say)
     say(f"{config.stage}: all done in {time.time() - began:.0f} s")
     return root
+
+
+def _with_run_roots(config: ConfigDict, root: epath.Path) -> ConfigDict:
+    """The config with a run root for each exported model among config.upstream_dirs."""
+    if config.upstream_dirs:
+        config = config.copy_and_resolve_references()
+        config.upstream_dirs = tuple(run_root(name, root) for name in config.upstream_dirs)
+    return config
 
 
 def _train(

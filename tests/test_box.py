@@ -5,11 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 
-from medm2g_jax import export
+from medm2g_jax import export, unpack
+from medm2g_jax.config import get_config
 from medm2g_jax.data.phantom.render import Phantom
+from medm2g_jax.errors import UserError
 from medm2g_jax.evaluate.metrics.image import psnr
 from medm2g_jax.loading import BOX, load
+from medm2g_jax.train import loop
 
 FOLDER = BOX / "phantom"
 REPORT = "large mass in the left upper lung ."
@@ -84,3 +88,26 @@ def test_the_card_of_several_licences_says_other():
     assert "license: other\nlicense_name: several" in export._front_matter(["ct"], ["CC BY 4.0", "Apache-2.0"])
     assert "license: creativeml-openrail-m" in export._front_matter(["ct"], ["CreativeML OpenRAIL-M", "CC0"])
     assert "license: other" in export._front_matter(["ct"], [])
+
+
+def test_a_run_goes_on_from_it(model, tmp_path):
+    """Every stage of its plan is done for a fine-tune of it, and what they hold is the model."""
+    root = epath.Path(tmp_path)
+    folder = epath.Path(unpack.run_root("phantom", root))
+    config = get_config("finetune", "mri_to_ct,full,tiny,long")
+    config.upstream_dirs = (str(folder),)
+    assert {what for name, what in loop.plan_stages(config, root) if name != config.stage} == {"done"}
+    again = load(str(folder / "ct_mri"))
+    assert again.tokenizers.sizes == model.tokenizers.sizes and again.meta["pairs"] == model.meta["pairs"]
+    assert again.params.keys() == model.params.keys()
+    assert all(np.array_equal(again.params[name], value) for name, value in model.params.items())
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert unpack.run_root("phantom", root) == str(folder)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+def test_what_holds_no_finished_stage_is_no_upstream(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("phantm", str(tmp_path / "empty")):
+        with pytest.raises(UserError, match=r"no finished stage in .*phant.*"):
+            unpack.run_root(name, epath.Path(tmp_path))
