@@ -41,8 +41,9 @@ _SD_VAE = dict(channels=(128, 256, 512, 512), layers=2, groups=32, latent=4, pat
 _NETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         width=64,  # of the space that prompts and guides share
-        # A token of the shared space has about 1 / sqrt(width) a feature, which says little to layers made for 1: a
-        # fresh flow reads it times sqrt(width) at first. Not where weights begin it that read it as it is (VD).
+        # A token of the shared space has about 1 / sqrt(width) a feature, which says little to layers made for 1, and
+        # most of it in few directions: a fresh flow reads it whitened at first (`recipes`). Not where weights begin it
+        # that read it as it is (VD).
         loud_prompts=True,
         image_vae=dict(channels=(64,), layers=0, groups=8, latent=4, patch=8, mid_attention=False, colours=1),
         image_unet=dict(channels=(48, 96), attention=(False, True), layers=1, heads=4, groups=8),
@@ -196,7 +197,7 @@ _VERB_SIZES: dict[str, dict[str, dict[str, Any]]] = {
         align=dict(steps=800, lr=2e-3, batch=48),
         ldm=dict(steps=1200, lr=4e-3, batch=16),
         ldm_text=dict(steps=1500, lr=3e-3, batch=32),
-        round=dict(steps=900, lr=5e-3, lr_adapt=5e-3, batch=16),
+        round=dict(steps=1100, lr=5e-3, lr_adapt=5e-3, batch=16),
         tune_full=dict(steps=300, lr=1e-3, lr_adapt=1e-3, batch=16),
         tune_guide=dict(steps=300, lr=2e-3, lr_adapt=2e-3, batch=16),
         tune_lora=dict(steps=300, lr=2e-3, batch=16),
@@ -285,7 +286,7 @@ def _stage(name: str, preset: str, variant: str, listing: tuple[str, ...]) -> di
             own |= dict(lr_adapt=own["lr"])
         own |= dict(
             # Without the prompt (Eq. 6 prints none) the guide has to carry the partner.
-            drop_prompt=1.0 if paper else 0.9,
+            drop_prompt=1.0 if paper else 0.7,
             clean=0.0 if paper else 0.75,  # share of rows whose source is clean (translation); the rest share t
             loss=dict(eps=1.0, contrast=0.0 if paper else 0.1),
             contrast_tau=0.07,
@@ -493,7 +494,7 @@ def get_config(target: str, words: str | None = "", listing: str | tuple[str, ..
         sampler="ddim",  # a name in diffusion.SAMPLERS
         spacing="auto",  # of its times, a name in diffusion.SPACINGS
         eta=1.0,
-        guidance=1.0 if preset == "tiny" and variant != "paper" else 2.0,  # beyond 1 tiny's lesions only get brighter
+        guidance=1.0 if preset == "tiny" and variant != "paper" else 2.0,  # more makes tiny's opacities masses
         guide="both" if variant == "paper" else "cond",
         rows=64 if preset == "tiny" else 8,  # held-out records that a stage's numbers stand on
     )

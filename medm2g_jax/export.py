@@ -404,6 +404,9 @@ def _whole(source: Path, to: Path, dtype: str, format: str) -> tuple[int, int, t
     made = {n: Output(v.shape, v.dtype, lambda v=v: v) for n, v in stored.items()}
     meta = json.loads(json.dumps(model.meta))
     meta["shared"]["weights"] = ""  # it needs none
+    for origin in meta["from"].values():
+        origin.pop("run", None)  # nor the folders that it was trained in
+    config = json.loads((root / "config.json").read_text()) | {"weights": "", "upstream_dirs": []}
     licences = tuple(meta["licences"])
     tokenizers = root / "tokenizers" if (root / "tokenizers").is_dir() else root.parent / "tokenizers"
     told = _described(model, sum(v.size for v in params.values()), dtype)
@@ -416,7 +419,7 @@ def _whole(source: Path, to: Path, dtype: str, format: str) -> tuple[int, int, t
         prints = write_safetensors(folder / WHOLE[format], made, {"format": "pt", "medm2g": "model"})
         if model.tokenizers:
             shutil.copytree(tokenizers, folder / "tokenizers")
-        shutil.copyfile(root / "config.json", folder / "config.json")
+        (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
         (folder / "README.md").write_text(front + told, encoding="utf-8")
         kept = meta | {"storage": "safetensors", "file": WHOLE[format], "crc32": prints}
         (folder / "model.json").write_text(json.dumps(kept, indent=1), encoding="utf-8")

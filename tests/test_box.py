@@ -97,10 +97,18 @@ def test_a_run_goes_on_from_it(model, tmp_path):
     config = get_config("finetune", "mri_to_ct,full,tiny,long")
     config.upstream_dirs = (str(folder),)
     assert {what for name, what in loop.plan_stages(config, root) if name != config.stage} == {"done"}
-    again = load(str(folder / "ct_mri"))
+    again = load(str(folder / model.meta["stage"]))
     assert again.tokenizers.sizes == model.tokenizers.sizes and again.meta["pairs"] == model.meta["pairs"]
     assert again.params.keys() == model.params.keys()
     assert all(np.array_equal(again.params[name], value) for name, value in model.params.items())
+    stage = Path(folder / model.meta["stage"])
+    meta = json.loads((stage / "model.json").read_text())
+    for origin in meta["from"].values():  # as where it stands on another run root
+        origin["run"] = str(folder)
+    (stage / "model.json").write_text(json.dumps(meta))
+    export.export(stage, tmp_path / "exported", "safetensors", dtype="int8")
+    about = "".join((tmp_path / "exported" / name).read_text() for name in ("model.json", "config.json"))
+    assert str(tmp_path) not in about  # whose folders these were is nobody's business
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert unpack.run_root("phantom", root) == str(folder)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 from micro import micro
 
 from medm2g_jax import device, rounds
@@ -17,7 +18,7 @@ from medm2g_jax.diffusion import ABAR, TIMES
 from medm2g_jax.family import text_lengths
 from medm2g_jax.model import init_group, prompt_context
 from medm2g_jax.nn.attention import context
-from medm2g_jax.recipes import Recipe, recipe
+from medm2g_jax.recipes import RIDGE, Recipe, recipe
 from medm2g_jax.train import optim, results, sharding
 from medm2g_jax.train.loop import Data
 from medm2g_jax.train.state import create, make_eval_step, make_train_step
@@ -309,6 +310,23 @@ def test_f_starts_as_rows_of_the_prompt_encoders_tokens(data):
     tokens = np.asarray(bench.model.flows["xray"].prompt(bench.frozen, bench.batch["xray"]).tokens).reshape(-1, 32)
     for row in np.asarray(bench.trainable["xray/adapt/rows"]):
         assert np.abs(tokens - row).max(1).min() < 1e-5
+
+
+def test_a_fresh_flow_hears_all_that_prompts_say_about_equally(data):
+    """ZCA whitening of the tokens of rows that have a prompt, of mean square 1; `paper` reads them as they are."""
+    bench = Bench(data, "ldm", "ct,tiny")
+    about = bench.batch["about"]
+    tokens = np.asarray(bench.model.flows["text"].prompt(bench.frozen, about["prompt"]["text"]).tokens, np.float64)
+    there = np.asarray(about["present"]["text"])
+    assert 0 < there.sum() < len(there)
+    tokens = tokens[there].reshape(-1, 32)
+    second = tokens.T @ tokens / len(tokens)
+    whitening = np.linalg.inv(scipy.linalg.sqrtm(second + RIDGE * np.trace(second) / 32 * np.eye(32)))
+    kernel = np.asarray(bench.trainable["ct/prompt_in/kernel"])
+    np.testing.assert_allclose(kernel / np.trace(kernel), whitening / np.trace(whitening), atol=1e-4)
+    assert np.mean((tokens @ kernel) ** 2) == pytest.approx(1.0, rel=1e-3)
+    printed = Bench(data, "ldm", "ct,tiny,paper")
+    np.testing.assert_array_equal(printed.trainable["ct/prompt_in/kernel"], np.eye(32))
 
 
 def test_theta_c_starts_as_the_prompts_attention_but_for_what_it_says(data):

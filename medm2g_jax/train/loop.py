@@ -75,7 +75,7 @@ FREE = (
     "latents",
     "side_by_side",
 )
-FINISH_BATCHES = 8
+START_BATCHES = FINISH_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -424,10 +424,10 @@ def _parameters(
     fresh = results.fresh_params(spec.init, key, rest) if rest else {}
     trainable = {**begun, **fresh, **before}
     if spec.start is not None:
-        first = sharding.put_batch(next(loader(0)), mesh)
+        first = (sharding.put_batch(batch, mesh) for batch in islice(loader(0), START_BATCHES))
         empty = jax.device_put(data.empty, sharding.replicated(mesh))
-        drawn, extra = spec.start({**frozen, **before}, [first], key, empty)
-        trainable |= {k: jax.device_put(v, placed[k]) for k, v in drawn.items() if k in trainable}
+        drawn, extra = spec.start({**frozen, **before}, first, key, empty)
+        trainable |= {k: jax.device_put(v, placed[k]) for k, v in drawn.items() if k in fresh}
         frozen |= jax.device_put(extra, sharding.replicated(mesh))
     return trainable, frozen
 
