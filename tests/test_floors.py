@@ -16,7 +16,7 @@ FLOORS = (
     ("cli", "__main__"),
     ("main",),
     ("demo", "demo_desk", "demo_near", "demo_page", "demo_view", "plan", "sweep", "export", "doctor"),
-    ("run", "beside", "fill", "prepare", "volumes", "volume_files", "embed", "retrieve", "vectors", "audit"),
+    ("run", "beside", "unpack", "fill", "prepare", "volumes", "volume_files", "embed", "retrieve", "vectors", "audit"),
     ("evaluate",),
     ("loading",),
     ("inference",),
