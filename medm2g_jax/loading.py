@@ -178,9 +178,7 @@ def _from_export(
     return exported(root, meta, needed, dtype)
 
 
-def exported(
-    root: epath.Path, meta: Mapping, needed: Callable[[str], bool], dtype: Any
-) -> tuple[Params, epath.Path]:
+def exported(root: epath.Path, meta: Mapping, needed: Callable[[str], bool], dtype: Any) -> tuple[Params, epath.Path]:
     """Parameters of a model that `medm2g convert export --as safetensors` or `hub` wrote, compared with its CRCs, and
     the folder of its tokenizers.
 

@@ -348,6 +348,7 @@ def _evened(model: MedM2G, frozen: Params, batches: Iterable, prompts: Sequence[
     second moment of prompts (ZCA whitening), with a ridge for directions that hardly occur.
     """
 
+    @jax.jit
     def moment(params: Params, about: Mapping) -> tuple[Array, Array]:
         total, count = jnp.zeros((model.width, model.width)), jnp.float32(0)
         for m in prompts:
@@ -357,7 +358,7 @@ def _evened(model: MedM2G, frozen: Params, batches: Iterable, prompts: Sequence[
             count += there.sum() * tokens.shape[1]
         return total, count
 
-    sums = [jax.jit(moment)(frozen, batch["about"]) for batch in batches]
+    sums = [moment(frozen, batch["about"]) for batch in batches]
     second = sum(total for total, _ in sums) / jnp.maximum(sum(count for _, count in sums), 1)
     value, vector = jnp.linalg.eigh(second)
     root = jnp.sqrt(jnp.maximum(value, 0.0) + RIDGE * value.mean() + jnp.finfo(jnp.float32).tiny)

@@ -36,7 +36,7 @@ from medm2g_jax.recipes import rows_of
 from medm2g_jax.train import data_record, loop, results
 from medm2g_jax.train.disk import worded
 from medm2g_jax.train.owner import owned
-from medm2g_jax.unpack import run_root
+from medm2g_jax.unpack import copy_tokenizers, run_root
 
 # Rough relative cost of a stage of the tiny preset, seconds on two cores: the first guess of the plan's ETA, corrected
 # by what has been measured.
@@ -70,7 +70,7 @@ def open_data(config: ConfigDict, root: epath.Path, source: Source | None = None
         _tokenizers_of(config.upstream_dirs, folder)
     begun = results.begins(config, f"{centre().name}/clip")  # its tokenizer belongs to it, and with it the others
     if not (folder / "done").exists() and begun and jax.process_index() == 0:
-        _copy_tokenizers(weights.tokenizers(config.weights), folder, "converted weights")
+        copy_tokenizers(weights.tokenizers(config.weights), folder, "converted weights")
     if not (folder / "done").exists() and jax.process_index() == 0:
         texts = pipeline.texts(source, "train", config.seed)
         Tokenizers.train(texts, folder, config.net.vocabulary)
@@ -91,15 +91,7 @@ def _tokenizers_of(roots: Sequence[str], folder: epath.Path) -> None:
     known = (epath.Path(root) / "tokenizers" for root in roots)
     there = next((path for path in known if (path / "done").exists()), None)
     if there is not None:
-        _copy_tokenizers({path.name: path for path in there.iterdir() if path.is_dir()}, folder, str(there))
-
-
-def _copy_tokenizers(paths: Mapping[str, Any], folder: epath.Path, said: str) -> None:
-    for name, path in paths.items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for file in path.iterdir():
-            (folder / name / file.name).write_bytes(file.read_bytes())
-    (folder / "done").write_text(f"copied from {said}\n")
+        copy_tokenizers({path.name: path for path in there.iterdir() if path.is_dir()}, folder, str(there))
 
 
 def served(config: ConfigDict, root: epath.Path, source: Source, todo: Sequence[tuple[str, str]]) -> dict[str, int]:
@@ -202,16 +194,15 @@ def run(
     """
     began = time.time()
     check(config)
+    root = epath.Path(workdir or default_workdir(config))
+    config = _with_run_roots(config, root)
     if (own := os.environ.get(beside.STAGE)) and arguments is not None:
-        root = epath.Path(workdir or default_workdir(config))
-        beside.stage(stage_config(_with_run_roots(config, root), own), root, open_data)
+        beside.stage(stage_config(config, own), root, open_data)
     if source is not None:  # recorded as what it is: nobody shall measure this model on what config.data names instead
         config = config.copy_and_resolve_references()
         config.data.source, config.data_reason = f"{OWN}:{source.name}", "handed over in Python"
     say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda *_: None
-    root = epath.Path(workdir or default_workdir(config))
     use_compilation_cache(root / "xla_cache")
-    config = _with_run_roots(config, root)
     todo = loop.plan_stages(config, root)
     source = source_of(config) if source is None and loop.stage_configs(config, todo) else source
     say(described(config, root, todo, source))

@@ -2,9 +2,11 @@
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
@@ -36,7 +38,8 @@ def run_root(name: str, root: epath.Path) -> str:
                 f"config.upstream_dirs: no finished stage in {place}; expected a run root, or an exported model{box}"
             )
         return os.fspath(place)
-    folder = root / f"{place.name}-stages"
+    # Another model of the same name is another folder.
+    folder = root / f"{place.name}-{zlib.crc32(json.dumps(meta['crc32'], sort_keys=True).encode()):08x}"
     if checkpoint.read_meta(folder / meta["stage"]) is None:
         _write(folder, place, meta)
     return os.fspath(folder)
@@ -45,21 +48,29 @@ def run_root(name: str, root: epath.Path) -> str:
 def _write(folder: epath.Path, place: epath.Path, meta: Mapping[str, Any]) -> None:
     """The stage that the model is the result of comes last: it is there when all are."""
     params, tokenizers = exported(place, meta, lambda name: True, jnp.float32)
-    if meta["vocab"]:
-        for path in (path for path in tokenizers.iterdir() if path.is_dir()):
-            (folder / "tokenizers" / path.name).mkdir(parents=True, exist_ok=True)
-            for file in path.iterdir():
-                (folder / "tokenizers" / path.name / file.name).write_bytes(file.read_bytes())
-        (folder / "tokenizers" / "done").write_text(f"copied from {place}\n")
+    first = jax.process_index() == 0
+    if meta["vocab"] and first:
+        paths = {path.name: path for path in tokenizers.iterdir() if path.is_dir()}
+        copy_tokenizers(paths, folder / "tokenizers", str(place))
     prints = checkpoint.fingerprints(params)
     config = json.loads((place / "config.json").read_text())
     config = ConfigDict({**config, "listing": tuple(config["listing"])})
     graph = stage_graph(config)
     for name in graph.plan(meta["stage"]):
         groups = [g for g in graph.stages[name].trains if any(in_groups((g,), n) for n in params)]
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / name / "config.json").write_text(stage_config(config, name).to_json_best_effort(indent=1))
+        if first:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / name / "config.json").write_text(stage_config(config, name).to_json_best_effort(indent=1))
         checkpoint.save_model(folder / name, _of(params, groups), _meta(meta, graph, name, groups, prints))
+
+
+def copy_tokenizers(paths: Mapping[str, Any], folder: epath.Path, said: str) -> None:
+    """Make them those of a run root: its folder `tokenizers`. said: where they come from."""
+    for name, path in paths.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for file in path.iterdir():
+            (folder / name / file.name).write_bytes(file.read_bytes())
+    (folder / "done").write_text(f"copied from {said}\n")
 
 
 def _of(params: Params, groups: list[str]) -> Params:

@@ -1,6 +1,7 @@
 """The model in the box: a file of today's format, which every later version has to read and to make the same of."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,12 @@ def test_a_run_goes_on_from_it(model, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert unpack.run_root("phantom", root) == str(folder)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    other = shutil.copytree(FOLDER, tmp_path / "other" / "phantom")  # another model of this name is not taken for it
+    about = json.loads((other / "model.json").read_text())
+    about["crc32"] = dict.fromkeys(about["crc32"], 0)
+    (other / "model.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="damaged"):
+        unpack.run_root(str(other), root)
 
 
 def test_what_holds_no_finished_stage_is_no_upstream(tmp_path):
