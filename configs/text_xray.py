@@ -5,7 +5,7 @@
 Needs both flows and what they stand on, trained first; data: studies with a report and an X-ray in the folder
 MEDM2G_DATA names, else the phantom.
 tiny: 84 to 105 s on two CPU cores; phantom, `medm2g evaluate`: lesion side right in 1.00 of the X-rays from reports
-(by the guide alone 0.98), finding F1 of reports from X-rays 0.76 (best constant report 0.33).
+(by the guide alone 0.98), finding F1 of reports from X-rays 0.86 (best constant report 0.33).
 sd15: result not reproduced yet.
 """
 

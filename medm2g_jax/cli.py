@@ -44,7 +44,8 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, help="samples; default one for each given value")
     parser.add_argument("--draws", type=int, default=1, help="of each sample, with their mean and standard deviation")
     parser.add_argument(
-        "--best-of", type=int, default=1, help="keep the draw that agrees best with what is given, in the aligned space"
+        "--best-of", type=int, help="keep the draw that agrees best with what is given, in the aligned space; default "
+        "of reports alone the run's own sample.best_of_text, else 1"
     )
     parser.add_argument("--beams", type=int, default=1, help="of texts: hypotheses that the search keeps")
     _sampling_arguments(parser)

@@ -496,6 +496,7 @@ def get_config(target: str, words: str | None = "", listing: str | tuple[str, ..
         eta=1.0,
         guidance=1.0 if preset == "tiny" and variant != "paper" else 2.0,  # more makes tiny's opacities masses
         guide="both" if variant == "paper" else "cond",
+        best_of_text=1 if variant == "paper" else 4,  # of so many reports the one that agrees best with the image
         rows=64 if preset == "tiny" else 8,  # held-out records that a stage's numbers stand on
     )
     return config

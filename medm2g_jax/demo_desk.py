@@ -424,12 +424,13 @@ class Desk:
         program = tuple(given), order.make, order.sampler, order.guides
         # The first part of a new combination compiles its program, and nobody can say for how long.
         compiling = "" if program in self._known else "compiling this combination, which is done once, and "
-        work.progress = Progress(f"{compiling}making {_of(1, order.draws)}", 0.0 if not compiling else None)
-        pace, drawn = _Pace(order.draws * order.steps), 0
+        draws = max(order.draws, model.usual_best_of(tuple(given), order.make, order.draws))
+        work.progress = Progress(f"{compiling}making {_of(1, draws)}", 0.0 if not compiling else None)
+        pace, drawn = _Pace(draws * order.steps), 0
 
         def watch(step: int, steps: int) -> None:
             self._check(work)
-            work.progress = pace.after(drawn * steps + step, f"{_of(drawn + 1, order.draws)}, step {step} of {steps}")
+            work.progress = pace.after(drawn * steps + step, f"{_of(drawn + 1, draws)}, step {step} of {steps}")
 
         def tell(done: int, total: int) -> None:
             nonlocal drawn

@@ -19,7 +19,7 @@ from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.device import jit
 from medm2g_jax.errors import UserError
 from medm2g_jax.generate import Generated, Request, blank_state, build_sampler, table_of, tell_flows, with_bridges
-from medm2g_jax.keys import row_keys, salt
+from medm2g_jax.keys import draw_keys
 from medm2g_jax.limits import check_sampling
 from medm2g_jax.modality import MODALITIES, split_stream
 from medm2g_jax.model import MedM2G
@@ -92,7 +92,8 @@ class Model:
 
     def provenance(self, **asked: Any) -> dict[str, Any]:
         """What it takes to make a sample again: the model, and how it was asked, its own defaults filled in."""
-        own = {name: self.defaults[name] for name in ("steps", "sampler", "spacing", "eta", "guidance", "guide")}
+        names = ("steps", "sampler", "spacing", "eta", "guidance", "guide", "best_of_text")  # the last is new
+        own = {name: self.defaults[name] for name in names if name in self.defaults}
         said = {name: value for name, value in asked.items() if value is not None}
         trained = dict(rounds=self.meta["rounds"], trained_pairs=self.meta["pairs"])
         return dict(stage=self.meta["stage"], fingerprint=self.fingerprint, **trained, **(own | said))
@@ -199,7 +200,7 @@ class Model:
         *,
         count: int | None = None,
         draws: int = 1,
-        best_of: int = 1,
+        best_of: int | None = None,
         steps: int | None = None,
         eta: float | None = None,
         guidance: float | None = None,
@@ -221,7 +222,8 @@ class Model:
           make: streams, "ct" or "mri:t2". Images come on the grid of those given, where these have one shape.
           count: samples; default one for each given value. A single given value is repeated.
           draws: of each of these; they follow each other in the result, the first of them is what one draw gives.
-          best_of: of so many draws keep the one that agrees best, in the aligned space, with what is given.
+          best_of: of so many draws keep the one that agrees best, in the aligned space, with what is given; None: see
+            `usual_best_of`.
           steps, eta, guidance: of the sampler; None for the run's own.
           guide_guidance: a scale of their own for the guides; `guidance` is then that of the prompts. One network pass
             in two more.
@@ -246,6 +248,8 @@ class Model:
         apart = guide_guidance is not None
         # What cannot be asked for is said before a file is read.
         request = self.request(tuple(given), tuple(make), **options, apart=apart)
+        if best_of is None:
+            best_of = self.usual_best_of(request.given, request.make, draws, request.prompts)
         self._check_best_of(request, best_of, draws)
         values = {s: self.opened(s, v if isinstance(v, (list, tuple)) else [v]) for s, v in given.items()}
         lengths = {len(v) for v in values.values()} - {1}
@@ -266,7 +270,7 @@ class Model:
         scales = (scale, guide_guidance) if apart else scale
         each, rows = max(draws, best_of), rows or self.defaults["rows"]
         repeated = jax.tree.map(lambda x: np.repeat(x, each, axis=0), batch)
-        keys = _draw_keys(seed, range(n) if numbers is None else numbers, each)
+        keys = draw_keys(seed, range(n) if numbers is None else numbers, each)
         eta = self.defaults["eta"] if eta is None else eta
         latents = self.sample(request, repeated, keys, scales, eta, rows, tell, watch)
         if broken := [s for s, z in latents.items() if not np.isfinite(z).all()]:
@@ -274,12 +278,11 @@ class Model:
         made = {s: self.decode(s, latents[s], rows, beams) for s in request.make}
         agreement = kept = None
         if best_of > 1:
-            agreement = self._agreement(batch, made, n)
+            agreement = self.agreement(batch, made)
             kept = agreement.argmax(axis=1)
-            best = kept + each * np.arange(n)
             agreement = agreement.max(axis=1)
-            latents = {s: z[best] for s, z in latents.items()}
-            made = {s: x[best] if isinstance(x, np.ndarray) else [x[i] for i in best] for s, x in made.items()}
+            latents = {s: of_best(z, kept) for s, z in latents.items()}
+            made = {s: of_best(x, kept) for s, x in made.items()}
         grid, groups = self._grid(values), request.groups()
         independent = groups if len(groups) > 1 else ()
         return Generated(
@@ -294,6 +297,14 @@ class Model:
             latents=latents,
         )
 
+    def usual_best_of(self, given: Sequence[str], make: Sequence[str], draws: int = 1, prompts: str = "given") -> int:
+        """Of how many draws the best is kept where nobody says: of reports that are all that is made, and are told by
+        prompts of what is given, `sample.best_of_text`; else one."""
+        made = [split_stream(s)[0] for s in make]
+        if not given or draws > 1 or prompts != "given" or any(MODALITIES[m].is_image for m in made):
+            return 1
+        return self.defaults.get("best_of_text", 1) if set(made) <= set(self.givable) else 1
+
     def _check_best_of(self, request: Request, best_of: int, draws: int) -> None:
         if best_of == 1:
             return
@@ -306,15 +317,19 @@ class Model:
                 + (f"this model has no prompt encoder of {unknown[0]!r}" if unknown else "nothing is given")
             )
 
-    def _agreement(self, given: Mapping[str, Any], made: Mapping[str, Any], n: int) -> Float[np.ndarray, "n k"]:
+    def agreement(self, given: Mapping[str, Any], made: Mapping[str, Any]) -> Float[np.ndarray, "n k"]:
         """How well each draw agrees with what it was made from: the mean cosine, in the aligned space, of all made with
-        all given."""
+        all given.
+
+        Args:
+          given: stream -> n values as the networks read them.
+          made: stream -> k draws of each, which follow each other: images (n*k h w 1) in [-1, 1], or list of str.
+        """
         own = [self.embedded(s, x) for s, x in given.items()]
         out = []
         for stream, x in made.items():
             drawn = self.embedded(stream, x if isinstance(x, np.ndarray) else self.ids(x))
-            drawn = drawn.reshape(n, -1, drawn.shape[-1])
-            out += [np.einsum("nd,nkd->nk", one, drawn) for one in own]
+            out += [np.einsum("nd,nkd->nk", one, drawn.reshape(len(one), -1, one.shape[-1])) for one in own]
         return np.mean(out, axis=0)
 
     def _off_grid(self, request: Request, given: Mapping[str, Sequence[Any]]) -> tuple[str, ...]:
@@ -428,8 +443,7 @@ def _in_passes(f: Callable, rows: int, *trees: Any, tell: Tell | None = None) ->
     return jax.tree.map(lambda *x: np.concatenate(x)[:total] if len(x) > 1 else x[0], *parts)
 
 
-def _draw_keys(seed: int, numbers: Sequence[int], draws: int) -> Array:
-    """A key a draw, those of one sample in a row; the first is that of a single draw."""
-    own = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(numbers))  # as `row_keys`
-    more = jax.vmap(lambda key: row_keys(jax.random.fold_in(key, salt("draw")), draws - 1))(own)
-    return jnp.concatenate([own[:, None], more], axis=1).reshape(-1)
+def of_best(x: Any, kept: np.ndarray) -> Any:
+    """Of k draws of each sample, which follow each other, the one that was kept: of an array, or of a list."""
+    at = kept + len(x) // len(kept) * np.arange(len(kept))
+    return x[at] if isinstance(x, np.ndarray) else [x[i] for i in at]

@@ -4,6 +4,7 @@ Everything random is a function of (seed, step, global row, stream), whatever th
 """
 
 import zlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -30,3 +31,10 @@ def row_normal(keys: Array, shape: tuple[int, ...], salt: int) -> Latent:
 def row_uniform(keys: Array, name: str) -> Float[Array, "b"]:
     """Uniform numbers in [0, 1), likewise; the name says what they are for."""
     return jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, salt(name))))(keys)
+
+
+def draw_keys(seed: int, numbers: Sequence[int], draws: int) -> Array:
+    """A key a draw, those of one sample in a row; the first is that of a single draw, as `row_keys` has it."""
+    own = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(numbers))
+    more = jax.vmap(lambda key: row_keys(jax.random.fold_in(key, salt("draw")), draws - 1))(own)
+    return jnp.concatenate([own[:, None], more], axis=1).reshape(-1)

@@ -105,6 +105,7 @@ RANGES: Mapping[str, Range] = {
     "rank": _SIZE,
     "accelerate": Range(1, 64),
     **{f"sample.{field}": SAMPLING[field] for field in ("steps", "eta", "guidance", "rows")},
+    "sample.best_of_text": SAMPLING["best_of"],
 }
 
 

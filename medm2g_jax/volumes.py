@@ -230,14 +230,14 @@ def _passes(
     say: Say,
     *,
     draws: int = 1,
-    best_of: int = 1,
+    best_of: int | None = None,
     rows: int | None = None,
     **options: Any,
 ) -> Iterator[tuple[Sequence[int], Generated]]:
     """(numbers of slices, what was made of them) until all are made; all draws of a slice are in one pass. The last
     pass is filled up, so that it needs no executable of its own."""
     rows, count = rows or model.defaults["rows"], len(numbers)
-    most = max(1, rows // max(draws, best_of))
+    most = max(1, rows // max(draws, best_of or 1))
     some = math.ceil(count / math.ceil(count / most))  # passes of about one size, so that little of the last is filler
     start = told = time.time()
     first = 0.0

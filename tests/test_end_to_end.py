@@ -170,8 +170,15 @@ def test_draws_are_of_one_sample_and_the_best_of_them_is_one(model):
     np.testing.assert_allclose(np.linalg.norm(texts, axis=1), 1, atol=1e-5)
     again = model.encode("ct", list(one.samples["ct"]))
     assert again.shape == one.latents["ct"].shape and np.isfinite(again).all()
-    reports = model.generate({"ct": np.zeros((32, 32))}, ["text"], best_of=2)
-    assert len(reports.samples["text"]) == 1 and -1 <= reports.agreement[0] <= 1
+    # Reports alone are the best of several where nobody says how many; with images, or by guides alone, one draw.
+    given, several = {"ct": np.zeros((32, 32))}, model.defaults["best_of_text"]
+    usual, asked = model.generate(given, ["text"], seed=3), model.generate(given, ["text"], seed=3, best_of=several)
+    assert several == 4 == model.provenance()["best_of_text"]
+    assert usual.samples == asked.samples and usual.agreement == asked.agreement and len(usual.samples["text"]) == 1
+    x = np.asarray(model.model_input("ct", model.opened("ct", [given["ct"]])))
+    assert samples.samples(model, {"ct": x}, ["text"], 1, 3, best_of=several) == usual.samples
+    for make, options in ((["text", "xray"], {}), (["text"], dict(draws=2)), (["text"], dict(prompts="none"))):
+        assert model.generate(given, make, steps=1, **options).kept is None
 
 
 def test_reports_and_sets_of_images_are_measured_beside_what_needs_no_model(root, tmp_path, monkeypatch):

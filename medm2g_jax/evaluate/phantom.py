@@ -181,7 +181,9 @@ class Bench:
         text = centre().name
         x, word = self.images(m, self.indices), MODALITIES[text].word
         floor, autoencoder = self._constant_report, self._reconstruction
-        for how, options in (("", {}), (", guide alone", dict(prompts="none"))):
+        several = self.model.usual_best_of((m,), (text,))
+        best = {f", best of {several}": dict(best_of=several)} if several > 1 else {}  # what `generate` gives
+        for how, options in ({"": {}} | best | {", guide alone": dict(prompts="none")}).items():
             made = self.generate({m: x}, [text], **options)[text]
             task = f"{MODALITIES[m].word} -> {word}{how}"
             ends = dict(floor=floor, autoencoder=autoencoder)
