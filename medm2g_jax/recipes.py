@@ -390,10 +390,12 @@ class Others(NamedTuple):
 
 
 class Earlier(NamedTuple):
-    """A partner of an earlier round: what V reads, and the rows of each target that it guides."""
+    """A partner of an earlier round: what V reads, the rows of each target that it guides, and those in which it lies
+    on the target's grid, where that has input channels for it."""
 
     source: Source
     guides: dict[str, Bool[Array, "b"]]
+    on: dict[str, Bool[Array, "b"]]
 
 
 class Pair(NamedTuple):
@@ -506,19 +508,21 @@ def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: Rows) -
             source_t = jnp.where(clean, 0, times)
             z = _where(clean, z, model.flows[m].process.add_noise(z, source_t, row_normal(keys, z.shape[1:], 200 + i)))
             by = {target: has[m] for target, has in about["practises"].items() if m in has}
-            by = {target: has & guided[target] if target in guided else has for target, has in by.items()}
-            earlier[m] = Earlier(Source(z, source_t, jnp.zeros_like(times)), by)  # its contrast is not stated
+            on = {target: near[m] for target, near in about.get("practises_grid", {}).items() if m in near}
+            on = {target: near for target, near in on.items() if _slot(flows[target], m)}
+            by, on = ({t: rows & guided[t] if t in guided else rows for t, rows in some.items()} for some in (by, on))
+            earlier[m] = Earlier(Source(z, source_t, about["earlier_stream"][m]), by, on)
         by_partner = dict(about.get("partner", {}))
         by_partner |= {m: about["has"][partner[m]] for m in stage.earlier if m in partner and m not in by_partner}
         for m, some in guided.items():
             by_partner[m] = some & by_partner[m] if m in by_partner else some
         beside = {m: about["beside"][m] for m in rows.beside if m in targets}
         beside = {m: has & guided[m][:, None] if m in guided else has for m, has in beside.items()}
-        for m in stage.registered:
-            on = about["grid"][m]
+        for m in dict.fromkeys((*stage.registered, *(m for e in earlier.values() for m in e.on))):
+            on = about["grid"][m] if m in stage.registered else {}
             if m in guided:
                 on = jax.tree.map(lambda x, m=m: x & guided[m].reshape(-1, *(1,) * (x.ndim - 1)), on)
-            near = _near(flows, m, partner, sources, others, on)
+            near = _near(model.flows, m, partner, sources, others, earlier, on)
             noised[m] = noised[m]._replace(registered=flows[m].on_grid(near))
         counts = None
         if "has" in about:
@@ -577,23 +581,30 @@ def _near(
     partner: Mapping[str, str],
     sources: Mapping[str, Source],
     others: Mapping[str, Others],
+    earlier: Mapping[str, Earlier],
     on: Mapping[str, Array],
 ) -> list[OnGrid]:
-    """The sources of flow m that may lie on its grid; on: where they do, as a batch has it in about["grid"]."""
+    """The sources of flow m that may lie on its grid; on: where they do, as a batch has it in about["grid"], but for
+    the earlier partners, which say it themselves."""
 
     def near(name: str, source: Source, rows: Array) -> OnGrid:
         signal, _ = flows[name].process.at(source.t, source.z)  # alpha_0 is 1 but for 4e-4
         return OnGrid(name, source.z, jnp.where(source.t[:, None, None, None] > 0, signal, 1.0), source.stream, rows)
 
     other = partner.get(m)  # of a text there is no slot
-    slot = any(split_stream(stream)[0] == other for stream in flows[m].slots)
-    out = [near(other, sources[other], on["partner"])] if slot else []
+    out = [near(other, sources[other], on["partner"])] if "partner" in on and _slot(flows[m], other) else []
+    out += [near(name, e.source, e.on[m]) for name, e in earlier.items() if m in e.on]
     for name, places in ((m, "others"), (other, "beside")):
         if name in others and places in on:
             (b, k), source = others[name].has.shape, others[name].source
             each = lambda x, i, b=b, k=k: x.reshape(b, k, *x.shape[1:])[:, i]  # noqa: E731
             out += [near(name, Source(*(each(x, i) for x in source)), on[places][:, i]) for i in range(k)]
     return out
+
+
+def _slot(flow: Flow, modality: str | None) -> bool:
+    """Has the flow's UNet input channels for images of this modality on its grid?"""
+    return any(split_stream(stream)[0] == modality for stream in flow.slots)
 
 
 def _where(rows: Bool[Array, "b"], x: Latent, y: Latent) -> Latent:

@@ -265,7 +265,11 @@ class Graph:
         registered = {target: near} if near else {}
         trains = tuple(f"{target}/{group}" for group in HOWS[how] if group != "grid" or registered)
         others = self._partners(target, [r for r in self.listing if r != round_name]) if self.practise else ()
-        others = tuple(m for m in others if not MODALITIES[target].shares_grid(MODALITIES[m]))
+        if self.practise and not others:
+            raise UserError(
+                f"config.rehearse: {self.tune} has nothing to go on practising: of {', '.join(self.listing)} no round "
+                f"but {round_name} pairs {target}; leave it at 0"
+            )
         reads = dict.fromkeys(
             (
                 *(f"{MODALITIES[m].kind}/vae" for m in (*ab, *others)),

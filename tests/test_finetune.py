@@ -46,7 +46,7 @@ def test_the_target_alone_trains_and_everything_else_comes_from_the_rounds(words
     assert all(stage_config(config, s).stage == s for s in before)  # of later rounds that trained on, too
 
 
-def test_a_fine_tune_may_go_on_practising_with_partners_that_share_no_grid():
+def test_a_fine_tune_may_go_on_practising_with_partners_of_other_rounds():
     config = get_config("finetune", "tiny,mri_to_ct,full")
     before = stage_graph(config).stage(config.stage)
     config.rehearse = 0.5
@@ -55,9 +55,14 @@ def test_a_fine_tune_may_go_on_practising_with_partners_that_share_no_grid():
     assert set(stage.reads) - set(before.reads) == {"text/vae", "text/guide"}
     rows = rows_of(config, stage_graph(config))
     assert rows.rehearse == 0.5 and rows.earlier == (("ct", ("text",)),)
-    config = get_config("finetune", "tiny,ct,full")  # MRI may lie on its grid: as an earlier partner it would not
+    config = get_config("finetune", "tiny,ct,full")
     config.rehearse = 0.5
-    assert stage_graph(config).stage(config.stage).earlier == {}
+    stage = stage_graph(config).stage(config.stage)
+    assert stage.earlier == {"ct": ("mri",)} and "ct/grid" in stage.reads and stage.registered == {}
+    config = get_config("finetune", "tiny,xray,full")
+    config.rehearse = 0.5
+    with pytest.raises(UserError, match="tune_xray_full has nothing to go on practising: .* but text_xray pairs xray"):
+        stage_graph(config).stage(config.stage)
 
 
 def test_words_of_a_finetune():

@@ -16,6 +16,7 @@ from medm2g_jax.data.phantom.render import Phantom
 from medm2g_jax.data.text import Tokenizers
 from medm2g_jax.diffusion import ABAR, TIMES
 from medm2g_jax.family import text_lengths
+from medm2g_jax.modality import MODALITIES
 from medm2g_jax.model import init_group, prompt_context
 from medm2g_jax.nn.attention import context
 from medm2g_jax.recipes import RIDGE, Recipe, recipe
@@ -294,6 +295,25 @@ def test_a_known_flow_practises_with_its_earlier_partners(data):
     assert (told == beside.any(axis=1)).all()
     held_out = data.fixed(bench.recipe.rows, "val", 4)
     assert not held_out["about"]["practises"]["ct"]["text"].any()
+
+
+def test_what_a_fine_tune_practises_stands_on_the_grid_where_it_lies_there(data):
+    """CT goes on being made from MRI, of its stated contrast, by V and on its input channels."""
+    bench = Bench(data, "finetune", "tiny,ct,full", alone=0.0, rehearse=0.5, clean=1.0)
+    batch = jax.tree.map(jnp.asarray, next(data.batches(bench.recipe.rows, "train", 16, 0)))
+    about, slots = batch["about"], bench.graph.slots("ct")
+    pair = jax.jit(bench.recipe.prepare)(bench.frozen, batch, jax.random.key(1))
+    practises = np.asarray(about["practises"]["ct"]["mri"])
+    assert 3 < practises.sum() < 13 and np.array_equal(pair.earlier["mri"].guides["ct"], practises)
+    z = pair.earlier["mri"].source.z
+    expected = np.zeros((*z.shape[:3], len(slots), z.shape[-1] + 1), np.float32)
+    for i in np.flatnonzero(practises):
+        place = slots.index(MODALITIES["mri"].streams[about["earlier_stream"]["mri"][i]])
+        expected[i, ..., place, :-1], expected[i, ..., place, -1] = z[i], 1
+    np.testing.assert_array_equal(pair.noised["ct"].registered, expected.reshape(*z.shape[:3], -1))
+    off = about | {"practises_grid": jax.tree.map(jnp.zeros_like, about["practises_grid"])}
+    apart = jax.jit(bench.recipe.prepare)(bench.frozen, batch | {"about": off}, jax.random.key(1))
+    assert not np.any(apart.noised["ct"].registered) and np.array_equal(apart.earlier["mri"].source.z, z)
 
 
 def test_rounds_without_a_source_on_a_grid_are_what_they_were(data):

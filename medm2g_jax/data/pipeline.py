@@ -21,8 +21,10 @@ A batch:
                "partner": {modality: (b,) bool},                 does the partner guide it, and which other contrasts
                "others": {modality: {"x": (b k size size 1), "stream": (b k), "has": (b k)}},
                "beside": {modality: (b k) bool},                 `Rows.beside`: which of its partner's others guide it
-               "earlier": {partner: as above},                   `Rows.earlier`: partners of before, and which rows
-               "practises": {modality: {partner: (b,) bool}},    are guided by them
+               "earlier": {partner: as above},                   `Rows.earlier`: partners of before, which stream of
+               "earlier_stream": {partner: (b,) int32},          them, which rows are guided by them, and whether they
+               "practises": {modality: {partner: (b,) bool}},    lie on the grid there, where they may
+               "practises_grid": {modality: {partner: (b,) bool}},
                "grid": {modality: {"partner": (b,), "others", "beside": (b k)} bool}}}  `Rows.registered`: which of
                                                                  these guide it and lie on the drawn target's grid
 """
@@ -334,10 +336,15 @@ class _Reader:
             stream = _draw(streams, rng) if streams else ""
             value = self._encoded(index, partner, stream, rng, self.rows.pixels)
             about.setdefault("earlier", {})[partner] = value
+            place = MODALITIES[partner].streams.index(stream or partner)
+            about.setdefault("earlier_stream", {})[partner] = np.int32(place)
             for modality, partners in self.rows.earlier:
                 has = about.setdefault("practises", {}).setdefault(modality, {})
                 if partner in partners:
                     has[partner] = np.bool_(bool(streams) and modality == practises)
+                    if MODALITIES[modality].shares_grid(MODALITIES[partner]):
+                        near = has[partner] and record.registered(drawn[modality], stream)
+                        about.setdefault("practises_grid", {}).setdefault(modality, {})[partner] = np.bool_(near)
         beside = {}
         for modality, partner in self.rows.beside.items():
             others = guides[partner][1] if {modality, partner} <= set(drawn) else []

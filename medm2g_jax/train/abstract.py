@@ -67,7 +67,10 @@ def abstract_batch(rows: Rows, batch: int, model: MedM2G) -> dict[str, Any]:
         about["beside"] = {m: flags(rows.others) for m in rows.beside}
     for m, partners in rows.earlier:
         about.setdefault("earlier", {}).update({p: encoded(p, rows.pixels) for p in partners})
+        about.setdefault("earlier_stream", {}).update({p: flags(dtype=jnp.int32) for p in partners})
         about.setdefault("practises", {})[m] = {p: flags() for p in partners}
+        if near := [p for p in partners if MODALITIES[m].shares_grid(MODALITIES[p])]:
+            about.setdefault("practises_grid", {})[m] = {p: flags() for p in near}
     for m in rows.registered:
         near = {"partner": flags()} if len(rows.require) > 1 else {}
         near |= {"others": flags(rows.others)} if m in rows.contrasts else {}
