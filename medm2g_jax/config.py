@@ -31,6 +31,8 @@ WEIGHT_FOLDERS = ("sd15", "clip", "vd", "optimus")
 _ALL = tuple(f"{kind}/{group}" for kind in ("image", "text") for group in ("vae", "clip", "flow"))
 _BEGIN = {"tiny": _ALL, "base": ("image/vae",), "sd15": _ALL}  # what converted weights begin
 
+_PIXELS = {"tiny": 64, "base": 256, "sd15": 512}  # a side
+
 # --- what all stages of a run root agree on -------------------------------------------------------------------------
 
 
@@ -136,7 +138,7 @@ def _shared(preset: str, variant: str, listing: tuple[str, ...]) -> ConfigDict:
             seed=0,
             weights="",  # folder of converted weights; "" = start fresh
             begin=_BEGIN[preset],  # what of them, where they are given: "KIND/GROUP"
-            image_size=64 if tiny else 512,
+            image_size=_PIXELS[preset],
             schedule="scaled_linear",  # of the noise, a name in diffusion.SCHEDULES
             net=net,
             data=dict(

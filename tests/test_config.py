@@ -150,6 +150,13 @@ def test_a_fresh_flow_hears_prompts_as_loud_as_its_layers_expect(words, rms):
     assert np.sqrt(np.mean(np.square(heard))) == pytest.approx(rms, rel=1e-3)
 
 
+@pytest.mark.parametrize(("preset", "pixels", "latents"), [("tiny", 64, 8), ("base", 256, 32), ("sd15", 512, 64)])
+def test_a_preset_has_the_size_that_it_is_said_to_have(preset, pixels, latents):
+    config = get_config("ct_mri", preset)
+    vae = config.net.image_vae
+    assert (config.image_size, config.image_size // (vae.patch * 2 ** (len(vae.channels) - 1))) == (pixels, latents)
+
+
 def test_weights_folder_picks_the_preset(monkeypatch, weights):
     assert load("text_ct").preset == "tiny" and "not set" in load("text_ct").preset_reason
     monkeypatch.setenv("MEDM2G_SD_WEIGHTS", str(weights))
