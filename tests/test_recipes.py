@@ -314,6 +314,12 @@ def test_what_a_fine_tune_practises_stands_on_the_grid_where_it_lies_there(data)
     off = about | {"practises_grid": jax.tree.map(jnp.zeros_like, about["practises_grid"])}
     apart = jax.jit(bench.recipe.prepare)(bench.frozen, batch | {"about": off}, jax.random.key(1))
     assert not np.any(apart.noised["ct"].registered) and np.array_equal(apart.earlier["mri"].source.z, z)
+    # The best of a fine-tune is held to what it practises as well, evenly among the rest.
+    held_out, some = (data.fixed(bench.recipe.rows, "val", n, practise=True) for n in (8, 4))
+    flags = held_out["about"]["practises"]["ct"]["mri"]
+    assert flags.tolist() == [False, True] * 4 and not held_out["about"]["has"]["text"][flags].any()
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[:4], y), held_out, some)
+    assert not data.fixed(bench.recipe.rows, "val", 8)["about"]["practises"]["ct"]["mri"].any()
 
 
 def test_rounds_without_a_source_on_a_grid_are_what_they_were(data):

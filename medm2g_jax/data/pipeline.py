@@ -482,19 +482,33 @@ def fixed(
     tokenizers: Tokenizers | None = None,
     lengths: Mapping[str, int] | None = None,
     latents: Latents | None = None,
+    practise: bool = False,
 ) -> Batch:
     """One evaluation batch of `count` rows, always the same; fewer where fewer records fit: none comes twice.
 
     A smaller count is the beginning of a larger one.
 
+    Args:
+      practise: a share `rows.rehearse` of them are practice (`Rows.earlier`), evenly among the others.
+
     Raises:
       UserError: no record fits.
     """
-    index = matching(source, rows, split)
+    rng = np.random.default_rng(seed)
+    plain = iter(rng.permutation(matching(source, rows, split)).tolist())
+    before = practising(source, rows, split) if practise else {}
+    turns = itertools.cycle([(m, iter(rng.permutation(some).tolist())) for m, some in before.items()])
+    share = rows.rehearse if before else 0.0
+    chosen: list[tuple[int, str]] = []
+    for row in range(count):
+        modality, some = next(turns) if int((row + 1) * share) > int(row * share) else ("", plain)
+        index = next(some, None)
+        if index is None:
+            break
+        chosen.append((index, modality))
     read = _Reader(source, rows, size, tokenizers, lengths, latents)
-    chosen = np.random.default_rng(seed).permutation(index)[:count]
     data = grain.MapDataset.source(chosen).map_with_index(
-        lambda row, i: read(int(i), np.random.default_rng([seed, row]))
+        lambda row, one: read(one[0], np.random.default_rng([seed, row]), one[1])
     )
     return data.batch(len(chosen))[0]
 

@@ -103,8 +103,11 @@ class Data:
             process=process,
         )
 
-    def fixed(self, rows: pipeline.Rows, split: str, count: int, seed: int = 0) -> pipeline.Batch:
-        """A held-out batch; of the training records, which is said, where the source holds out none that fit."""
+    def fixed(
+        self, rows: pipeline.Rows, split: str, count: int, seed: int = 0, practise: bool = False
+    ) -> pipeline.Batch:
+        """A held-out batch (`pipeline.fixed`); of the training records, which is said, where the source holds out none
+        that fit."""
         if split != "train" and not self.holds(rows, split):
             _say_once(
                 f"  no record is held out ({split}) for {pipeline.needs(rows)}: training records stand in for them"
@@ -120,6 +123,7 @@ class Data:
             tokenizers=self.tokenizers,
             lengths=self.lengths,
             latents=self.latents,
+            practise=practise,
         )
 
     def streams(self, names: Sequence[str], split: str, count: int, seed: int = 0) -> dict[str, Any]:
@@ -259,7 +263,7 @@ def run_stage(
         waited = time.time() - began
         if waited > SLOW:
             log.say(f"  parameters in place after {waited:.0f} s; the first step compiles its program")
-        held_out = _held_out(data, spec, config, mesh) if config.eval_rows else []
+        held_out = _held_out(data, setup, config, mesh) if config.eval_rows else []
 
         def evaluate(state: State) -> float | None:
             if not held_out:
@@ -432,10 +436,11 @@ def _parameters(
     return trainable, frozen
 
 
-def _held_out(data: Data, spec: Recipe, config: ConfigDict, mesh) -> list[Any]:
+def _held_out(data: Data, setup: Setup, config: ConfigDict, mesh) -> list[Any]:
     """config.eval_rows held-out rows, no more than the stage trains on, in batches of config.batch at most: what fits
-    in memory for a train step fits here."""
-    whole = data.fixed(spec.rows, "val", min(config.eval_rows, config.batch * config.steps))
+    in memory for a train step fits here. A fine-tune, of which the best is kept, is held to what it practises too."""
+    rows, count = setup.recipe.rows, min(config.eval_rows, config.batch * config.steps)
+    whole = data.fixed(rows, "val", count, practise=bool(setup.stage.target))
     count, shards = len(jax.tree.leaves(whole)[0]), mesh.shape["data"] * mesh.shape["fsdp"]
     size = min(config.batch, count)
     size = size // shards * shards or size
