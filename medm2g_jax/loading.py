@@ -66,12 +66,21 @@ def in_the_box() -> tuple[str, ...]:
 
 
 def locate(path: str) -> epath.Path:
-    """The folder that `load` reads: `path` where a result or an exported model is in it, else its newest result; the
-    model of that name in the box, where there is no such path."""
+    """The folder that `load` reads: `path` where a result or an exported model is in it, else its newest result; where
+    neither is there, the model of that name in the box.
+
+    Raises:
+      UserError: see `newest_result`.
+    """
     root = epath.Path(path)
-    if not root.exists() and path in in_the_box():
-        return BOX / path
-    return root if checkpoint.read_meta(root) is not None else newest_result(root)
+    if checkpoint.read_meta(root) is not None:
+        return root
+    try:
+        return newest_result(root)
+    except UserError:
+        if path in in_the_box():  # whatever else a folder of that name holds
+            return BOX / path
+        raise
 
 
 def described(path: str) -> tuple[epath.Path, dict[str, Any]]:

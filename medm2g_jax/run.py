@@ -91,7 +91,7 @@ def _tokenizers_of(roots: Sequence[str], folder: epath.Path) -> None:
     known = (epath.Path(root) / "tokenizers" for root in roots)
     there = next((path for path in known if (path / "done").exists()), None)
     if there is not None:
-        copy_tokenizers({path.name: path for path in there.iterdir() if path.is_dir()}, folder, str(there))
+        copy_tokenizers({path.name: path for path in there.iterdir() if path.is_dir()}, folder, there.parent.name)
 
 
 def served(config: ConfigDict, root: epath.Path, source: Source, todo: Sequence[tuple[str, str]]) -> dict[str, int]:

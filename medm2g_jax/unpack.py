@@ -28,11 +28,13 @@ def run_root(name: str, root: epath.Path) -> str:
       UserError: nothing finished is there.
     """
     place = epath.Path(name)
-    if not place.exists() and name in in_the_box():
+    meta, inside = checkpoint.read_meta(place), place.iterdir() if place.is_dir() else ()
+    stages = any(checkpoint.read_meta(folder) for folder in inside)
+    if meta is None and not stages and name in in_the_box():  # whatever else a folder of that name holds
         place = BOX / name
-    meta = checkpoint.read_meta(place)
+        meta = checkpoint.read_meta(place)
     if meta is None or meta["storage"] == "orbax":
-        if not any(checkpoint.read_meta(folder) for folder in (place.iterdir() if place.is_dir() else ())):
+        if not stages:
             box = f"; or the name of a model in the box: {', '.join(in_the_box())}" if in_the_box() else ""
             raise UserError(
                 f"config.upstream_dirs: no finished stage in {place}; expected a run root, or an exported model{box}"
@@ -51,7 +53,7 @@ def _write(folder: epath.Path, place: epath.Path, meta: Mapping[str, Any]) -> No
     first = jax.process_index() == 0
     if meta["vocab"] and first:
         paths = {path.name: path for path in tokenizers.iterdir() if path.is_dir()}
-        copy_tokenizers(paths, folder / "tokenizers", str(place))
+        copy_tokenizers(paths, folder / "tokenizers", place.name)
     prints = checkpoint.fingerprints(params)
     config = json.loads((place / "config.json").read_text())
     config = ConfigDict({**config, "listing": tuple(config["listing"])})
@@ -65,7 +67,7 @@ def _write(folder: epath.Path, place: epath.Path, meta: Mapping[str, Any]) -> No
 
 
 def copy_tokenizers(paths: Mapping[str, Any], folder: epath.Path, said: str) -> None:
-    """Make them those of a run root: its folder `tokenizers`. said: where they come from."""
+    """Make them those of a run root: its folder `tokenizers`. said: where they come from, no path: exports hold it."""
     for name, path in paths.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         for file in path.iterdir():

@@ -227,14 +227,15 @@ def test_a_round_stands_on_converted_weights(folder, tmp_path, monkeypatch):
     assert str(folder) not in (tmp_path / "model" / "model.json").read_text()
     again = medm2g_jax.load(str(tmp_path / "model")).generate({"text": "no mass ."}, ["ct"], steps=1, seed=0)
     np.testing.assert_array_equal(again.samples["ct"], out.samples["ct"])
-    # And by its name, where it comes with the package; a path of that name goes first.
+    # And by its name, where it comes with the package; a result in a path of that name goes first.
     monkeypatch.setattr(loading, "BOX", epath.Path(tmp_path))
     monkeypatch.chdir(tmp_path / "model")
     assert loading.locate("model") == tmp_path / "model" and "model" in loading.in_the_box()
     (tmp_path / "model" / "model").mkdir()
-    with pytest.raises(UserError, match="no finished round or flow in it.*or take the model in the box"):
-        loading.locate("model")
+    assert loading.locate("model") == tmp_path / "model"
     (tmp_path / "model" / "model").rmdir()
+    with pytest.raises(UserError, match="no finished round or flow in it.*or take the model in the box"):
+        loading.locate("other")
     # In fewer bytes: within half a step of int8 of each column, a half of float16.
     whole = sum(v.nbytes for v in model.params.values())
     for dtype, most in (("float16", 0.51), ("int8", 0.4)):

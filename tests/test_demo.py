@@ -709,7 +709,7 @@ def test_two_tabs_take_turns_and_cancel(served, driver, tab):
 def test_the_page_loads_nothing_from_elsewhere(served, driver, tab):
     seen = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     urls = [m["params"]["request"]["url"] for m in seen if m["method"] == "Network.requestWillBeSent"]
-    own = (served[1], "data:", "blob:", "chrome:")  # chrome: the tab that is there before the page
+    own = (served[1], "data:", "blob:", "chrome:", "chrome-untrusted:")  # chrome: the tab that is there before the page
     assert any(url.startswith(served[1]) for url in urls) and not [url for url in urls if not url.startswith(own)]
     assert not [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
 
