@@ -19,8 +19,8 @@ write nothing here by hand. Most of it is the built-in phantom, 64 px; what is o
 works on them. None is evidence for clinical performance, and none stands in a column beside the paper's figures. One
 training and one seed of everything; intervals are 95 %, over test subjects, so that they say nothing of another
 training. p is Wilcoxon's signed-rank test of paired differences, not corrected for their number. Seconds are of two
-cores that did other things as well. Model 72e05f17 is the model in the box as it was before CT's flow trained on for
-reports (its card). The protocols that the tables name stand at the end.
+cores that did other things as well. Model 72e05f17 is the model in the box as it was before CT's flow trained on (its
+card). The protocols that the tables name stand at the end.
 """
 
 # How the models came that the commands name.
