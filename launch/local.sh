@@ -29,7 +29,7 @@ if [[ -z ${PYTHON:-} ]]; then
   PYTHON=python3
   [[ ! -x .venv/bin/python ]] || PYTHON=.venv/bin/python
 fi
-command=(env MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
+command=(env MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
   "$PYTHON" -m medm2g_jax.main ${args[@]+"${args[@]}"})
 if [[ -n $dry ]]; then
   printf '%q ' "${command[@]}"

@@ -69,7 +69,8 @@ script() {
     echo "#SBATCH $option"
   done
   printf 'cd %q\n' "$PWD"
-  printf 'export PYTHON=%q MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000\n' "$PYTHON"
+  printf 'export PYTHON=%q MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 ' "$PYTHON"
+  printf 'GLIBC_TUNABLES=glibc.malloc.hugetlb=1\n'
   printf 'srun --kill-on-bad-exit=1'
   printf ' %q' "${command[@]}"
   echo

@@ -124,9 +124,10 @@ def test_nobodys_names_are_in_them():
 def test_local_gives_the_command_back():
     done = call("local.sh", "--dry-run", "--config=configs/ldm.py:ct,tiny", "--config.net.image_vae.channels=(16,)")
     words = shlex.split(done.stdout)
-    assert words[:3] == ["env", "MALLOC_MMAP_MAX_=0", "MALLOC_TRIM_THRESHOLD_=100000000000"]
+    memory = ["MALLOC_MMAP_MAX_=0", "MALLOC_TRIM_THRESHOLD_=100000000000", "GLIBC_TUNABLES=glibc.malloc.hugetlb=1"]
+    assert words[:4] == ["env", *memory]
     rest = ["-m", "medm2g_jax.main", "--config=configs/ldm.py:ct,tiny", "--config.net.image_vae.channels=(16,)"]
-    assert words[3:] == [sys.executable, *rest]
+    assert words[4:] == [sys.executable, *rest]
 
 
 def test_recipe_names_every_stage_in_order(tmp_path):
