@@ -120,7 +120,8 @@ def test_the_time_that_is_left_is_that_of_the_steps_that_are_behind(monkeypatch)
     assert pace.after(40, "it") == Progress("making it", 1.0)
 
 
-def test_what_lies_nearest_are_the_subjects_of_the_greatest_cosine(desk):
+def test_what_lies_nearest_are_the_subjects_of_the_greatest_cosine(desk, monkeypatch):
+    monkeypatch.setattr(demo_desk, "EVERY", 0.005)  # seconds between two looks at how far it is
     model = desk._model.result()
     given = image(3)
     result = last(desk.make(order({"mri:t2": given}, seed=1)))
