@@ -34,8 +34,11 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 # glibc reads them when a process starts. Without, it hands every call's buffers back and faults them in again; what is
 # larger than a thread's arena it hands back all the same, and gets in pages of 2 MB instead of 4 KB.
-MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
-MALLOC |= {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+MALLOC = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 
 # Sizes of the UNets, as `nn.unet.UNet` takes them: Stable Diffusion 1.5's, one that trains on a CPU, and --small.
 SD15 = dict(

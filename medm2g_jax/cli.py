@@ -135,9 +135,9 @@ def _fill(args: argparse.Namespace, make: tuple[str, ...], asked: dict) -> None:
 
     if named := [item for item in args.given if "=" in item]:
         raise UserError(f"--given {named[0]!r}: with --data name a stream alone, as in --given mri:t2")
-    for one in ("count", "draws", "best_of"):
+    for one in ("count", "draws"):
         if asked.pop(one, 1) != 1:
-            raise UserError(f"--{one.replace('_', '-')} and --data: records are made one sample each")
+            raise UserError(f"--{one} and --data: records are made one sample each")
     order = fill.Order(make, tuple(args.given), args.split or ("train" if make == (fill.MISSING,) else "test"))
     model = load(args.model, dtype=args.dtype)
     source = fill.data_of(model, args.data)
@@ -431,6 +431,8 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
+    from etils import epath
+
     from medm2g_jax import plan, run, sweep
     from medm2g_jax.main import read_config
     from medm2g_jax.train.log import quiet
@@ -438,6 +440,7 @@ def _plan(args: argparse.Namespace) -> None:
     quiet()
     config = read_config([f"--config={args.config}", *args.overrides])
     workdir = args.workdir or run.default_workdir(config)
+    config = run.with_run_roots(config, epath.Path(workdir))
     if args.commands:
         for name, what, arguments in plan.commands(config, args.config, args.overrides, workdir):
             print(f"# {name}: {what}")

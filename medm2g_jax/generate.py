@@ -348,8 +348,9 @@ class Generated:
       independent: groups of wanted streams that no guide links to each other, where there are several: nothing but
         what is given makes them fit together.
       draws: of each sample, which follow each other in `samples`.
-      agreement: of `best_of`: the mean cosine of what was kept with what was given, in the aligned space, (n,).
-      kept: of `best_of`: which draw was, (n,).
+      best_of: how many draws of each sample were ranked, of which these are the best.
+      agreement: where some were: the mean cosine of what was kept with what was given, in the aligned space, (n,).
+      kept: where some were: which draw was, from 0, (n,).
       latents: stream -> z_0 of each sample.
       notes: what a user has to know of it, a line each: that, what of the given texts was cut, words that were unknown.
     """
@@ -360,6 +361,7 @@ class Generated:
     independent: tuple[tuple[str, ...], ...] = ()
     notes: tuple[str, ...] = ()
     draws: int = 1
+    best_of: int = 1
     agreement: np.ndarray | None = None
     kept: np.ndarray | None = None
     latents: dict[str, np.ndarray] = field(default_factory=dict, repr=False)

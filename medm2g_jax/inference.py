@@ -92,8 +92,7 @@ class Model:
 
     def provenance(self, **asked: Any) -> dict[str, Any]:
         """What it takes to make a sample again: the model, and how it was asked, its own defaults filled in."""
-        names = ("steps", "sampler", "spacing", "eta", "guidance", "guide", "best_of_text")  # the last is new
-        own = {name: self.defaults[name] for name in names if name in self.defaults}
+        own = {name: self.defaults[name] for name in ("steps", "sampler", "spacing", "eta", "guidance", "guide")}
         said = {name: value for name, value in asked.items() if value is not None}
         trained = dict(rounds=self.meta["rounds"], trained_pairs=self.meta["pairs"])
         return dict(stage=self.meta["stage"], fingerprint=self.fingerprint, **trained, **(own | said))
@@ -278,11 +277,8 @@ class Model:
         made = {s: self.decode(s, latents[s], rows, beams) for s in request.make}
         agreement = kept = None
         if best_of > 1:
-            agreement = self.agreement(batch, made)
-            kept = agreement.argmax(axis=1)
-            agreement = agreement.max(axis=1)
-            latents = {s: of_best(z, kept) for s, z in latents.items()}
-            made = {s: of_best(x, kept) for s, x in made.items()}
+            kept, agreement = self.ranked(batch, made)
+            latents, made = of_best(latents, kept), of_best(made, kept)
         grid, groups = self._grid(values), request.groups()
         independent = groups if len(groups) > 1 else ()
         return Generated(
@@ -290,8 +286,9 @@ class Model:
             request.pairs(),
             seed,
             independent,
-            self._notes(values, independent, off_grid),
+            self._notes(values, independent, off_grid, best_of),
             draws=draws,
+            best_of=best_of,
             agreement=agreement,
             kept=kept,
             latents=latents,
@@ -317,9 +314,9 @@ class Model:
                 + (f"this model has no prompt encoder of {unknown[0]!r}" if unknown else "nothing is given")
             )
 
-    def agreement(self, given: Mapping[str, Any], made: Mapping[str, Any]) -> Float[np.ndarray, "n k"]:
-        """How well each draw agrees with what it was made from: the mean cosine, in the aligned space, of all made with
-        all given.
+    def ranked(self, given: Mapping[str, Any], made: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """(which draw of each sample agrees best with what it was made from, how well it does): by the mean cosine, in
+        the aligned space, of all made with all given.
 
         Args:
           given: stream -> n values as the networks read them.
@@ -330,7 +327,8 @@ class Model:
         for stream, x in made.items():
             drawn = self.embedded(stream, x if isinstance(x, np.ndarray) else self.ids(x))
             out += [np.einsum("nd,nkd->nk", one, drawn.reshape(len(one), -1, one.shape[-1])) for one in own]
-        return np.mean(out, axis=0)
+        agreement = np.mean(out, axis=0)
+        return agreement.argmax(axis=1), agreement.max(axis=1)
 
     def _off_grid(self, request: Request, given: Mapping[str, Sequence[Any]]) -> tuple[str, ...]:
         """The given streams that could stand on a wanted one's input channels and cannot share a grid: their images
@@ -343,7 +341,11 @@ class Model:
         return tuple(near) if any(len(some) > 1 for some in shapes) else ()
 
     def _notes(
-        self, given: Mapping[str, Sequence[Any]], independent: Sequence[Sequence[str]], off_grid: Sequence[str] = ()
+        self,
+        given: Mapping[str, Sequence[Any]],
+        independent: Sequence[Sequence[str]],
+        off_grid: Sequence[str],
+        best_of: int,
     ) -> tuple[str, ...]:
         """What a user has to know of a generation."""
         read = {name: n for name, n in self.lengths.items() if name in ("clip", "bert")}  # of given texts
@@ -352,6 +354,8 @@ class Model:
         notes += filter(None, (self._ranged(stream, x) for stream, items in given.items() for x in items))
         pictures = [x for items in given.values() for x in items if isinstance(x, Picture)]
         notes += dict.fromkeys(f"{x.path or 'an image'}: {note}" for x in pictures for note in x.notes)
+        if best_of > 1:
+            notes.append(f"each the best of {best_of} draws: the one that agrees most with what is given")
         if independent:
             groups = " | ".join(" + ".join(group) for group in independent)
             notes.append(
@@ -443,7 +447,10 @@ def _in_passes(f: Callable, rows: int, *trees: Any, tell: Tell | None = None) ->
     return jax.tree.map(lambda *x: np.concatenate(x)[:total] if len(x) > 1 else x[0], *parts)
 
 
-def of_best(x: Any, kept: np.ndarray) -> Any:
-    """Of k draws of each sample, which follow each other, the one that was kept: of an array, or of a list."""
-    at = kept + len(x) // len(kept) * np.arange(len(kept))
-    return x[at] if isinstance(x, np.ndarray) else [x[i] for i in at]
+def of_best(drawn: Mapping[str, Any], kept: np.ndarray) -> dict[str, Any]:
+    """Of k draws of each sample, which follow each other, the one that was kept. drawn: stream -> array, or list."""
+    out = {}
+    for stream, x in drawn.items():
+        at = kept + len(x) // len(kept) * np.arange(len(kept))
+        out[stream] = x[at] if isinstance(x, np.ndarray) else [x[i] for i in at]
+    return out

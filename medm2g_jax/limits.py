@@ -97,7 +97,7 @@ RANGES: Mapping[str, Range] = {
     "drop_prompt": _SHARE,
     "unprompted": _SHARE,
     "alone": _SHARE,
-    "rehearse": _SHARE,
+    "rehearse": _BELOW_ONE,
     "others": Range(0, 64),
     "clean": _SHARE,
     "contrast_tau": _POSITIVE,

@@ -390,12 +390,10 @@ class Others(NamedTuple):
 
 
 class Earlier(NamedTuple):
-    """A partner of an earlier round: what V reads, the rows of each target that it guides, and those in which it lies
-    on the target's grid, where that has input channels for it."""
+    """A partner of an earlier round: what V reads, and the rows of each target that it guides."""
 
     source: Source
     guides: dict[str, Bool[Array, "b"]]
-    on: dict[str, Bool[Array, "b"]]
 
 
 class Pair(NamedTuple):
@@ -508,22 +506,19 @@ def _round(config: ConfigDict, model: MedM2G, stage: rounds.Stage, rows: Rows) -
             source_t = jnp.where(clean, 0, times)
             z = _where(clean, z, model.flows[m].process.add_noise(z, source_t, row_normal(keys, z.shape[1:], 200 + i)))
             by = {target: has[m] for target, has in about["practises"].items() if m in has}
-            on = {target: near[m] for target, near in about.get("practises_grid", {}).items() if m in near}
-            on = {target: near for target, near in on.items() if _slot(flows[target], m)}
-            by, on = ({t: rows & guided[t] if t in guided else rows for t, rows in some.items()} for some in (by, on))
-            earlier[m] = Earlier(Source(z, source_t, about["earlier_stream"][m]), by, on)
+            by = {target: has & guided[target] if target in guided else has for target, has in by.items()}
+            earlier[m] = Earlier(Source(z, source_t, about["earlier_stream"][m]), by)
         by_partner = dict(about.get("partner", {}))
         by_partner |= {m: about["has"][partner[m]] for m in stage.earlier if m in partner and m not in by_partner}
         for m, some in guided.items():
             by_partner[m] = some & by_partner[m] if m in by_partner else some
         beside = {m: about["beside"][m] for m in rows.beside if m in targets}
         beside = {m: has & guided[m][:, None] if m in guided else has for m, has in beside.items()}
-        for m in dict.fromkeys((*stage.registered, *(m for e in earlier.values() for m in e.on))):
-            on = about["grid"][m] if m in stage.registered else {}
+        for m, on in about.get("grid", {}).items():
             if m in guided:
                 on = jax.tree.map(lambda x, m=m: x & guided[m].reshape(-1, *(1,) * (x.ndim - 1)), on)
-            near = _near(model.flows, m, partner, sources, others, earlier, on)
-            noised[m] = noised[m]._replace(registered=flows[m].on_grid(near))
+            if near := _near(model.flows, m, partner, sources, others, earlier, on):
+                noised[m] = noised[m]._replace(registered=flows[m].on_grid(near))
         counts = None
         if "has" in about:
             counts = {m: about["has"][m] & about["has"][partner.get(m, m)] for m in subjects}
@@ -582,10 +577,9 @@ def _near(
     sources: Mapping[str, Source],
     others: Mapping[str, Others],
     earlier: Mapping[str, Earlier],
-    on: Mapping[str, Array],
+    on: Mapping[str, Any],
 ) -> list[OnGrid]:
-    """The sources of flow m that may lie on its grid; on: where they do, as a batch has it in about["grid"], but for
-    the earlier partners, which say it themselves."""
+    """The sources of flow m that may lie on its grid; on: where they do, as a batch has it in about["grid"]."""
 
     def near(name: str, source: Source, rows: Array) -> OnGrid:
         signal, _ = flows[name].process.at(source.t, source.z)  # alpha_0 is 1 but for 4e-4
@@ -593,7 +587,8 @@ def _near(
 
     other = partner.get(m)  # of a text there is no slot
     out = [near(other, sources[other], on["partner"])] if "partner" in on and _slot(flows[m], other) else []
-    out += [near(name, e.source, e.on[m]) for name, e in earlier.items() if m in e.on]
+    of_before = on.get("earlier", {}).items()
+    out += [near(name, earlier[name].source, rows) for name, rows in of_before if _slot(flows[m], name)]
     for name, places in ((m, "others"), (other, "beside")):
         if name in others and places in on:
             (b, k), source = others[name].has.shape, others[name].source

@@ -194,8 +194,9 @@ def run(
     """
     began = time.time()
     check(config)
+    stage_graph(config).stage(config.stage)  # that it can be is said before anything is written
     root = epath.Path(workdir or default_workdir(config))
-    config = _with_run_roots(config, root)
+    config = with_run_roots(config, root)
     if (own := os.environ.get(beside.STAGE)) and arguments is not None:
         beside.stage(stage_config(config, own), root, open_data)
     if source is not None:  # recorded as what it is: nobody shall measure this model on what config.data names instead
@@ -218,7 +219,7 @@ def run(
     return root
 
 
-def _with_run_roots(config: ConfigDict, root: epath.Path) -> ConfigDict:
+def with_run_roots(config: ConfigDict, root: epath.Path) -> ConfigDict:
     """The config with a run root for each exported model among config.upstream_dirs."""
     if config.upstream_dirs:
         config = config.copy_and_resolve_references()

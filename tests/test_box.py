@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from medm2g_jax import export, unpack
+from medm2g_jax import cli, export, unpack
 from medm2g_jax.config import get_config
 from medm2g_jax.data.phantom.render import Phantom
 from medm2g_jax.errors import UserError
@@ -91,13 +91,16 @@ def test_the_card_of_several_licences_says_other():
     assert "license: other" in export._front_matter(["ct"], [])
 
 
-def test_a_run_goes_on_from_it(model, tmp_path):
+def test_a_run_goes_on_from_it(model, tmp_path, capsys):
     """Every stage of its plan is done for a fine-tune of it, and what they hold is the model."""
     root = epath.Path(tmp_path)
     folder = epath.Path(unpack.run_root("phantom", root))
     config = get_config("finetune", "mri_to_ct,full,tiny,long")
     config.upstream_dirs = (str(folder),)
     assert {what for name, what in loop.plan_stages(config, root) if name != config.stage} == {"done"}
+    line = ["plan", "--config=finetune:mri_to_ct,full,tiny,long", f"--workdir={root}", "--commands"]
+    cli.main([*line, "--config.upstream_dirs=('phantom',)"])  # which says so too
+    assert capsys.readouterr().out.count(": done") == len(config.stages)
     again = load(str(folder / model.meta["stage"]))
     assert again.tokenizers.sizes == model.tokenizers.sizes and again.meta["pairs"] == model.meta["pairs"]
     assert again.params.keys() == model.params.keys()
@@ -108,7 +111,8 @@ def test_a_run_goes_on_from_it(model, tmp_path):
         origin["run"] = str(folder)
     (stage / "model.json").write_text(json.dumps(meta))
     export.export(stage, tmp_path / "exported", "safetensors", dtype="int8")
-    about = "".join((tmp_path / "exported" / name).read_text() for name in ("model.json", "config.json"))
+    told = ("model.json", "config.json", "tokenizers/done")
+    about = "".join((tmp_path / "exported" / name).read_text() for name in told)
     assert str(tmp_path) not in about  # whose folders these were is nobody's business
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert unpack.run_root("phantom", root) == str(folder)

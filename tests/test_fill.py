@@ -191,6 +191,20 @@ def test_a_16_bit_set_counts_over_its_own_range(model, data, tmp_path):
     np.testing.assert_allclose((low, high), (0, 4095), rtol=0.01)
 
 
+def test_a_data_set_may_be_filled_with_the_best_of_several_draws(model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("medm2g_jax.loading.load", lambda *_, **__: model)
+    line = ["generate", "--model", "RUN", "--data", f"manifest:{data}", "--given", "mri:t2", "--make", "ct"]
+    cli.main([*line, "--steps", "2", "--best-of", "2", "--seed", "3", "--out", str(tmp_path / "out")])
+    about = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert about["best_of"] == 2 and any("each the best of 2 draws" in note for note in about["notes"])
+    source = fill.data_of(model, f"manifest:{data}")
+    given = fill._value(model, source, 5, "mri:t2")  # the record of the test split
+    best = model.generate({"mri:t2": given}, ["ct"], steps=2, best_of=2, seed=3, numbers=[5])
+    made = Manifest(tmp_path / "out", 32).read(0, "ct", np.random.default_rng(0))
+    expected = model.model_input("ct", model.opened("ct", [best.samples["ct"][0]]))[0]
+    np.testing.assert_allclose(made, expected, atol=2 / 255)
+
+
 def test_what_an_unstated_contrast_may_be_is_not_missing():
     lacks = [fill._lacks(fill.Record("a", "a", "train", streams), "mri:t2") for streams in (("ct",), ("mri",), ())]
     assert lacks == [True, False, True]

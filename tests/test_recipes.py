@@ -304,14 +304,19 @@ def test_what_a_fine_tune_practises_stands_on_the_grid_where_it_lies_there(data)
     about, slots = batch["about"], bench.graph.slots("ct")
     pair = jax.jit(bench.recipe.prepare)(bench.frozen, batch, jax.random.key(1))
     practises = np.asarray(about["practises"]["ct"]["mri"])
+    assert len({*np.asarray(about["earlier_stream"]["mri"])[practises].tolist()}) > 2
     assert 3 < practises.sum() < 13 and np.array_equal(pair.earlier["mri"].guides["ct"], practises)
     z = pair.earlier["mri"].source.z
     expected = np.zeros((*z.shape[:3], len(slots), z.shape[-1] + 1), np.float32)
     for i in np.flatnonzero(practises):
-        place = slots.index(MODALITIES["mri"].streams[about["earlier_stream"]["mri"][i]])
+        stream = MODALITIES["mri"].streams[about["earlier_stream"]["mri"][i]]
+        if stream != "mri":  # it is the contrast that is stated
+            drawn = data.source.read(int(about["record"][i]), stream, np.random.default_rng(0))
+            np.testing.assert_array_equal(about["earlier"]["mri"][i], drawn)
+        place = slots.index(stream)
         expected[i, ..., place, :-1], expected[i, ..., place, -1] = z[i], 1
     np.testing.assert_array_equal(pair.noised["ct"].registered, expected.reshape(*z.shape[:3], -1))
-    off = about | {"practises_grid": jax.tree.map(jnp.zeros_like, about["practises_grid"])}
+    off = about | {"grid": jax.tree.map(jnp.zeros_like, about["grid"])}
     apart = jax.jit(bench.recipe.prepare)(bench.frozen, batch | {"about": off}, jax.random.key(1))
     assert not np.any(apart.noised["ct"].registered) and np.array_equal(apart.earlier["mri"].source.z, z)
     # The best of a fine-tune is held to what it practises as well, evenly among the rest.

@@ -22,11 +22,11 @@ A batch:
                "others": {modality: {"x": (b k size size 1), "stream": (b k), "has": (b k)}},
                "beside": {modality: (b k) bool},                 `Rows.beside`: which of its partner's others guide it
                "earlier": {partner: as above},                   `Rows.earlier`: partners of before, which stream of
-               "earlier_stream": {partner: (b,) int32},          them, which rows are guided by them, and whether they
-               "practises": {modality: {partner: (b,) bool}},    lie on the grid there, where they may
-               "practises_grid": {modality: {partner: (b,) bool}},
-               "grid": {modality: {"partner": (b,), "others", "beside": (b k)} bool}}}  `Rows.registered`: which of
-                                                                 these guide it and lie on the drawn target's grid
+               "earlier_stream": {partner: (b,) int32},          them, and which rows are guided by them
+               "practises": {modality: {partner: (b,) bool}},
+               "grid": {modality: {"partner": (b,), "others", "beside": (b k), "earlier": {partner: (b,)}} bool}}}
+                                                                 which of these guide it and lie on the drawn target's
+                                                                 grid: `Rows.registered`, and partners of before
 """
 
 import functools
@@ -344,7 +344,8 @@ class _Reader:
                     has[partner] = np.bool_(bool(streams) and modality == practises)
                     if MODALITIES[modality].shares_grid(MODALITIES[partner]):
                         near = has[partner] and record.registered(drawn[modality], stream)
-                        about.setdefault("practises_grid", {}).setdefault(modality, {})[partner] = np.bool_(near)
+                        on = about.setdefault("grid", {}).setdefault(modality, {}).setdefault("earlier", {})
+                        on[partner] = np.bool_(near)
         beside = {}
         for modality, partner in self.rows.beside.items():
             others = guides[partner][1] if {modality, partner} <= set(drawn) else []
@@ -354,11 +355,12 @@ class _Reader:
             about.setdefault("beside", {})[modality] = self._places(flags)
         for modality in self.rows.registered:
             partner, others = guides[modality] if modality in guides else (len(self.rows.require) > 1, [])
-            about.setdefault("grid", {})[modality] = self._grid(record, modality, drawn, partner, others)
+            on = about.setdefault("grid", {}).setdefault(modality, {})
+            on |= self._grid(record, modality, drawn, partner, others)
             if modality in beside:
                 all_of = guides[self.rows.beside[modality]][1]
                 near = [s in beside[modality] and record.registered(drawn[modality], s) for s in all_of]
-                about["grid"][modality]["beside"] = self._places(near)
+                on["beside"] = self._places(near)
         return row | ({"about": about} if about else {})
 
     def _nothing(self, modality: str) -> Any:

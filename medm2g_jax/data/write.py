@@ -98,6 +98,7 @@ class Made(Protocol):
     pairs: Mapping[str, str]
     notes: Sequence[str]
     draws: int
+    best_of: int
     agreement: Any
     kept: Any
 
@@ -162,7 +163,8 @@ def _write(folder: epath.Path, made: Made, record: Mapping[str, Any], form: str,
     units = {s: dict(unit=m.unit, window=m.window) for s in made.samples if (m := _modality(s)).window}
     own = dict(make=tuple(made.samples), pairs=made.pairs, notes=made.notes, units=units)
     if made.agreement is not None:
-        own |= dict(agreement=[round(float(x), 4) for x in made.agreement], kept=[int(x) for x in made.kept])
+        own |= dict(best_of=made.best_of, kept=[int(x) for x in made.kept])
+        own |= dict(agreement=[round(float(x), 4) for x in made.agreement])
     own |= dict(texts=texts) if texts else {}
     records.append({"note": NOTE, **record, **own, "files": [p.name for p in written]})
     part = folder / f"{LISTING}.part"

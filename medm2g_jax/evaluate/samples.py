@@ -27,7 +27,7 @@ def samples(
     Args:
       given: {stream: list of str, or images (count h w 1) in [-1, 1]}.
       first: the number of the first sample.
-      best_of: of so many draws each the one that agrees best with what is given (`Model.agreement`).
+      best_of: of so many draws each the one that agrees best with what is given (`Model.ranked`).
       options: of `Model.request`.
     """
     request = model.request(tuple(given), tuple(make), **options)
@@ -36,7 +36,4 @@ def samples(
     repeated = jax.tree.map(lambda x: np.repeat(x, best_of, axis=0), inputs)
     z = model.sample(request, repeated, draw_keys(seed, range(first, first + count), best_of), *scales, CHUNK)
     made = {m: model.decode(m, z[m], CHUNK) for m in make}
-    if best_of == 1:
-        return made
-    kept = model.agreement(inputs, made).argmax(axis=1)
-    return {m: of_best(x, kept) for m, x in made.items()}
+    return of_best(made, model.ranked(inputs, made)[0]) if best_of > 1 else made

@@ -70,12 +70,12 @@ def abstract_batch(rows: Rows, batch: int, model: MedM2G) -> dict[str, Any]:
         about.setdefault("earlier_stream", {}).update({p: flags(dtype=jnp.int32) for p in partners})
         about.setdefault("practises", {})[m] = {p: flags() for p in partners}
         if near := [p for p in partners if MODALITIES[m].shares_grid(MODALITIES[p])]:
-            about.setdefault("practises_grid", {})[m] = {p: flags() for p in near}
+            about.setdefault("grid", {})[m] = {"earlier": {p: flags() for p in near}}
     for m in rows.registered:
         near = {"partner": flags()} if len(rows.require) > 1 else {}
         near |= {"others": flags(rows.others)} if m in rows.contrasts else {}
         near |= {"beside": flags(rows.others)} if m in rows.beside else {}
-        about.setdefault("grid", {})[m] = near
+        about.setdefault("grid", {}).setdefault(m, {}).update(near)
     return out | ({"about": about} if about else {})
 
 

@@ -272,6 +272,9 @@ def run_stage(
             log.write_scalars(
                 step // config.accumulate, {"held out/loss": loss} | {f"held out/{k}": v for k, v in terms.items()}
             )
+            if setup.stage.target:
+                what = f", {spec.rows.rehearse:.0%} of it practice" if spec.rows.rehearse else ""
+                log.say(f"  held-out loss after {step // config.accumulate} steps{what}: {loss:.4g}")
             return loss
 
         def described(params: Params) -> tuple[MedM2G, dict]:
@@ -300,9 +303,7 @@ def run_stage(
                 ceiling(
                     config=config, graph=graph, folder=folder, model=setup.model, params=whole, data=data, meta=about
                 )
-            first = evaluate(state)
-            saves.save(0, _as_dict(state), metric=first)
-            log.say(f"  held-out loss before the first step: {first:.4g}")
+            saves.save(0, _as_dict(state), metric=evaluate(state))
         batches = iter(loader(step, spec.rows)) if step < total else iter(())
 
         def ahead() -> Any:
